@@ -1,0 +1,22 @@
+"""The reference inference library for Llama.
+
+Reading order: model.py, parallel.py, checkpoint.py, tokenizer.py, sampling.py, generation.py.
+"""
+
+from llama.generation import ChatPrediction, CompletionPrediction, Llama, TokenEvent
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
+
+__all__ = [
+    "ChatFormat",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "ModelArgs",
+    "Role",
+    "TokenEvent",
+    "Tokenizer",
+    "Transformer",
+]

@@ -1,0 +1,532 @@
+"""Llama: build a model from files, generate from it. Everything folds over ``Llama.stream``."""
+
+import codecs
+import dataclasses
+import math
+import operator
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama import checkpoint, parallel
+from llama.model import Span, Transformer
+from llama.sampling import next_tokens, sample_top_p
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+__all__ = [
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Llama",
+    "TokenEvent",
+    "sample_top_p",
+]
+
+# Float32 logits computed at once when a whole prompt is scored: 128 MiB of them.
+_LOGITS_CHUNK = 2**25
+
+
+class CompletionPrediction(TypedDict, total=False):
+    generation: str
+    tokens: list[str]  # with logprobs=True
+    logprobs: list[float]  # with logprobs=True
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]  # with logprobs=True
+    logprobs: list[float]  # with logprobs=True
+
+
+class TokenEvent(NamedTuple):
+    """One token of one row.
+
+    Attributes:
+        row: index of the prompt.
+        token: its id.
+        text: what it adds to the row's text. A character that is spread over several tokens comes
+            with the last of them, so a piece may be empty.
+        logprob: natural logarithm of its probability under the model (before temperature and
+            top_p); None if ``logprobs`` was False. 0.0 for a prompt's first token.
+        finish_reason: "stop" for a stop token, "length" for the last token that was allowed, else
+            None.
+    """
+
+    row: int
+    token: int
+    text: str
+    logprob: float | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+@dataclasses.dataclass
+class _Generated:
+    """What one row's events add up to: everything but the stop token."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    pieces: list[str] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, event: TokenEvent) -> None:
+        if event.finish_reason == "stop":
+            if event.text:  # bytes that were left waiting for the rest of a character
+                self.pieces[-1] += event.text
+            return
+        self.tokens.append(event.token)
+        self.pieces.append(event.text)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+
+
+class Llama:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: the Transformer, or this rank's part of it.
+        tokenizer, formatter: the Tokenizer and its ChatFormat.
+    """
+
+    @staticmethod
+    def build(
+        ckpt_dir: str,
+        tokenizer_path: str | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 4,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        quiet_ranks: bool = True,
+    ) -> "Llama":
+        """Load a checkpoint folder. Under torchrun each rank loads its shard.
+
+        Args:
+            tokenizer_path: default ``tokenizer.model`` in ``ckpt_dir``.
+            max_seq_len: longest prompt and generation together, in tokens.
+            max_batch_size: rows that run together; more prompts run one batch after the other.
+            model_parallel_size: default the number of processes.
+            seed: of the generator that sampling draws from.
+            device: default "cuda" where there is one, else "mps", else "cpu". Under torchrun a
+                rank's CUDA device is LOCAL_RANK's.
+            dtype: a torch dtype or its name; default bfloat16 where the device computes in it, else
+                float16 on CUDA, else float32.
+            quiet_ranks: send the stdout of every rank but the first to the null device, so that
+                scripts print once.
+
+        Raises:
+            FileNotFoundError: a file or the folder is missing.
+            ValueError: a file is damaged or does not go with the others, or an argument is
+                impossible; the message says what was found and what to do.
+        """
+        start = time.time()
+        shards = checkpoint.find_shards(ckpt_dir)
+        torch_device = _resolve_device(device)
+        torch_dtype = _resolve_dtype(dtype, torch_device)
+        parallel.initialize(torch_device, model_parallel_size)
+        first_process = not dist.is_initialized() or dist.get_rank() == 0
+        if quiet_ranks and not first_process:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
+        checkpoint.check_rank_count(ckpt_dir, len(shards), parallel.model_parallel_size())
+        tokenizer = Tokenizer(tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model"))
+        args = checkpoint.read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+        with torch.device("meta"):
+            model = Transformer(args)
+        tensors = checkpoint.load_shard(
+            shards[parallel.model_parallel_rank()],
+            model.state_dict(),
+            dtype=torch_dtype,
+            device=torch_device,
+            progress=first_process,
+        )
+        model.load_state_dict(tensors, assign=True)
+        if first_process:
+            print(f"Loaded in {time.time() - start:.2f} seconds")
+        return Llama(model, tokenizer, seed=seed)
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.formatter = ChatFormat(tokenizer)
+        self._device = model.output.weight.device
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        *,
+        logprobs: bool = True,
+        echo: bool = False,
+        seed: int | None = None,
+    ) -> Iterator[list[TokenEvent]]:
+        """Generate step by step: each step gives the new token of every row that still runs.
+
+        A row ends with a stop token (which is given), after ``max_gen_len`` tokens, or when
+        ``max_seq_len`` is reached. Prompts beyond ``max_batch_size`` follow when those before them
+        have ended. Under torchrun every rank gets the same events and must take all of them.
+
+        Args:
+            max_gen_len: default ``max_seq_len - 1``; 0 generates nothing.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_p: see ``sample_top_p``.
+            logprobs: compute log-probabilities (of a whole prompt too, with ``echo``).
+            echo: give the prompts' own tokens as a step of their own before the others.
+            seed: draw from a new generator; default the one that was seeded by ``build``.
+
+        Raises:
+            ValueError: an argument is out of its range; the message gives the limit and the value.
+        """
+        prompts = [[operator.index(token) for token in prompt] for prompt in prompt_tokens]
+        if max_gen_len is None:
+            max_gen_len = self.model.params.max_seq_len - 1
+        self._check_request(prompts, max_gen_len, temperature, top_p)
+        generator = self._generator
+        if seed is not None:
+            generator = torch.Generator(self._device).manual_seed(seed)
+
+        def steps() -> Iterator[list[TokenEvent]]:
+            batch_size = self.model.params.max_batch_size
+            for first in range(0, len(prompts), batch_size):
+                batch = prompts[first : first + batch_size]
+                for events in self._run(
+                    batch, max_gen_len, temperature, top_p, logprobs, echo, generator
+                ):
+                    yield [event._replace(row=first + event.row) for event in events]
+
+        return steps()
+
+    def generate(
+        self,
+        prompt_tokens: list[list[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Generated ids of every prompt, and with ``logprobs`` a log-probability for each.
+
+        The stop token is left out; the prompt comes first with ``echo``. Arguments and errors are
+        ``stream``'s.
+        """
+        rows = self._complete(
+            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=echo, seed=seed
+        )
+        return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
+
+    def text_completion(
+        self,
+        prompts: list[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> list[CompletionPrediction]:
+        """Continue each text.
+
+        With ``logprobs`` a prediction also holds a piece of text and a log-probability for each
+        token; the pieces join to the generation. Arguments and errors are ``stream``'s.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a str, expected a list of them: write [prompt]")
+        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        rows = self._complete(
+            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=echo, seed=seed
+        )
+        predictions = []
+        for row in rows:
+            prediction = CompletionPrediction(generation="".join(row.pieces))
+            if logprobs:
+                prediction |= {"tokens": row.pieces, "logprobs": row.logprobs}
+            predictions.append(prediction)
+        return predictions
+
+    def chat_completion(
+        self,
+        dialogs: list[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> list[ChatPrediction]:
+        """Answer each dialog with the assistant's next message.
+
+        Arguments and errors are ``stream``'s and ``ChatFormat``'s.
+        """
+        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        rows = self._complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, seed=seed)
+        predictions = []
+        for row in rows:
+            message = Message(role="assistant", content="".join(row.pieces))
+            prediction = ChatPrediction(generation=message)
+            if logprobs:
+                prediction |= {"tokens": row.pieces, "logprobs": row.logprobs}
+            predictions.append(prediction)
+        return predictions
+
+    def _complete(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        *,
+        echo: bool = False,
+        seed: int | None,
+    ) -> list[_Generated]:
+        rows = [_Generated() for _ in prompt_tokens]
+        for events in self.stream(
+            prompt_tokens,
+            max_gen_len,
+            temperature,
+            top_p,
+            logprobs=logprobs,
+            echo=echo,
+            seed=seed,
+        ):
+            for event in events:
+                rows[event.row].add(event)
+        return rows
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        max_gen_len: int,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        echo: bool,
+        generator: torch.Generator,
+    ) -> Iterator[list[TokenEvent]]:
+        """The steps of one batch; its rows count from 0."""
+        max_seq_len = self.model.params.max_seq_len
+        limits = [min(max_gen_len, max_seq_len - len(prompt)) for prompt in prompts]
+        decoders = [_TextDecoder(self.tokenizer) for _ in prompts]
+        hidden = None
+        if any(limits) or (echo and logprobs):
+            hidden = self._prefill(prompts)  # [T, dim]
+        if echo:
+            scores = self._score(prompts, hidden) if logprobs and hidden is not None else None
+            yield _prompt_events(prompts, limits, decoders, scores)
+        if not any(limits):
+            return
+
+        assert hidden is not None
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=self._device).cumsum(0) - 1
+        logits = self._logits(hidden[ends])  # [B, V]
+        del hidden
+        # A row that has ended stays in the batch, at its last position, until all have ended: the
+        # published sampler draws for it too, and the draws of the others depend on that.
+        positions = [min(len(prompt), max_seq_len - 1) for prompt in prompts]
+        left = limits
+        while True:
+            tokens, token_scores = self._choose(logits, temperature, top_p, generator, logprobs)
+            events = []
+            for row, token in enumerate(tokens.tolist()):
+                if left[row] == 0:
+                    continue
+                left[row] -= 1
+                reason: Literal["stop", "length"] | None = None
+                if token in self.tokenizer.stop_tokens:
+                    reason, left[row] = "stop", 0
+                elif left[row] == 0:
+                    reason = "length"
+                text = decoders[row].add(token, reason)
+                score = token_scores[row] if token_scores is not None else None
+                events.append(TokenEvent(row, token, text, score, reason))
+            yield events
+            if not any(left):
+                return
+            logits = self._decode(tokens, positions)
+            positions = [p + 1 if n > 0 else p for p, n in zip(positions, left, strict=True)]
+
+    @torch.inference_mode()
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Hidden states [T, dim] of all prompts, packed one behind the other."""
+        packed = torch.tensor([token for prompt in prompts for token in prompt])
+        spans = [Span(row, 0, len(prompt)) for row, prompt in enumerate(prompts)]
+        return self.model.hidden(packed.to(self._device), spans)
+
+    @torch.inference_mode()
+    def _decode(self, tokens: Tensor, positions: list[int]) -> Tensor:
+        """Logits [B, V] after ``tokens`` [B], each at its row's position."""
+        spans = [Span(row, position, 1) for row, position in enumerate(positions)]
+        return self.model.logits(self.model.hidden(tokens, spans))
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def _choose(
+        self,
+        logits: Tensor,
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator,
+        logprobs: bool,
+    ) -> tuple[Tensor, list[float] | None]:
+        """Next tokens [B] on every rank, and their log-probabilities if asked for."""
+        log_total = torch.logsumexp(logits, dim=-1)  # [B]
+        if not torch.isfinite(log_total).all():
+            raise FloatingPointError(
+                f"the logits are not finite: the weights are damaged, or {self._dtype} overflows "
+                "for this model (build it with dtype='bfloat16' or 'float32')"
+            )
+        if parallel.model_parallel_rank() == 0:
+            tokens = next_tokens(logits, temperature, top_p, generator)
+        else:
+            tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        parallel.broadcast_from_first(tokens)
+        if not logprobs:
+            return tokens, None
+        scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
+        return tokens, scores.tolist()
+
+    @torch.inference_mode()
+    def _score(self, prompts: list[list[int]], hidden: Tensor) -> list[list[float]]:
+        """Log-probability of every prompt token given those before it; 0.0 for the first."""
+        targets = torch.tensor([t for prompt in prompts for t in [*prompt[1:], 0]])  # [T]
+        targets = targets.to(self._device)
+        chunk = max(1, _LOGITS_CHUNK // self.model.params.vocab_size)
+        scores: list[float] = []
+        for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = self.model.logits(h)  # [chunk, V]
+            chosen = logits.gather(-1, target[:, None])[:, 0]
+            scores += (chosen - torch.logsumexp(logits, dim=-1)).tolist()
+        rows, start = [], 0
+        for prompt in prompts:
+            rows.append([0.0, *scores[start : start + len(prompt) - 1]])
+            start += len(prompt)
+        return rows
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.output.weight.dtype
+
+    def _check_request(
+        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
+    ) -> None:
+        args = self.model.params
+        if max_gen_len < 0:
+            raise ValueError(f"max_gen_len is {max_gen_len}, expected 0 or more")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} has no tokens, expected at least one (bos_id, say)")
+            if len(prompt) > args.max_seq_len:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {args.max_seq_len}: "
+                    "shorten it or build with a larger max_seq_len"
+                )
+            for token in prompt:
+                if not 0 <= token < args.vocab_size:
+                    raise ValueError(
+                        f"prompt {i} has the token id {token}, but the vocabulary is 0 to "
+                        f"{args.vocab_size - 1}"
+                    )
+
+
+class _TextDecoder:
+    """Turns one row's tokens into pieces of text that end where a character ends."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int, finish_reason: str | None) -> str:
+        """Text of the next token; bytes that are still waiting come out when the row ends."""
+        data = b"" if finish_reason == "stop" else self._tokenizer.decode_bytes([token])
+        return self._utf8.decode(data, final=finish_reason is not None)
+
+
+def _prompt_events(
+    prompts: list[list[int]],
+    limits: list[int],
+    decoders: list[_TextDecoder],
+    scores: list[list[float]] | None,
+) -> list[TokenEvent]:
+    events = []
+    for row, prompt in enumerate(prompts):
+        for i, token in enumerate(prompt):
+            last = i == len(prompt) - 1 and limits[row] == 0
+            reason: Literal["length"] | None = "length" if last else None
+            text = decoders[row].add(token, reason)
+            events.append(TokenEvent(row, token, text, scores[row][i] if scores else None, reason))
+    return events
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected 'cuda', 'mps' or 'cpu'") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(resolved.type, False):
+        usable = " or ".join(repr(name) for name, there in available.items() if there)
+        raise ValueError(f"device is {str(device)!r}, but this machine has {usable}")
+    if resolved.type == "cuda" and dist.is_torchelastic_launched():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started more processes on this machine than it has CUDA devices "
+                f"({torch.cuda.device_count()}): lower --nproc_per_node or give device='cpu'"
+            )
+        resolved = torch.device("cuda", local_rank)
+        torch.cuda.set_device(resolved)
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    choices = {str(d).removeprefix("torch."): d for d in checkpoint.FLOAT_DTYPES[:3]}
+    if dtype is not None:
+        resolved = choices.get(str(dtype).removeprefix("torch."))
+        if resolved is None:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(choices)}")
+        return resolved
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the processor has bfloat16 matrix instructions, by Linux's list of its features."""
+    if platform.system() != "Linux":
+        return False
+    features: Iterable[str] = Path("/proc/cpuinfo").read_text().split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)

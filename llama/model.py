@@ -1,0 +1,383 @@
+"""Llama as mathematics: one page from token ids to logits.
+
+Touvron et al., "LLaMA" (2023), section 2.2, and "The Llama 3 Herd of Models" (2024), section 3.2.
+Everything else in this package is about getting text in, weights in, and tokens out.
+
+Shapes: B rows (sequences), S tokens of each, T tokens in all; H query heads and K key/value heads
+of this rank, D their size; L positions in the cache that are looked at; V vocabulary.
+"""
+
+import dataclasses
+import math
+import mmap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    model_parallel_size,
+)
+
+
+@dataclasses.dataclass
+class ModelArgs:
+    """Shape of a model, by the names of params.json, and the size of its key/value cache.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: as many as the tokenizer has
+    multiple_of: int = 256  # the width of the feed-forward layer is rounded up to a multiple
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float = 8.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name == "use_scaled_rope":
+                valid, expected = isinstance(value, bool), "true or false"
+            elif field.name == "vocab_size":
+                valid, expected = _is_count(value) or value == -1, "a positive integer, or -1"
+            elif field.type in (int, int | None):
+                valid, expected = _is_count(value), "a positive integer"
+            else:
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                valid, expected = number and 0 < value < math.inf, "a positive number"
+            if not valid:
+                raise ValueError(f"{field.name} is {value!r}, expected {expected}")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(
+                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
+                "2 * n_heads: each head is dim / n_heads wide, and RoPE turns pairs of its numbers"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads is {self.n_kv_heads}, expected a divisor of n_heads ({self.n_heads})"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_hidden_dim(self) -> int:
+        """Two thirds of 4 dim (SwiGLU has three matrices, not two), scaled and rounded up."""
+        hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
+        return math.ceil(hidden / self.multiple_of) * self.multiple_of
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+def precompute_freqs_cis(
+    dim: int, end: int, theta: float = 10000.0, scaling_factor: float | None = None
+) -> Tensor:
+    """RoPE's rotations e^(i m f_j) of positions m < ``end``, f_j = theta^(-2j / dim).
+
+    Su et al., "RoFormer" (2021), section 3.2.2. ``scaling_factor`` is Llama 3.1's stretching of
+    the low frequencies (see ``_scale_frequencies``). Computed on the CPU in float32, so that every
+    device has the same angles.
+
+    Returns:
+        complex64 [end, dim / 2].
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    frequencies = 1.0 / theta**exponents  # [dim / 2]
+    if scaling_factor is not None:
+        frequencies = _scale_frequencies(frequencies, scaling_factor)
+    positions = torch.arange(end, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, frequencies)  # [end, dim / 2]
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's long context: waves longer than the original context become ``factor`` times
+    longer, waves shorter than a quarter of it stay, those between are interpolated in 1 / wave."""
+    original_context, low, high = 8192, 1, 4
+    waves_in_context = original_context * frequencies / (2 * math.pi)
+    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: unchanged
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each pair (x_2j, x_2j+1) of every head by its position's angle, in float32.
+
+    Args:
+        xq, xk: [..., S, H, D] and [..., S, K, D].
+        freqs_cis: complex64 [S, D / 2], the rows of ``precompute_freqs_cis`` for these positions.
+    """
+    cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)  # [S, 1, D / 2] each
+
+    def rotate(x: Tensor) -> Tensor:
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return turned.flatten(-2).to(x.dtype)
+
+    return rotate(xq), rotate(xk)
+
+
+class KVCache:
+    """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D]."""
+
+    def __init__(self, args: ModelArgs, n_kv_heads: int, like: Tensor) -> None:
+        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
+        self.k = _zeros(shape, like)
+        self.v = _zeros(shape, like)
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros with the dtype and on the device of ``like``. Zeros, because a masked position still
+    counts as 0 x value, and 0 x NaN is NaN. On the CPU a page takes memory once it is written to;
+    torch.zeros would write to all of them."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    pages = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of one row: ``length`` of them, the first at position ``start``."""
+
+    row: int
+    start: int
+    length: int
+
+
+class Places:
+    """Where the T tokens of one pass stand: the cache row and the position of each.
+
+    Attributes:
+        rows, positions: int64 [T].
+        spans: the tokens as spans, if some row has more than one; else None.
+        length: L, one more than the last position.
+        mask: without spans: bool [B, 1, 1, L], true where a row may look; None if it may everywhere.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        self.rows = torch.tensor([s.row for s in spans for _ in range(s.length)], device=device)
+        self.positions = torch.tensor(
+            [s.start + i for s in spans for i in range(s.length)], device=device
+        )
+        self.length = max(s.start + s.length for s in spans)
+        # one token for each of the first B rows: all of them attend in one call
+        together = all(s.length == 1 and s.row == i for i, s in enumerate(spans))
+        self.spans = None if together else spans
+        self.mask = None
+        if together and any(s.start + 1 < self.length for s in spans):
+            everywhere = torch.arange(self.length, device=device)  # [L]
+            self.mask = (everywhere <= self.positions[:, None])[:, None, None]
+
+
+def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places) -> Tensor:
+    """Write keys and values into the cache; let every token look at its row up to itself.
+
+    Args:
+        xq: [T, H, D].
+        xk, xv: [T, K, D].
+
+    Returns:
+        [T, H, D].
+    """
+    cache.k[places.rows, :, places.positions] = xk
+    cache.v[places.rows, :, places.positions] = xv
+    if places.spans is None:
+        n_rows = len(places.rows)
+        k = cache.k[:n_rows, :, : places.length]  # [B, K, L, D]
+        v = cache.v[:n_rows, :, : places.length]
+        return _grouped_attention(xq[:, :, None], k, v, places.mask).squeeze(2)
+    outputs = []
+    for span, q in zip(places.spans, xq.split([s.length for s in places.spans]), strict=True):
+        q = q.transpose(0, 1)[None]  # [1, H, S, D]
+        end = span.start + span.length
+        k = cache.k[None, span.row, :, :end]  # [1, K, L, D]
+        v = cache.v[None, span.row, :, :end]
+        if span.start == 0:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # is_causal would let the first of S tokens look at position 0 only
+            mask = torch.ones(span.length, end, dtype=torch.bool, device=q.device)
+            y = _grouped_attention(q, k, v, mask.tril(span.start))
+        outputs.append(y[0].transpose(0, 1))  # [S, H, D]
+    return torch.cat(outputs)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, H, S, D] under a mask [..., S, L], with the H / K query heads that share a
+    key head written as further tokens: SDPA's own enable_gqa with a mask leaves its fast kernels."""
+    n_rows, n_heads, n_tokens, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    if mask is not None and n_tokens > 1:
+        mask = mask.repeat(n_heads // n_kv_heads, 1)  # [H / K * S, L]
+    q = q.reshape(n_rows, n_kv_heads, -1, head_dim)  # [B, K, H / K * S, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(
+        n_rows, n_heads, n_tokens, head_dim
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        kv_dim = args.kv_heads * args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, args.dim)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim)
+        self.wo = RowParallelLinear(args.dim, args.dim)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, places: Places) -> Tensor:
+        xq = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [T, H, D]
+        xk = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
+        xv = self.wv(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        return self.wo(attention(xq, xk, xv, cache, places).flatten(1))  # [T, dim]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
+        self.w2 = RowParallelLinear(args.ffn_hidden_dim, args.dim)
+        self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, places: Places) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis, cache, places)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """The model, or this rank's part of it.
+
+    Parameters are allocated but not set, on the default device. The key/value cache is allocated
+    at the first pass and then stays where it is; it is no part of the ``state_dict``.
+
+    Raises:
+        ValueError: ``args`` has no vocab_size yet, or does not divide by the number of ranks.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.params = args
+        self._check_divisible()
+        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
+        # an attribute and no buffer: model.to(torch.bfloat16) must not round the angles
+        self.freqs_cis = precompute_freqs_cis(
+            args.head_dim,
+            args.max_seq_len,
+            args.rope_theta,
+            args.rope_scaling_factor if args.use_scaled_rope else None,
+        )
+        self.cache: list[KVCache] | None = None
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        """Logits of ``tokens`` at positions ``start_pos`` on, after what earlier calls wrote.
+
+        Args:
+            tokens: int64 [B, S].
+
+        Returns:
+            float32 [B, S, V], the full vocabulary on every rank.
+
+        Raises:
+            ValueError: the tokens do not fit into the cache.
+        """
+        n_rows, n_tokens = tokens.shape
+        args = self.params
+        if not 0 < n_rows <= args.max_batch_size or n_tokens == 0:
+            raise ValueError(
+                f"tokens have the shape {tuple(tokens.shape)}, expected 1 to {args.max_batch_size} "
+                "(max_batch_size) rows of at least one token"
+            )
+        if not 0 <= start_pos <= args.max_seq_len - n_tokens:
+            raise ValueError(
+                f"{n_tokens} tokens at start_pos {start_pos} leave the positions 0 to "
+                f"{args.max_seq_len - 1} (max_seq_len {args.max_seq_len})"
+            )
+        spans = [Span(row, start_pos, n_tokens) for row in range(n_rows)]
+        return self.logits(self.hidden(tokens.flatten(), spans)).view(n_rows, n_tokens, -1)
+
+    def hidden(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``spans``."""
+        h = self.tok_embeddings(tokens)  # [T, dim]
+        if self.cache is None:
+            n_kv_heads = self.params.kv_heads // model_parallel_size()
+            self.cache = [KVCache(self.params, n_kv_heads, like=h) for _ in self.layers]
+            self.freqs_cis = self.freqs_cis.to(h.device)
+        places = Places(spans, h.device)
+        freqs_cis = self.freqs_cis[places.positions]  # [T, D / 2]
+        for layer, cache in zip(self.layers, self.cache, strict=True):
+            h = layer(h, freqs_cis, cache, places)
+        return self.norm(h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [T, V] of final hidden states [T, dim]."""
+        return self.output(hidden).float()
+
+    def _check_divisible(self) -> None:
+        args, n_ranks = self.params, model_parallel_size()
+        if args.vocab_size == -1:
+            raise ValueError("vocab_size is -1, expected the tokenizer's n_words")
+        widths = {
+            "n_heads": args.n_heads,
+            "n_kv_heads": args.kv_heads,
+            "vocab_size": args.vocab_size,
+            "the feed-forward width": args.ffn_hidden_dim,
+        }
+        for name, width in widths.items():
+            if width % n_ranks:
+                raise ValueError(f"{name} is {width}, which does not divide by {n_ranks} ranks")

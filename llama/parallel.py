@@ -1,0 +1,169 @@
+"""Tensor parallelism: the process groups, and the three layers that are split over ranks.
+
+Megatron's scheme (Shoeybi et al., 2019, section 3): a column-parallel layer holds a slice of the
+outputs, the row-parallel layer after it the matching slice of the inputs, so that a pair of them
+needs one all-reduce. Groups, layer classes and shapes are fairscale's. The forward passes are ours:
+fairscale's mark tensors for autograd and index with boolean masks, which torch.compile and CUDA
+graphs cannot take.
+
+With one process there is no process group at all; every function here then answers for a group of
+one.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+
+import fairscale.nn.model_parallel.initialize as groups
+import fairscale.nn.model_parallel.layers as fairscale_layers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.utils import VocabUtility, divide_and_check_no_remainder
+from torch import nn
+
+# --- Groups -----------------------------------------------------------------------------------
+
+
+def initialize(device: torch.device, requested_size: int | None) -> None:
+    """Join the launched processes to one model-parallel group; nothing to do for one process.
+
+    Processes count as launched together if torchrun started them or the caller has initialized
+    ``torch.distributed``; WORLD_SIZE alone may come from a launcher that has nothing to do with us.
+
+    Args:
+        device: the CPU communicates by gloo, a CUDA device by NCCL.
+        requested_size: ranks that share one copy of the weights; None means all of them.
+
+    Raises:
+        ValueError: the sizes do not fit the number of processes.
+    """
+    launched = dist.is_initialized() or dist.is_torchelastic_launched()
+    if launched and not dist.is_initialized():
+        if device.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
+            raise ValueError("MPS cannot run several processes: give device='cpu', or start one")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        atexit.register(_leave)
+    world_size = dist.get_world_size() if launched else 1
+    size = world_size if requested_size is None else requested_size
+    if size != world_size:
+        raise ValueError(
+            f"model_parallel_size is {size}, but {world_size} process(es) are running: start {size} "
+            f"with torchrun --nproc_per_node {size}, or leave model_parallel_size out"
+        )
+    if not launched:
+        groups.destroy_model_parallel()  # a group of processes that are gone
+    elif not groups.model_parallel_is_initialized() or model_parallel_size() != size:
+        groups.destroy_model_parallel()
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale reports the sizes by print
+            groups.initialize_model_parallel(size)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        groups.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def model_parallel_size() -> int:
+    initialized = groups.model_parallel_is_initialized()
+    return groups.get_model_parallel_world_size() if initialized else 1
+
+
+def model_parallel_rank() -> int:
+    initialized = groups.model_parallel_is_initialized()
+    return groups.get_model_parallel_rank() if initialized else 0
+
+
+def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite ``tensor`` on every rank of the model-parallel group by the first rank's."""
+    if model_parallel_size() > 1:
+        source, group = groups.get_model_parallel_src_rank(), groups.get_model_parallel_group()
+        dist.broadcast(tensor, src=source, group=group)
+    return tensor
+
+
+def _all_reduce(x: torch.Tensor) -> torch.Tensor:
+    if model_parallel_size() > 1:
+        dist.all_reduce(x, group=groups.get_model_parallel_group())
+    return x
+
+
+def _all_gather_last_dim(x: torch.Tensor) -> torch.Tensor:
+    size = model_parallel_size()
+    if size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x.contiguous(), group=groups.get_model_parallel_group())
+    return torch.cat(parts, dim=-1)
+
+
+# --- Layers -----------------------------------------------------------------------------------
+# The constructors skip fairscale's on purpose: it ignores the default device (so nothing can be
+# built on "meta") and, with several ranks, fills a full-size master weight.
+
+
+def _weight(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """x @ W.T with the rows of W (the outputs) split over the ranks."""
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.gather_output = gather_output
+        self.output_size_per_partition = divide_and_check_no_remainder(
+            out_features, model_parallel_size()
+        )
+        self.weight = _weight(self.output_size_per_partition, in_features)
+        self.register_parameter("bias", None)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        y = F.linear(input_, self.weight)
+        return _all_gather_last_dim(y) if self.gather_output else y
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """x @ W.T with the columns of W (the inputs, split already) over the ranks; sums the parts."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.input_is_parallel = True
+        self.input_size_per_partition = divide_and_check_no_remainder(
+            in_features, model_parallel_size()
+        )
+        self.weight = _weight(out_features, self.input_size_per_partition)
+        self.register_parameter("bias", None)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        return _all_reduce(F.linear(input_, self.weight))
+
+
+class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
+    """Embedding with the vocabulary split over the ranks: each adds the rows it holds."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.vocab_start_index, self.vocab_end_index = (
+            VocabUtility.vocab_range_from_global_vocab_size(
+                num_embeddings, model_parallel_rank(), model_parallel_size()
+            )
+        )
+        self.num_embeddings_per_partition = self.vocab_end_index - self.vocab_start_index
+        self.weight = _weight(self.num_embeddings_per_partition, embedding_dim)
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        if model_parallel_size() == 1:
+            return F.embedding(input_, self.weight)
+        local = input_ - self.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        y = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return _all_reduce(y.masked_fill(elsewhere[..., None], 0))

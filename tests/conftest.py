@@ -1,0 +1,173 @@
+"""Tiny checkpoints made from a seed, and a clean process for every test."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fairscale.nn.model_parallel.initialize as groups
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Tokenizer, Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo" / "model"
+SHARED = ROOT.parent / "shared" / "models"
+
+# Llama 3's architecture, small; heads and widths divide by 8 ranks.
+PARAMS: dict[str, Any] = {
+    "dim": 128,
+    "n_layers": 2,
+    "n_heads": 16,
+    "n_kv_heads": 8,
+    "vocab_size": 1024,
+    "multiple_of": 64,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+# Which axis of a native tensor is cut for the ranks; the norms are not cut.
+SHARD_AXIS = {
+    "tok_embeddings": 0,
+    "output": 0,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """No process group before a test, torch's defaults as they were after it."""
+    torch.manual_seed(0)
+    stdout = sys.stdout
+    yield
+    default_dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    groups.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    assert sys.stdout is stdout, "the test left stdout replaced"
+    assert default_dtype == torch.float32, "the test left another default dtype"
+    assert default_device == torch.device("cpu"), "the test left another default device"
+
+
+@pytest.fixture
+def one_process_group() -> None:
+    """What the published code needs even for one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    groups.initialize_model_parallel(1)
+
+
+def random_weights(params: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Float32 weights by native names that give logits of about the size of a trained model's."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = Transformer(ModelArgs(**params)).state_dict()
+    weights = {}
+    for key, meta in shapes.items():
+        noise = torch.randn(meta.shape, generator=generator)
+        if meta.dim() == 1:
+            weights[key] = 1 + 0.1 * noise
+        elif key.startswith("tok_embeddings"):
+            weights[key] = noise
+        else:
+            weights[key] = noise * (3 if key.startswith("output") else 1.5) / meta.shape[1] ** 0.5
+    return weights
+
+
+def new_model(
+    params: Mapping[str, Any], weights: Mapping[str, Tensor], **sizes: int
+) -> Transformer:
+    """A Transformer in this process with these weights, in their dtype."""
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params, **sizes))
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def shard(key: str, tensor: Tensor, n_shards: int) -> list[Tensor]:
+    axis = SHARD_AXIS.get(key.split(".")[-2])
+    if axis is None:
+        return [tensor] * n_shards
+    return [part.clone() for part in tensor.chunk(n_shards, dim=axis)]
+
+
+def write_checkpoint(
+    folder: Path,
+    params: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    n_shards: int = 1,
+) -> Path:
+    """A native folder with the demo's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(n_shards):
+        part = {key: shard(key, tensor, n_shards)[rank] for key, tensor in weights.items()}
+        torch.save(part, folder / f"consolidated.{rank:02d}.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, Tensor]:
+    return random_weights(PARAMS)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) -> Path:
+    """A tiny random checkpoint of one shard, float32."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), PARAMS, weights)
+
+
+@pytest.fixture(scope="session")
+def llm(folder: Path) -> Llama:
+    return Llama.build(str(folder), max_seq_len=64, max_batch_size=4, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Llama:
+    return Llama.build(str(DEMO), max_seq_len=256, max_batch_size=8, dtype="bfloat16", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(str(DEMO / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    path = SHARED / "stories260K"
+    if not path.is_dir():
+        pytest.skip(f"needs the real model in {path}")
+    return path
+
+
+def run(*command: str | Path, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program of the checkout to its end; stdout and stderr are kept apart."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+        **kwargs,
+    )
+
+
+def torchrun(n_ranks: int, *command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return run(*launcher, "--nproc_per_node", str(n_ranks), *command, **kwargs)

@@ -1,0 +1,221 @@
+"""ModelArgs, the layers, and the cache."""
+
+from typing import Any
+
+import fairscale.nn.model_parallel.layers as fairscale_layers
+import pytest
+import torch
+from conftest import PARAMS, new_model
+from reference import relative_error
+from torch import Tensor
+
+from llama import ModelArgs, Transformer
+from llama.model import Places, RMSNorm, Span, apply_rotary_emb, precompute_freqs_cis
+
+TOKENS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def model(weights: dict[str, Tensor]) -> Transformer:
+    return new_model(PARAMS, weights, max_batch_size=2, max_seq_len=16)
+
+
+# --- ModelArgs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dim", 0),
+        ("dim", 4096.0),
+        ("dim", 100),
+        ("n_layers", -1),
+        ("n_layers", None),
+        ("n_heads", True),
+        ("n_kv_heads", 5),
+        ("n_kv_heads", 64),
+        ("vocab_size", 0),
+        ("vocab_size", -2),
+        ("vocab_size", "128256"),
+        ("multiple_of", 0),
+        ("ffn_dim_multiplier", 0.0),
+        ("norm_eps", 0.0),
+        ("norm_eps", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rope_theta", "500000"),
+        ("max_batch_size", 0),
+        ("max_seq_len", 1.5),
+        ("use_scaled_rope", 1),
+        ("rope_scaling_factor", -8.0),
+    ],
+)
+def test_impossible_values_name_the_field(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        ModelArgs(**{field: value})
+
+
+def test_unknown_fields_are_an_error_that_names_them() -> None:
+    with pytest.raises(TypeError, match="n_experts"):
+        ModelArgs(**{"n_experts": 8})
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "multiplier", "width"),
+    [
+        (4096, 256, None, 11008),  # Llama 2 7B
+        (8192, 4096, 1.3, 28672),  # 70B of either generation
+        (4096, 1024, 1.3, 14336),  # Llama 3 8B
+        (2048, 256, 1.5, 8192),  # 3.2 1B
+        (16384, 4096, 1.2, 53248),  # 3.1 405B
+    ],
+)
+def test_feed_forward_widths_of_the_published_models(
+    dim: int, multiple_of: int, multiplier: float | None, width: int
+) -> None:
+    args = ModelArgs(
+        dim=dim, n_heads=32, multiple_of=multiple_of, ffn_dim_multiplier=multiplier
+    )
+    assert args.ffn_hidden_dim == width
+
+
+# --- Layers -----------------------------------------------------------------------------------
+
+
+def test_rms_norm_computes_in_float32() -> None:
+    norm = RMSNorm(4096, eps=1e-5).bfloat16()
+    x = torch.full((1, 4096), 300.0).bfloat16()  # its square is beyond float16, its sum beyond bf16
+    assert torch.equal(norm(x), torch.ones(1, 4096, dtype=torch.bfloat16))
+    assert torch.equal(norm(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+def test_rotations_turn_interleaved_pairs() -> None:
+    freqs_cis = precompute_freqs_cis(4, 3)
+    assert freqs_cis.shape == (3, 2)
+    assert freqs_cis.dtype == torch.complex64
+    x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 3, 1, 4)
+    turned, _ = apply_rotary_emb(x, x, freqs_cis)
+    for position in range(3):
+        fast, slow = torch.tensor(position * 1.0), torch.tensor(position * 0.01)
+        expected = torch.stack([fast.cos(), fast.sin(), slow.cos(), slow.sin()])
+        torch.testing.assert_close(turned[0, position, 0], expected)
+
+
+def test_rotations_are_relative_and_keep_dtype() -> None:
+    freqs_cis = precompute_freqs_cis(16, 200, theta=500000.0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(m: int, n: int) -> Tensor:
+        turned_q, _ = apply_rotary_emb(q, q, freqs_cis[m : m + 1])
+        turned_k, _ = apply_rotary_emb(k, k, freqs_cis[n : n + 1])
+        return (turned_q * turned_k).sum()
+
+    torch.testing.assert_close(score(7, 3), score(107, 103), rtol=1e-4, atol=1e-4)
+    half, _ = apply_rotary_emb(q.bfloat16(), k.bfloat16(), freqs_cis[:1])
+    assert half.dtype == torch.bfloat16
+
+
+def test_layers_are_fairscale_classes_built_on_the_default_device() -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**PARAMS))
+    attention = model.layers[0].attention
+    assert isinstance(attention.wq, fairscale_layers.ColumnParallelLinear)
+    assert isinstance(attention.wo, fairscale_layers.RowParallelLinear)
+    assert isinstance(model.tok_embeddings, fairscale_layers.VocabParallelEmbedding)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert model.freqs_cis.device.type == "cpu"
+
+
+def test_a_vocabulary_must_be_known() -> None:
+    with pytest.raises(ValueError, match="vocab_size is -1"):
+        Transformer(ModelArgs())
+
+
+# --- The cache --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [[16], [15, 1], [1] * 16, [5, 1, 1, 9], [8, 8]])
+def test_any_cut_of_the_tokens_gives_the_same_logits(model: Transformer, cuts: list[int]) -> None:
+    whole = model.forward(TOKENS, 0)
+    parts, start = [], 0
+    for length in cuts:
+        parts.append(model.forward(TOKENS[:, start : start + length], start))
+        start += length
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
+
+
+def test_earlier_content_of_the_cache_does_not_matter(model: Transformer) -> None:
+    first = model.forward(TOKENS[:, :5], 0)
+    model.forward(TOKENS.flip(1), 0)
+    assert torch.equal(model.forward(TOKENS[:, :5], 0), first)
+
+
+def test_logits_are_float32_and_the_cache_is_no_state(weights: dict[str, Tensor]) -> None:
+    halves = {key: weight.bfloat16() for key, weight in weights.items()}
+    model = new_model(PARAMS, halves, max_batch_size=2, max_seq_len=16)
+    assert model(TOKENS, 0).dtype == torch.float32
+    assert model.cache is not None
+    assert model.cache[0].k.dtype == torch.bfloat16
+    assert model.state_dict().keys() == weights.keys()
+
+
+def test_the_cache_stays_where_it_is(model: Transformer) -> None:
+    model(TOKENS, 0)
+    assert model.cache is not None
+    before = [cache.k.data_ptr() for cache in model.cache]
+    model(TOKENS[:1, :3], 2)
+    assert [cache.k.data_ptr() for cache in model.cache] == before
+
+
+def test_changing_the_dtype_keeps_the_angles(model: Transformer) -> None:
+    model.to(torch.bfloat16)
+    assert model.freqs_cis.dtype == torch.complex64
+    assert model(TOKENS, 0).isfinite().all()
+
+
+def test_rows_at_their_own_positions(model: Transformer) -> None:
+    """A packed prefill and a step of two rows of 3 and 10 tokens are what each row gives alone."""
+    lengths = [3, 10]
+    with torch.inference_mode():
+        packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])
+        prefill = model.logits(model.hidden(packed, [Span(0, 0, 3), Span(1, 0, 10)]))
+        step = model.logits(
+            model.hidden(torch.tensor([7, 8]), [Span(0, 3, 1), Span(1, 10, 1)])
+        )
+    for row, (token, rows) in enumerate(zip((7, 8), (slice(0, 3), slice(3, 13)), strict=True)):
+        n = lengths[row]
+        alone = model.forward(TOKENS[row : row + 1, :n], 0)[0]
+        assert relative_error(prefill[rows], alone) < 1e-5
+        alone = model.forward(torch.tensor([[token]]), n)[0]
+        assert relative_error(step[row : row + 1], alone) < 1e-5
+
+
+def test_rows_at_one_position_need_no_mask() -> None:
+    device = torch.device("cpu")
+    assert Places([Span(0, 4, 1), Span(1, 4, 1)], device).mask is None
+    ragged = Places([Span(0, 1, 1), Span(1, 2, 1)], device)
+    assert ragged.mask is not None
+    assert ragged.mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "message"),
+    [
+        ((3, 1), 0, "max_batch_size"),
+        ((0, 1), 0, "rows"),
+        ((1, 0), 0, "at least one token"),
+        ((1, 17), 0, "max_seq_len 16"),
+        ((1, 1), 16, "positions 0 to 15"),
+        ((1, 1), -1, "start_pos -1"),
+    ],
+)
+def test_tokens_that_do_not_fit(
+    model: Transformer, shape: tuple[int, int], start: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.forward(torch.zeros(shape, dtype=torch.int64), start)
+
+
+def test_the_global_random_state_is_not_touched(weights: dict[str, Tensor]) -> None:
+    before = torch.get_rng_state()
+    new_model(PARAMS, weights, max_batch_size=2, max_seq_len=16).forward(TOKENS, 0)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,197 @@
+"""The same numbers as the oracle, the published reference code and Hugging Face's Llama."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PARAMS, new_model, random_weights
+from reference import logits, relative_error
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama import ModelArgs, Transformer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "grouped": PARAMS,
+    "one query head per key head": PARAMS | {"n_kv_heads": None},
+    "one key head": PARAMS | {"n_kv_heads": 1},
+    "ffn_dim_multiplier": PARAMS | {"ffn_dim_multiplier": 1.3, "multiple_of": 32},
+    "Llama 2's theta": PARAMS | {"rope_theta": 10000.0},
+    "scaled RoPE": PARAMS | {"use_scaled_rope": True, "dim": 512},
+    "scaled RoPE of 3.2": PARAMS
+    | {"use_scaled_rope": True, "rope_scaling_factor": 32.0, "dim": 512},
+}
+TOKENS = torch.randint(0, 1024, (24,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def ours(params: dict[str, Any], weights: dict[str, Tensor], tokens: list[int]) -> Tensor:
+    model = new_model(params, weights, max_batch_size=1, max_seq_len=len(tokens))
+    return model.forward(torch.tensor([tokens]), 0)[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float32_logits_match_the_float64_oracle(name: str) -> None:
+    params = SHAPES[name]
+    weights = random_weights(params, seed=1)
+    expected = logits(weights, params, TOKENS)
+    got = ours(params, weights, TOKENS)
+    assert relative_error(got, expected) < 1e-5
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_the_oracle_comparison_is_sensitive() -> None:
+    """A slightly wrong rope_theta, norm_eps or one swapped pair must not pass."""
+    weights = random_weights(PARAMS, seed=1)
+    expected = logits(weights, PARAMS, TOKENS)
+    for change in ({"rope_theta": 500100.0}, {"norm_eps": 2e-5}):
+        assert relative_error(ours(PARAMS | change, weights, TOKENS), expected) > 1e-5
+    swapped = dict(weights)
+    swapped["layers.0.attention.wq.weight"] = weights["layers.0.attention.wq.weight"].flip(0)
+    assert relative_error(ours(PARAMS, swapped, TOKENS), expected) > 1e-2
+
+
+def published_model(params: dict[str, Any], weights: dict[str, Tensor]) -> torch.nn.Module:
+    from llama_models.llama3.args import ModelArgs as PublishedArgs
+    from llama_models.llama3.model import Transformer as PublishedTransformer
+
+    known = {key: value for key, value in params.items() if key != "rope_scaling_factor"}
+    model = PublishedTransformer(PublishedArgs(**known, max_batch_size=2, max_seq_len=64))
+    model.to(next(iter(weights.values())).dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    return model
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if n != "scaled RoPE of 3.2"])
+@pytest.mark.usefixtures("one_process_group")
+def test_float32_logits_match_the_published_transformer(name: str) -> None:
+    params = SHAPES[name]
+    weights = random_weights(params, seed=2)
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    published = published_model(params, weights)
+    model = new_model(params, weights, max_batch_size=2, max_seq_len=64)
+    assert relative_error(model(tokens[:, :20], 0), published(tokens[:, :20], 0)) < 1e-5
+    for position in range(20, 24):  # steps of one token
+        step = tokens[:, position : position + 1]
+        assert relative_error(model(step, position), published(step, position)) < 1e-5
+
+
+def bfloat16_errors(seed: int) -> tuple[float, float]:
+    """Root mean square error of bfloat16 logits against float64: ours, the published code's."""
+    weights = {k: w.bfloat16() for k, w in random_weights(PARAMS, seed=seed).items()}
+    expected = logits(weights, PARAMS, TOKENS)
+    published = published_model(PARAMS, weights)(torch.tensor([TOKENS]), 0)[0]
+
+    def rms(x: Tensor) -> float:
+        return float((x.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+    return rms(ours(PARAMS, weights, TOKENS)), rms(published)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_bfloat16_error_is_no_larger_than_the_published_one() -> None:
+    errors = [bfloat16_errors(seed) for seed in range(8)]
+    mean_ours, mean_published = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+    assert 0 < mean_ours <= mean_published
+    assert mean_ours < 0.03
+
+
+@pytest.mark.parametrize("name", ["grouped", "Llama 2's theta", "scaled RoPE", "scaled RoPE of 3.2"])
+def test_float32_logits_match_hugging_face(name: str) -> None:
+    params = SHAPES[name]
+    weights = random_weights(params, seed=3)
+    args = ModelArgs(**params)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params["rope_theta"]}
+    if args.use_scaled_rope:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.kv_heads,
+        rms_norm_eps=args.norm_eps,
+        max_position_embeddings=131072,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).eval()
+    renamed = {
+        "model.embed_tokens.weight": weights["tok_embeddings.weight"],
+        "model.norm.weight": weights["norm.weight"],
+        "lm_head.weight": weights["output.weight"],
+    }
+    names = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    for i in range(args.n_layers):
+        for native, theirs in names.items():
+            weight = weights[f"layers.{i}.{native}.weight"]
+            if native.endswith((".wq", ".wk")):  # interleaved pairs to halves
+                pairs = weight.view(-1, args.head_dim // 2, 2, args.dim)
+                weight = pairs.transpose(1, 2).reshape(weight.shape)
+            renamed[f"model.layers.{i}.{theirs}.weight"] = weight
+    model.load_state_dict(renamed)
+    with torch.inference_mode():
+        expected = model(torch.tensor([TOKENS])).logits[0]
+    assert relative_error(ours(params, weights, TOKENS), expected) < 1e-5
+
+
+def test_the_last_positions_of_the_context_match_the_oracle(weights: dict[str, Tensor]) -> None:
+    start = 8192 - len(TOKENS)
+    model = new_model(PARAMS, weights, max_batch_size=1, max_seq_len=8192)
+    expected = logits(weights, PARAMS, TOKENS, start=start)
+    model.freqs_cis = model.freqs_cis[start:]  # as if the cache before them were empty
+    assert relative_error(model(torch.tensor([TOKENS]), 0)[0], expected) < 1e-5
+    rounded = torch.view_as_real(model.freqs_cis).bfloat16().float()
+    model.freqs_cis = torch.view_as_complex(rounded)
+    assert relative_error(model(torch.tensor([TOKENS]), 0)[0], expected) > 1e-5
+
+
+def test_real_model_tells_its_story(stories: Path) -> None:
+    """stories260K, trained by others, greedily from BOS in float32."""
+    import sentencepiece
+
+    params = json.loads((stories / "native" / "params.json").read_text())
+    params |= {"vocab_size": 512, "rope_theta": 10000.0}
+    path = stories / "native" / "consolidated.00.pth"
+    weights = torch.load(path, mmap=True, weights_only=True)
+    weights = {key: weight for key, weight in weights.items() if key != "rope.freqs"}
+    model = new_model(params, weights, max_batch_size=1, max_seq_len=128)
+    vocabulary = sentencepiece.SentencePieceProcessor(
+        model_file=str(stories / "native" / "tokenizer.model")
+    )
+    ids = [1]
+    scores = model.forward(torch.tensor([ids]), 0)
+    for position in range(1, 60):
+        ids.append(int(scores[0, -1].argmax()))
+        scores = model.forward(torch.tensor([ids[-1:]]), position)
+    assert vocabulary.decode(ids).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    )
+    expected = logits(weights, params, ids[:40])
+    assert relative_error(ours(params, weights, ids[:40]), expected) < 1e-5
+
+
+def test_a_transformer_is_built_without_a_checkpoint() -> None:
+    """Researchers build one directly; nothing needs torchrun or a process group."""
+    model = Transformer(ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8))
+    model.load_state_dict(random_weights(PARAMS))
+    assert model(torch.tensor([[1, 2, 3]]), 0).shape == (1, 3, 1024)

@@ -1,0 +1,73 @@
+"""Top-p sampling, token for token what the published sampler draws."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama.generation import sample_top_p
+from llama.sampling import next_tokens
+
+
+def direct(logits: Tensor, temperature: float, p: float) -> Tensor:
+    """The published rule written out row by row, with torch's global generator."""
+    probs = torch.softmax(logits / temperature, dim=-1)
+    rows, orders = [], []
+    for row in probs:
+        order = sorted(range(len(row)), key=lambda i, row=row: (-float(row[i]), i))
+        ranked = row[order]
+        total = torch.cumsum(ranked, dim=-1)
+        kept = [float(v) if float(t - v) <= p else 0.0 for t, v in zip(total, ranked, strict=True)]
+        nucleus = torch.tensor(kept)
+        rows.append(nucleus / nucleus.sum())
+        orders.append(order)
+    drawn = torch.multinomial(torch.stack(rows), num_samples=1)[:, 0].tolist()
+    return torch.tensor([order[i] for order, i in zip(orders, drawn, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_draws_equal_the_published_rule(dtype: torch.dtype, n_rows: int) -> None:
+    """20 seeds of 10 steps each; bfloat16 logits tie often."""
+    for seed in range(20):
+        source = torch.Generator().manual_seed(1000 + seed)
+        steps = 2 * torch.randn(10, n_rows, 500, generator=source)
+        steps = steps.to(dtype).float()
+        ours = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        for logits in steps:
+            expected = direct(logits, temperature=0.8, p=0.9)
+            assert torch.equal(next_tokens(logits, 0.8, 0.9, ours), expected)
+
+
+def test_ties_keep_ascending_ids() -> None:
+    probs = torch.full((1, 4), 0.25)
+    drawn = {int(sample_top_p(probs, 0.3)) for _ in range(200)}
+    assert drawn == {0, 1}  # 0 + 0.25 <= 0.3 keeps a second one, 0.5 does not a third
+
+
+def test_the_nucleus() -> None:
+    probs = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
+    for p, ids in ((0.1, {1}), (0.5, {1, 3}), (0.79, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        assert {int(sample_top_p(probs, p)) for _ in range(300)} == ids
+    assert torch.equal(probs, torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
+    assert sample_top_p(probs.expand(3, 4), 0.5).shape == (3, 1)
+
+
+def test_frequencies_follow_the_renormalised_nucleus() -> None:
+    probs = torch.tensor([0.05, 0.5, 0.15, 0.3]).expand(20000, 4)
+    drawn = sample_top_p(probs, 0.79, generator=torch.Generator().manual_seed(1))
+    counts = torch.bincount(drawn[:, 0], minlength=4) / 20000
+    torch.testing.assert_close(counts, torch.tensor([0, 0.625, 0, 0.375]), atol=0.015, rtol=0)
+
+
+def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    assert next_tokens(torch.tensor([[0.1, 3.0, 2.0]]), 0, 0.9, generator).tolist() == [1]
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    next_tokens(torch.randn(2, 50, generator=torch.Generator()), 1.0, 0.9, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
