@@ -1,7 +1,7 @@
 """Ask the demo model what it was not trained on, and print how much it gets right.
 
-    python demo/evaluate.py                     the whole table
-    python demo/evaluate.py --count 20          a quick look
+python demo/evaluate.py                     the whole table
+python demo/evaluate.py --count 20          a quick look
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data
-from llama import Dialog, Llama
+from llama import Dialog, Llama, Message
 
 MODEL = Path(__file__).resolve().parent / "model"
 
@@ -19,10 +19,13 @@ MODEL = Path(__file__).resolve().parent / "model"
 def as_dialog(dialog: data.Dialog) -> Dialog:
     """The messages up to the last question."""
     system, turns = dialog
-    messages = [("system", system)] if system is not None else []
+    messages: list[Message] = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
     for question, answer in turns:
-        messages += [("user", question), ("assistant", answer)]
-    return [{"role": role, "content": content} for role, content in messages[:-1]]
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages[:-1]
 
 
 def wrong_answers(llm: Llama, kind: str, count: int) -> tuple[list[tuple[str, str, str]], int]:

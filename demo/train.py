@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo import data
 from llama.tokenizer import SPLIT_PATTERN, ChatFormat, Tokenizer
 
-PARAMS = {
+PARAMS: dict[str, Any] = {
     "dim": 128,
     "n_layers": 6,
     "n_heads": 8,

@@ -84,25 +84,25 @@ def read_params(folder: str, n_words: int, max_seq_len: int, max_batch_size: int
     """
     path = Path(folder) / "params.json"
     try:
-        params = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{str(path)!r} is missing: download it again") from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON ({error}): download it again") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{str(path)!r} is {params!r:.60}, expected an object of model parameters")
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is {found!r:.60}, expected an object of model parameters")
     sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
     known = ModelArgs.__dataclass_fields__.keys() - sizes.keys()
-    if unknown := sorted(params.keys() - known):
+    if unknown := sorted(found.keys() - known):
         raise ValueError(
             f"{str(path)!r} has the unknown parameter(s) {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}"
         )
-    params = {"rope_theta": LLAMA2_ROPE_THETA} | params
+    params: dict[str, Any] = {"rope_theta": LLAMA2_ROPE_THETA} | found
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = n_words
     try:
-        args = ModelArgs(**params, **sizes)
+        args = ModelArgs(**(params | sizes))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} or an argument of build: {error}") from None
     if args.vocab_size != n_words:
@@ -185,7 +185,8 @@ def _check(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Tensor
         raise ValueError(f"{str(path)!r} lacks {listed(missing)}: does params.json belong to it?")
     if unknown := tensors.keys() - expected.keys() - IGNORED_KEYS:
         raise ValueError(
-            f"{str(path)!r} has the unknown key(s) {listed(unknown)}: does params.json belong to it?"
+            f"{str(path)!r} has the unknown key(s) {listed(unknown)}: does params.json belong to "
+            "it?"
         )
     for key, wanted in expected.items():
         tensor = tensors[key]

@@ -3,12 +3,13 @@
 import codecs
 import dataclasses
 import math
+import numbers
 import operator
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
@@ -426,6 +427,13 @@ class Llama:
         self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
     ) -> None:
         args = self.model.params
+        for name, value, kind in (
+            ("max_gen_len", max_gen_len, numbers.Integral),
+            ("temperature", temperature, numbers.Real),
+            ("top_p", top_p, numbers.Real),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}, expected a number")
         if max_gen_len < 0:
             raise ValueError(f"max_gen_len is {max_gen_len}, expected 0 or more")
         if not 0 <= temperature < math.inf:
@@ -528,5 +536,5 @@ def _cpu_computes_bfloat16() -> bool:
     """Whether the processor has bfloat16 matrix instructions, by Linux's list of its features."""
     if platform.system() != "Linux":
         return False
-    features: Iterable[str] = Path("/proc/cpuinfo").read_text().split()
+    features = Path("/proc/cpuinfo").read_text().split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)

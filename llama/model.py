@@ -10,7 +10,7 @@ of this rank, D their size; L positions in the cache that are looked at; V vocab
 import dataclasses
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -187,7 +187,7 @@ class Places:
         rows, positions: int64 [T].
         spans: the tokens as spans, if some row has more than one; else None.
         length: L, one more than the last position.
-        mask: without spans: bool [B, 1, 1, L], true where a row may look; None if it may everywhere.
+        mask: without spans: bool [B, 1, 1, L], true where a row may look; None if everywhere.
     """
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
@@ -238,8 +238,8 @@ def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q [B, H, S, D] under a mask [..., S, L], with the H / K query heads that share a
-    key head written as further tokens: SDPA's own enable_gqa with a mask leaves its fast kernels."""
+    """Attention of q [B, H, S, D] under a mask [..., S, L], with the H / K query heads that share
+    a key head written as further tokens: SDPA's enable_gqa with a mask leaves its fast kernels."""
     n_rows, n_heads, n_tokens, head_dim = q.shape
     n_kv_heads = k.shape[1]
     if mask is not None and n_tokens > 1:
@@ -350,6 +350,10 @@ class Transformer(nn.Module):
             )
         spans = [Span(row, start_pos, n_tokens) for row in range(n_rows)]
         return self.logits(self.hidden(tokens.flatten(), spans)).view(n_rows, n_tokens, -1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        self.cache = None  # model.to(...) changes device or dtype: the next pass allocates anew
+        return super()._apply(fn, recurse)
 
     def hidden(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
         """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``spans``."""

@@ -52,8 +52,8 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
     size = world_size if requested_size is None else requested_size
     if size != world_size:
         raise ValueError(
-            f"model_parallel_size is {size}, but {world_size} process(es) are running: start {size} "
-            f"with torchrun --nproc_per_node {size}, or leave model_parallel_size out"
+            f"model_parallel_size is {size}, but {world_size} process(es) are running: start "
+            f"{size} with torchrun --nproc_per_node {size}, or leave model_parallel_size out"
         )
     if not launched:
         groups.destroy_model_parallel()  # a group of processes that are gone

@@ -264,9 +264,10 @@ class ChatFormat:
 def _check_message(message: Message) -> None:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise ValueError(f"a message is {message!r:.200}, expected a dict of 'role' and 'content'")
-    if message["role"] not in get_args(Role):
+    roles = get_args(Role)
+    if message["role"] not in roles:
         raise ValueError(
-            f"a message has the role {message['role']!r}, expected one of {', '.join(get_args(Role))}"
+            f"a message has the role {message['role']!r}, expected one of {', '.join(roles)}"
         )
     if not isinstance(message["content"], str):
         raise ValueError(

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 
@@ -66,7 +67,7 @@ def clean_process() -> Iterator[None]:
 @pytest.fixture
 def one_process_group() -> None:
     """What the published code needs even for one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     groups.initialize_model_parallel(1)
 
 
@@ -88,7 +89,7 @@ def random_weights(params: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor
 
 
 def new_model(
-    params: Mapping[str, Any], weights: Mapping[str, Tensor], **sizes: int
+    params: Mapping[str, Any], weights: Mapping[str, Tensor], **sizes: Any
 ) -> Transformer:
     """A Transformer in this process with these weights, in their dtype."""
     with torch.device("meta"):
@@ -154,7 +155,9 @@ def stories() -> Path:
     return path
 
 
-def run(*command: str | Path, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, timeout: float = 240, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a program of the checkout to its end; stdout and stderr are kept apart."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
     return subprocess.run(

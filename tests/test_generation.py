@@ -1,4 +1,4 @@
-"""Generation: ragged batches, streaming, log-probabilities, and the faults of the published code."""
+"""Ragged batches, streaming, log-probabilities, and the faults of the published code."""
 
 import math
 import random
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from llama import Llama, Tokenizer
 from llama.generation import TokenEvent
 
-PROMPTS = [
-    random.Random(i).choices(range(768), k=length) for i, length in enumerate([5, 1, 17, 9])
-]
+PROMPTS = [random.Random(i).choices(range(768), k=length) for i, length in enumerate([5, 1, 17, 9])]
 
 
-def greedy_oracle(weights: dict[str, Tensor], prompt: list[int], n: int, stop: set[int]) -> list[int]:
+def greedy_oracle(
+    weights: dict[str, Tensor], prompt: list[int], n: int, stop: set[int]
+) -> list[int]:
     tokens = list(prompt)
     for _ in range(n):
         token = int(oracle_logits(weights, PARAMS, tokens)[-1].argmax())
@@ -412,8 +412,14 @@ def test_arguments_out_of_range(llm: Llama, arguments: dict[str, Any], message: 
 def test_a_prompt_that_is_no_list_of_texts(llm: Llama) -> None:
     with pytest.raises(TypeError, match=r"write \[prompt\]"):
         llm.text_completion(cast(Any, "Hello"))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="float"):
         llm.generate(cast(Any, [[1.5]]), 4)
+
+
+@pytest.mark.parametrize("name", ["max_gen_len", "temperature", "top_p"])
+def test_arguments_that_are_no_numbers(llm: Llama, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is 'abc', expected a number"):
+        llm.text_completion(["a"], **{name: cast(Any, "abc")})
 
 
 def test_damaged_weights_do_not_sample(tokenizer: Tokenizer) -> None:

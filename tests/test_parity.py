@@ -56,11 +56,14 @@ def published_model(params: dict[str, Any], weights: dict[str, Tensor]) -> torch
     from llama_models.llama3.args import ModelArgs as PublishedArgs
     from llama_models.llama3.model import Transformer as PublishedTransformer
 
-    known = {key: value for key, value in params.items() if key != "rope_scaling_factor"}
+    known: dict[str, Any] = {
+        key: value for key, value in params.items() if key != "rope_scaling_factor"
+    }
     model = PublishedTransformer(PublishedArgs(**known, max_batch_size=2, max_seq_len=64))
     model.to(next(iter(weights.values())).dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not missing and not unexpected
+    assert not missing
+    assert not unexpected
     return model
 
 
@@ -85,7 +88,9 @@ def bfloat16_errors(seed: int) -> tuple[float, float]:
     published = published_model(PARAMS, weights)(torch.tensor([TOKENS]), 0)[0]
 
     def rms(x: Tensor) -> float:
-        return float((x.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        return float(
+            (x.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        )
 
     return rms(ours(PARAMS, weights, TOKENS)), rms(published)
 
@@ -98,7 +103,9 @@ def test_bfloat16_error_is_no_larger_than_the_published_one() -> None:
     assert mean_ours < 0.03
 
 
-@pytest.mark.parametrize("name", ["grouped", "Llama 2's theta", "scaled RoPE", "scaled RoPE of 3.2"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "Llama 2's theta", "scaled RoPE", "scaled RoPE of 3.2"]
+)
 def test_float32_logits_match_hugging_face(name: str) -> None:
     params = SHAPES[name]
     weights = random_weights(params, seed=3)
@@ -184,7 +191,8 @@ def test_real_model_tells_its_story(stories: Path) -> None:
         ids.append(int(scores[0, -1].argmax()))
         scores = model.forward(torch.tensor([ids[-1:]]), position)
     assert vocabulary.decode(ids).startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+        "Once upon a time, there was a little girl named Lily. "
+        "She loved to play outside in the park."
     )
     expected = logits(weights, params, ids[:40])
     assert relative_error(ours(params, weights, ids[:40]), expected) < 1e-5

@@ -13,7 +13,8 @@ def direct(logits: Tensor, temperature: float, p: float) -> Tensor:
     probs = torch.softmax(logits / temperature, dim=-1)
     rows, orders = [], []
     for row in probs:
-        order = sorted(range(len(row)), key=lambda i, row=row: (-float(row[i]), i))
+        values = [-v for v in row.tolist()]
+        order = [i for _, i in sorted(zip(values, range(len(values)), strict=True))]
         ranked = row[order]
         total = torch.cumsum(ranked, dim=-1)
         kept = [float(v) if float(t - v) <= p else 0.0 for t, v in zip(total, ranked, strict=True)]
@@ -47,7 +48,13 @@ def test_ties_keep_ascending_ids() -> None:
 
 def test_the_nucleus() -> None:
     probs = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
-    for p, ids in ((0.1, {1}), (0.5, {1, 3}), (0.79, {1, 3}), (0.9, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+    for p, ids in (
+        (0.1, {1}),
+        (0.5, {1, 3}),
+        (0.79, {1, 3}),
+        (0.9, {1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ):
         assert {int(sample_top_p(probs, p)) for _ in range(300)} == ids
     assert torch.equal(probs, torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
     assert sample_top_p(probs.expand(3, 4), 0.5).shape == (3, 1)

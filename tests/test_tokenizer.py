@@ -168,9 +168,7 @@ def test_published_dialog_ids(real: Tokenizer) -> None:
     ]
 
 
-def test_dialogs_equal_the_published_format(
-    real: Tokenizer, published: PublishedTokenizer
-) -> None:
+def test_dialogs_equal_the_published_format(real: Tokenizer, published: PublishedTokenizer) -> None:
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat as PublishedFormat
 

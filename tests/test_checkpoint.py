@@ -1,0 +1,334 @@
+"""Native folders: what is read, what is refused and with which words, and the memory it takes."""
+
+import hashlib
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_models.llama3
+import pytest
+import torch
+from conftest import DEMO, PARAMS, run, write_checkpoint
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer, checkpoint
+
+
+def build(folder: Path, **arguments: Any) -> Llama:
+    defaults: dict[str, Any] = {"max_seq_len": 32, "dtype": "float32", "device": "cpu"}
+    return Llama.build(str(folder), **(defaults | arguments))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# --- What is read -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, "float16"])
+def test_dtypes_are_converted_while_loading(
+    tmp_path: Path, weights: dict[str, Tensor], stored: torch.dtype, dtype: str | torch.dtype
+) -> None:
+    stored_weights = {key: weight.to(stored) for key, weight in weights.items()}
+    model = build(write_checkpoint(tmp_path, PARAMS, stored_weights), dtype=dtype).model
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    for key, tensor in model.state_dict().items():
+        assert tensor.dtype == wanted
+        assert torch.equal(tensor, stored_weights[key].to(wanted))
+
+
+def test_chunks_of_a_conversion_join(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    whole = build(folder, dtype="bfloat16").model.state_dict()
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 5000)
+    for key, tensor in build(folder, dtype="bfloat16").model.state_dict().items():
+        assert torch.equal(tensor, whole[key])
+
+
+def test_tensors_that_are_views_or_shared_are_read_right(
+    copy: Path, weights: dict[str, Tensor]
+) -> None:
+    """Transposed storage, and one storage for two tensors, as in files that tie the embeddings."""
+    tricky = dict(weights)
+    tricky["output.weight"] = tricky["tok_embeddings.weight"]
+    key = "layers.0.attention.wo.weight"
+    tricky[key] = weights[key].T.contiguous().T
+    torch.save(tricky, copy / "consolidated.00.pth")
+    for dtype in ("float32", "bfloat16"):
+        state = build(copy, dtype=dtype).model.state_dict()
+        for name, weight in tricky.items():
+            assert torch.equal(state[name], weight.to(state[name].dtype)), name
+
+
+def test_llama2_leftovers_are_ignored_by_name(copy: Path, weights: dict[str, Tensor]) -> None:
+    torch.save(weights | {"rope.freqs": torch.ones(4)}, copy / "consolidated.00.pth")
+    build(copy)
+    torch.save(weights | {"rope.frequencies": torch.ones(4)}, copy / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"unknown key\(s\) rope\.frequencies"):
+        build(copy)
+
+
+def test_params_without_a_theta_or_vocabulary(copy: Path) -> None:
+    """Llama 2's params.json: theta is 10000, the vocabulary is the tokenizer's."""
+    params = PARAMS | {"vocab_size": -1}
+    del params["rope_theta"]
+    (copy / "params.json").write_text(json.dumps(params))
+    args = build(copy).model.params
+    assert (args.rope_theta, args.vocab_size) == (10000.0, 1024)
+
+
+def test_building_twice_and_printing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = build(folder), build(folder, dtype="bfloat16")
+    assert [two.model.output.weight.dtype, one.model.output.weight.dtype] == [
+        torch.bfloat16,
+        torch.float32,
+    ]
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("Loaded in ")
+        assert line.endswith(" seconds")
+        float(line.split()[2])
+    assert captured.err == ""
+
+
+def test_the_process_is_left_as_it_was(folder: Path) -> None:
+    """Fault 6: the published build changes the default dtype and device, and the global seed."""
+    before = torch.get_rng_state()
+    build(folder)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device() == torch.device("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_foreign_world_size_does_not_start_a_group(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    build(folder).generate([[1]], 2)
+    assert not torch.distributed.is_initialized()
+
+
+# --- What is refused (fault 6) ------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(
+    copy: Path, weights: dict[str, Tensor], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    path = copy / "consolidated.00.pth"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(weights | {"x": Evil()}))
+    else:
+        torch.save(weights | {"x": Evil()}, path)
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth"):
+        build(copy)
+    assert not (copy / "evil-was-here").exists()
+
+
+def test_damaged_files(copy: Path) -> None:
+    path = copy / "consolidated.00.pth"
+    data = path.read_bytes()
+    for damaged in (b"", b"<html>", data[: len(data) // 2], data[:-100], bytes(100_000)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"(?s)consolidated\.00\.pth.*download it again"):
+            build(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm.weight": None}, r"lacks norm\.weight"),
+        ({"layers.9.ffn_norm.weight": torch.ones(128)}, r"unknown key\(s\) layers\.9\.ffn_norm"),
+        ({"norm.weight": torch.ones(64)}, r"norm\.weight .* \(64,\), expected \(128,\)"),
+        ({"norm.weight": torch.ones(128, dtype=torch.int8)}, "int8, .* quantized"),
+        (
+            {"norm.weight": torch.ones(128).to(torch.float8_e4m3fn)},
+            "float8_e4m3fn, .* quantized checkpoints are not supported",
+        ),
+        ({"norm.weight": torch.ones(128).to_sparse()}, "no dense tensor"),
+        ({"norm.weight": [1.0] * 128}, "no dense tensor: list"),
+    ],
+)
+def test_wrong_contents(
+    copy: Path, weights: dict[str, Tensor], changes: dict[str, Any], message: str
+) -> None:
+    contents = {k: w for k, w in (weights | changes).items() if w is not None}
+    torch.save(contents, copy / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=message):
+        build(copy)
+
+
+def test_a_checkpoint_that_is_no_dict(copy: Path, weights: dict[str, Tensor]) -> None:
+    torch.save(list(weights.values()), copy / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="holds a list, expected a dict"):
+        build(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected an object"),
+        (json.dumps(PARAMS | {"n_experts": 8}), r"unknown parameter\(s\) n_experts"),
+        (json.dumps(PARAMS | {"max_seq_len": 8}), r"unknown parameter\(s\) max_seq_len"),
+        (json.dumps(PARAMS | {"n_heads": 7}), "n_heads"),
+        (json.dumps(PARAMS | {"dim": "128"}), "dim is '128'"),
+        (json.dumps(PARAMS | {"vocab_size": 128256}), "128256 tokens, but the tokenizer has 1024"),
+        (json.dumps(PARAMS | {"n_layers": 3}), r"lacks layers\.2\..* and 5 more"),
+        (json.dumps(PARAMS | {"n_layers": 1}), r"unknown key\(s\) layers\.1\."),
+    ],
+)
+def test_wrong_params(copy: Path, text: str, message: str) -> None:
+    (copy / "params.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build(copy)
+
+
+def test_missing_files(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder at"):
+        build(tmp_path / "nowhere")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"but model\.safetensors: expected"):
+        build(tmp_path / "hf")
+    (copy / "consolidated.02.pth").touch()
+    with pytest.raises(FileNotFoundError, match=r"but not consolidated\.01\.pth"):
+        build(copy)
+    (copy / "consolidated.02.pth").unlink()
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match="give tokenizer_path"):
+        build(copy)
+    build(copy, tokenizer_path=str(DEMO / "tokenizer.model"))
+    (copy / "params.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"params\.json' is missing"):
+        build(copy, tokenizer_path=str(DEMO / "tokenizer.model"))
+
+
+def test_wrong_number_of_ranks(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path / "two", PARAMS, weights, n_shards=2)
+    monkeypatch.setattr(sys, "argv", ["my chat.py", "--ckpt_dir", "two"])
+    with pytest.raises(ValueError, match=r"has 2 shard\(s\)") as error:
+        build(folder)
+    assert "1 process(es) are running" in str(error.value)
+    assert "torchrun --nproc_per_node 2 'my chat.py' --ckpt_dir two" in str(error.value)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ipython"])
+    with pytest.raises(ValueError, match=r"--nproc_per_node 2 your_script\.py"):
+        build(folder)
+    with pytest.raises(ValueError, match="model_parallel_size is 2, but 1 process"):
+        build(folder, model_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": "xpu"}, "device is 'xpu', but this machine has 'cpu'"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of bfloat16, float16, float32"),
+        ({"dtype": torch.float64}, "dtype is torch.float64"),
+        ({"max_seq_len": 0}, "max_seq_len is 0"),
+        ({"max_batch_size": -1}, "max_batch_size is -1"),
+        ({"max_seq_len": 8193}, "max_seq_len is 8193, .* at most 8192"),
+    ],
+)
+def test_impossible_arguments(folder: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("params", "context"),
+    [({"rope_theta": 10000.0}, 4096), ({"use_scaled_rope": True}, 131072), ({}, 8192)],
+)
+def test_the_context_of_a_family_is_the_limit(
+    copy: Path, params: dict[str, Any], context: int
+) -> None:
+    """Fault 8: max_seq_len beyond what the model was trained for."""
+    (copy / "params.json").write_text(json.dumps(PARAMS | params))
+    with pytest.raises(ValueError, match=f"at most {context}"):
+        build(copy, max_seq_len=context + 1)
+    assert build(copy, max_seq_len=context, max_batch_size=1).model.params.max_seq_len == context
+
+
+# --- Memory -----------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from llama import Llama
+
+def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.ones(8) @ torch.ones(8)
+Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # what a first build imports
+peak, done, before = 0, False, rss()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, rss())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+llm = Llama.build(sys.argv[1], max_seq_len=8192, dtype=sys.argv[3], device="cpu")
+peak = max(peak, rss())
+done = True
+thread.join()
+weights = sum(p.nbytes for p in llm.model.parameters())
+for p in llm.model.parameters(): p.sum()
+print((peak - before) / weights, weights, (rss() - before) / weights)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_build_takes_little_more_memory_than_the_weights(
+    big: Path, folder: Path, dtype: str
+) -> None:
+    result = run(sys.executable, "-c", MEASURE, big, folder, dtype)
+    assert result.returncode == 0, result.stderr
+    ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
+    print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")
+    assert n_bytes > 1e9
+    assert ratio <= 1.15
+    assert touched <= 1.15
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.1 GB of bfloat16, with Llama 3's vocabulary: the two largest tensors are half of it."""
+    params = PARAMS | {"dim": 1024, "n_layers": 24, "vocab_size": 128256}
+    with torch.device("meta"):
+        shapes = Transformer(ModelArgs(**params)).state_dict()
+    weights = {key: torch.full(meta.shape, 0.01).bfloat16() for key, meta in shapes.items()}
+    path = write_checkpoint(tmp_path_factory.mktemp("big"), params, weights)
+    shutil.copy(Path(llama_models.llama3.__file__).parent / "tokenizer.model", path)
+    return path
+
+
+# --- The demo's own folder ----------------------------------------------------------------------
+
+
+def test_the_demo_matches_its_checklist() -> None:
+    lines = (DEMO / "checklist.chk").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        md5, name = line.split()
+        assert hashlib.md5((DEMO / name).read_bytes()).hexdigest() == md5

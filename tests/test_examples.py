@@ -1,0 +1,100 @@
+"""The two example scripts, as a user starts them."""
+
+import ast
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, ROOT, run, torchrun
+
+CHAT = ROOT / "example_chat_completion.py"
+TEXT = ROOT / "example_text_completion.py"
+
+
+def test_chat_example_answers_on_the_demo_model(tmp_path: Path) -> None:
+    """Without arguments, and from another folder; more dialogs than max_batch_size."""
+    result = run(sys.executable, CHAT, "--temperature", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for answer in (
+        "Assistant: 23 + 45 = 68.",
+        "Assistant: Your name is Clara.",
+        "Assistant: A COW SAYS MOO.",
+        "Assistant: g-a-r-d-e-n",
+        "Assistant: Sorry, I don't know.",
+    ):
+        assert answer in result.stdout
+    assert result.stdout.count("=====") > 0
+    assert "User: Do you remember my name?" in result.stdout
+    assert result.stderr == ""
+
+
+def test_text_example_under_torchrun_tells_stories(tmp_path: Path) -> None:
+    result = torchrun(1, TEXT, "--temperature", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Loaded in") == 1
+    assert result.stdout.count("\n> ") == 4
+    story = result.stdout.split("Once upon a time there was a little fox named Clara.\n> ")[1]
+    assert "Clara" in story.split("====")[0]
+
+
+def test_defaults_run_too() -> None:
+    for script in (CHAT, TEXT):
+        result = run(sys.executable, script)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "prompts"),
+    [
+        ("Hello, world", ["Hello, world"]),
+        ("1, 2", ["1, 2"]),
+        ("42", ["42"]),
+        ("None", ["None"]),
+        ("{'a': 1}", ["{'a': 1}"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("[INST] hi", ["[INST] hi"]),
+        ('["one, two", "3"]', ["one, two", "3"]),
+    ],
+)
+def test_prompts_are_read_as_text(typed: str, prompts: list[str]) -> None:
+    result = run(sys.executable, TEXT, "--prompt", typed, "--max_gen_len", "1")
+    assert result.returncode == 0, result.stderr
+    shown = [part.split("\n> ")[0].strip() for part in result.stdout.split("=" * 34)[:-1]]
+    shown[0] = shown[0].split("seconds\n")[1]
+    assert shown == prompts
+
+
+@pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
+def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
+    result = run(sys.executable, script, "--temprature", "0", "--ckpt_dir", "/nowhere")
+    assert result.returncode == 2
+    assert "temprature" in result.stderr
+    assert "Usage: " in result.stderr
+    assert "nowhere" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_missing_folder_is_named() -> None:
+    result = run(sys.executable, CHAT, "--ckpt_dir", "/nowhere/8B")
+    assert result.returncode == 1
+    assert "no checkpoint folder at '/nowhere/8B'" in result.stderr
+
+
+@pytest.mark.parametrize(("script", "word"), [(CHAT, "Lisbon"), (TEXT, "Hanoi")])
+def test_with_a_checkpoint_the_prompts_are_general(tmp_path: Path, script: Path, word: str) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "other")
+    result = run(sys.executable, script, "--ckpt_dir", folder, "--max_seq_len", "512")
+    assert result.returncode == 0, result.stderr
+    assert word in result.stdout
+
+
+@pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
+def test_examples_import_only_what_users_have(script: Path) -> None:
+    imports = []
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imports.append(str(node.module))
+    assert set(imports) <= {"fire", "llama", "typing"}

@@ -1,0 +1,68 @@
+"""The same on a CUDA device: parity, generation, and NCCL with one rank."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PARAMS, ROOT, new_model, random_weights, torchrun
+from reference import logits, relative_error
+from torch import Tensor
+
+from llama import Llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TOKENS = list(range(40, 70))
+
+
+def on_device(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits on the device, and the oracle's."""
+    weights = {key: w.to(dtype) for key, w in random_weights(PARAMS, seed=1).items()}
+    model = new_model(PARAMS, weights, max_batch_size=2, max_seq_len=32).to("cuda")
+    return model(torch.tensor([TOKENS], device="cuda"), 0)[0].cpu(), logits(weights, PARAMS, TOKENS)
+
+
+def test_float32_logits_match_the_oracle() -> None:
+    got, expected = on_device(torch.float32)
+    assert relative_error(got, expected) < 1e-5
+
+
+def test_bfloat16_logits_are_close() -> None:
+    got, expected = on_device(torch.bfloat16)
+    assert relative_error(got, expected) < 0.1
+
+
+def test_greedy_tokens_equal_the_cpus(folder: Path) -> None:
+    prompts = [[7, 20, 300], [9], [500, 2, 600, 13, 14, 15]]
+    results = []
+    for device in ("cpu", "cuda"):
+        llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device=device)
+        tokens, logprobs = llm.generate(prompts, 20, temperature=0, logprobs=True, echo=True)
+        results.append(tokens)
+        assert logprobs is not None
+    assert results[0] == results[1]
+
+
+def test_sampling_is_reproducible(folder: Path) -> None:
+    llm = Llama.build(str(folder), max_seq_len=64, device="cuda")
+    first = llm.generate([[1, 2]] * 3, 20, temperature=1.0, seed=3)
+    assert llm.generate([[1, 2]] * 3, 20, temperature=1.0, seed=3) == first
+
+
+def test_one_rank_under_torchrun(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\nfrom llama import Llama\n"
+        "llm = Llama.build(sys.argv[1], max_seq_len=64, dtype='float32')\n"
+        "print(json.dumps([str(llm.model.output.weight.device), "
+        "llm.generate([[7, 20]], 8, temperature=0)[0]]))\n"
+    )
+    result = torchrun(1, script, folder, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    device, tokens = json.loads(result.stdout.splitlines()[-1])
+    assert device == "cuda:0"
+    llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cpu")
+    assert tokens == llm.generate([[7, 20]], 8, temperature=0)[0]

@@ -1,0 +1,128 @@
+"""The shape of the project: who imports whom, and what the README says of it."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+from llama import ModelArgs
+
+# Each module may import those before it (generation the lot).
+LAYERS = ["parallel", "model", "checkpoint", "tokenizer", "sampling", "generation"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of llama that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "llama":
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("llama."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("llama."))
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    modules = {path.stem for path in (ROOT / "llama").glob("*.py")} - {"__init__"}
+    assert modules == set(LAYERS)
+    for i, module in enumerate(LAYERS):
+        assert imports_of(ROOT / "llama" / f"{module}.py") <= set(LAYERS[:i])
+    assert imports_of(ROOT / "llama" / "model.py") == {"parallel"}
+    assert imports_of(ROOT / "llama" / "tokenizer.py") == set()
+    assert imports_of(ROOT / "tests" / "reference.py") == set()
+
+
+def test_import_is_quiet_and_starts_nothing() -> None:
+    script = (
+        "import sys, llama, torch; "
+        "assert not torch.distributed.is_initialized(); "
+        "assert 'transformers' not in sys.modules; "
+        "assert 'sentencepiece' not in sys.modules"
+    )
+    result = run(sys.executable, "-W", "error::UserWarning", "-c", script)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# --- The README -------------------------------------------------------------------------------
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_tree_names_the_files_that_are_there() -> None:
+    named = set(re.findall(r"^\S*?([\w./-]+\.\w+|\.ci/run|LICENSE)\s", section("Files"), re.M))
+    tracked = run("git", "ls-files", cwd=ROOT).stdout.split()
+    shown = [p for p in tracked if not p.startswith(("demo/model/", ".git"))]
+    assert sorted(named) == sorted(shown)
+
+
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md")))
+def test_links_lead_somewhere(name: str) -> None:
+    if ".venv" in name:
+        pytest.skip("not ours")
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_memory_table_is_computed() -> None:
+    """Weights and cache by the formulas of the section, in bfloat16."""
+    shapes = {
+        "8B": ModelArgs(
+            dim=4096, n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3
+        ),
+        "70B": ModelArgs(
+            dim=8192,
+            n_layers=80,
+            n_heads=64,
+            n_kv_heads=8,
+            vocab_size=128256,
+            multiple_of=4096,
+            ffn_dim_multiplier=1.3,
+        ),
+    }
+    rows = re.findall(
+        r"^\| (8B|70B), (\d) ranks? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        section("Memory"),
+        re.M,
+    )
+    assert len(rows) == 2
+    for name, n_ranks, *shown in rows:
+        args = shapes[name]
+        kv_dim = args.kv_heads * args.head_dim
+        layer = 2 * args.dim * (args.dim + kv_dim) + 3 * args.dim * args.ffn_hidden_dim
+        norms = (2 * args.n_layers + 1) * args.dim
+        split = args.n_layers * layer + 2 * args.vocab_size * args.dim
+        weights = 2 * (split / int(n_ranks) + norms)
+        token = 2 * 2 * args.n_layers * kv_dim / int(n_ranks)
+        computed = [weights, 4 * 512 * token, 4 * 8192 * token]
+        assert [float(x) for x in shown] == [round(x / 2**30, 2) for x in computed]
+
+
+def test_the_notebook_snippet_runs() -> None:
+    snippet = re.search(r"```python\n(.*?)```", section("In Python"), re.S)
+    assert snippet is not None
+    result = run(sys.executable, "-c", snippet[1], cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    shown = re.findall(r"#> (.*)", snippet[1])
+    assert len(shown) > 2
+    for line in shown:
+        assert line in result.stdout, result.stdout
+
+
+def test_messages_of_the_table_are_in_the_code() -> None:
+    source = "".join(p.read_text() for p in [*ROOT.glob("llama/*.py"), ROOT / "download.sh"])
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    messages = re.findall(r"^\| `([^`]+)` \|", section("Messages and what they mean"), re.M)
+    assert len(messages) >= 8
+    for message in messages:
+        for part in re.split(r"\s*…\s*", message):
+            assert part in source, part
