@@ -5,6 +5,8 @@ torchrun --nproc_per_node 1 example_chat_completion.py Meta-Llama-3-8B-Instruct
 torchrun --nproc_per_node 8 example_chat_completion.py Meta-Llama-3-70B-Instruct
 """
 
+from typing import Any
+
 import fire
 
 from llama import Dialog, Llama
@@ -57,7 +59,7 @@ def text_or_list(value: str) -> str | list[str]:
 
 
 @fire.decorators.SetParseFns(ckpt_dir=str, tokenizer_path=str, prompt=text_or_list)
-def main(
+def arguments(
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
@@ -66,8 +68,7 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     prompt: str | list[str] | None = None,
-    **unknown: object,
-) -> None:
+) -> dict[str, Any]:
     """Let a model answer questions and print the dialogs.
 
     Args:
@@ -79,10 +80,20 @@ def main(
         max_batch_size: dialogs that are answered together; more run one batch after the other.
         max_gen_len: longest answer, in tokens; default what max_seq_len leaves.
         prompt: a question, or a list ["one", "two"] of them, to be asked instead.
-        unknown: any other flag, which is an error.
     """
-    if unknown:
-        raise fire.core.FireError("unknown flags:", ", ".join(unknown))
+    return locals()
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str | None,
+    temperature: float,
+    top_p: float,
+    max_seq_len: int,
+    max_batch_size: int,
+    max_gen_len: int | None,
+    prompt: str | list[str] | None,
+) -> None:
     dialogs = DEMO_DIALOGS if ckpt_dir == DEMO else DIALOGS
     if prompt is not None:
         questions = [prompt] if isinstance(prompt, str) else prompt
@@ -96,4 +107,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
+    main(**fire.Fire(arguments, serialize=lambda _: None))

@@ -5,6 +5,8 @@ torchrun --nproc_per_node 1 example_text_completion.py Meta-Llama-3-8B
 torchrun --nproc_per_node 8 example_text_completion.py Meta-Llama-3-70B
 """
 
+from typing import Any
+
 import fire
 
 from llama import Llama
@@ -40,7 +42,7 @@ def text_or_list(value: str) -> str | list[str]:
 
 
 @fire.decorators.SetParseFns(ckpt_dir=str, tokenizer_path=str, prompt=text_or_list)
-def main(
+def arguments(
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
@@ -49,8 +51,7 @@ def main(
     max_gen_len: int = 64,
     max_batch_size: int = 4,
     prompt: str | list[str] | None = None,
-    **unknown: object,
-) -> None:
+) -> dict[str, Any]:
     """Let a model continue texts and print both.
 
     Args:
@@ -62,10 +63,20 @@ def main(
         max_gen_len: longest continuation, in tokens.
         max_batch_size: texts that are continued together; more run one batch after the other.
         prompt: a text, or a list ["one", "two"] of them, to be continued instead.
-        unknown: any other flag, which is an error.
     """
-    if unknown:
-        raise fire.core.FireError("unknown flags:", ", ".join(unknown))
+    return locals()
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str | None,
+    temperature: float,
+    top_p: float,
+    max_seq_len: int,
+    max_gen_len: int,
+    max_batch_size: int,
+    prompt: str | list[str] | None,
+) -> None:
     prompts = DEMO_PROMPTS if ckpt_dir == DEMO else PROMPTS
     if prompt is not None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -78,4 +89,5 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
+    main(**fire.Fire(arguments, serialize=lambda _: None))

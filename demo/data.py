@@ -310,7 +310,7 @@ def unknown(rng: random.Random, test: bool = False) -> Turn:
     """A question about something that is in no table: of a known kind, or of another."""
     w, x = word(rng, test), word(rng, test)
     if rng.random() < 0.5:
-        topic = rng.choice(list(FACTS))
+        topic, _ = rng.choice(FACT_LIST)
         known, wordings, _ = FACTS[topic]
         while w in known or w.capitalize() in known:
             w = word(rng, test)
@@ -330,7 +330,7 @@ def name_question(n: str, rng: random.Random) -> Turn:
 # kind of turn: how often it is drawn
 TURNS: dict[Callable[[random.Random], Turn], float] = {
     addition: 5,
-    fact: 4,
+    fact: 6,
     repeating: 2.5,
     spelling: 4,
     greeting: 1,

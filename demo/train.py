@@ -2,9 +2,8 @@
 
     python demo/train.py --out demo/model        about 20 minutes on 2 CPU cores
 
-Needs the extra [demo] (transformers as the trainer, tokenizers to train the vocabulary) and torch
-2.9 or newer (torch.optim.Muon). The text is demo/data.py's. The model has 1.3 million parameters:
-Llama 3's architecture with a width of 128, 6 layers, 8 heads of which 4 hold keys and values.
+Needs the extra [demo]: transformers as the trainer, tokenizers to train the vocabulary. The text is
+demo/data.py's. The model has Llama 3's architecture and 1.24 million parameters.
 """
 
 import argparse

@@ -10,8 +10,7 @@ import ctypes
 import json
 import mmap
 import pickle
-import shlex
-import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,18 +59,6 @@ def find_shards(folder: str) -> list[Path]:
             f"{folder!r} holds {', '.join(names)}, but not {', '.join(missing)}: download it again"
         )
     return shards
-
-
-def check_rank_count(folder: str, n_shards: int, n_ranks: int) -> None:
-    """Raise ValueError unless there is one process for each shard."""
-    if n_shards == n_ranks:
-        return
-    script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
-    raise ValueError(
-        f"{folder!r} has {n_shards} shard(s), one for each model-parallel rank, but {n_ranks} "
-        f"process(es) are running; start it with\n"
-        f"    torchrun --nproc_per_node {n_shards} {script}"
-    )
 
 
 def read_params(folder: str, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
@@ -142,6 +129,7 @@ def load_shard(
     tensors = _open(path)
     _check(path, tensors, expected)
     total = sum(tensors[key].nbytes for key in expected)
+    users = Counter(tensors[key].untyped_storage().data_ptr() for key in expected)
     loaded = {}
     with tqdm(
         total=total,
@@ -153,7 +141,8 @@ def load_shard(
     ) as bar:
         for key in expected:
             source = tensors.pop(key)
-            loaded[key] = _converted(source, dtype, device)
+            alone = users[source.untyped_storage().data_ptr()] == 1
+            loaded[key] = _converted(source, dtype, device, release=alone)
             bar.update(source.nbytes)
     return loaded
 
@@ -166,10 +155,12 @@ def _open(path: Path) -> dict[str, Any]:
             f"{str(path)!r} holds more than tensors, or is damaged, and was not loaded: compare it "
             f"with checklist.chk or download it again ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes of the unpickler
         raise ValueError(
             f"{str(path)!r} is no readable checkpoint (an incomplete download?): compare it with "
-            f"checklist.chk or download it again ({(str(error) or repr(error)).splitlines()[0]})"
+            f"checklist.chk or download it again ({repr(error).splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
@@ -190,7 +181,8 @@ def _check(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Tensor
         )
     for key, wanted in expected.items():
         tensor = tensors[key]
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        plain = type(tensor) in (Tensor, torch.nn.Parameter)
+        if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{key} in {str(path)!r} is no dense tensor: {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
@@ -204,7 +196,9 @@ def _check(path: Path, tensors: Mapping[str, Any], expected: Mapping[str, Tensor
             )
 
 
-def _converted(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _converted(
+    source: Tensor, dtype: torch.dtype, device: torch.device, *, release: bool
+) -> Tensor:
     if source.dtype == dtype and device.type == "cpu" and source.is_contiguous():
         return source
     result = torch.empty(source.shape, dtype=dtype, device=device)
@@ -212,14 +206,14 @@ def _converted(source: Tensor, dtype: torch.dtype, device: torch.device) -> Tens
     for start in range(0, len(source), rows):
         piece = source[start : start + rows]
         result[start : start + rows].copy_(piece)
-        if piece.is_contiguous():
+        if release and piece.is_contiguous():
             _release_pages(piece)
     return result
 
 
 def _release_pages(tensor: Tensor) -> None:
-    """Tell the system that the mapped pages below ``tensor`` are not needed any more; where one is
-    read again after all, it comes from the file again."""
+    """Tell the system that the mapped pages below ``tensor`` are not needed any more. They must
+    not be: torch swaps the bytes of a big-endian file in place, and that would be lost."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -32,6 +32,8 @@ __all__ = [
 
 # Float32 logits computed at once when a whole prompt is scored: 128 MiB of them.
 _LOGITS_CHUNK = 2**25
+# Below it, logits / temperature would overflow float32.
+_MIN_TEMPERATURE = 1e-30
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -113,7 +115,7 @@ class Llama:
             tokenizer_path: default ``tokenizer.model`` in ``ckpt_dir``.
             max_seq_len: longest prompt and generation together, in tokens.
             max_batch_size: rows that run together; more prompts run one batch after the other.
-            model_parallel_size: default the number of processes.
+            model_parallel_size: ranks that share one copy of the weights; default all processes.
             seed: of the generator that sampling draws from.
             device: default "cuda" where there is one, else "mps", else "cpu". Under torchrun a
                 rank's CUDA device is LOCAL_RANK's.
@@ -135,18 +137,19 @@ class Llama:
         first_process = not dist.is_initialized() or dist.get_rank() == 0
         if quiet_ranks and not first_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
-        checkpoint.check_rank_count(ckpt_dir, len(shards), parallel.model_parallel_size())
+        parallel.check_shard_count(ckpt_dir, len(shards))
         tokenizer = Tokenizer(tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model"))
         args = checkpoint.read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
         with torch.device("meta"):
             model = Transformer(args)
-        tensors = checkpoint.load_shard(
-            shards[parallel.model_parallel_rank()],
-            model.state_dict(),
-            dtype=torch_dtype,
-            device=torch_device,
-            progress=first_process,
-        )
+        with parallel.failing_together(torch_device):
+            tensors = checkpoint.load_shard(
+                shards[parallel.model_parallel_rank()],
+                model.state_dict(),
+                dtype=torch_dtype,
+                device=torch_device,
+                progress=first_process,
+            )
         model.load_state_dict(tensors, assign=True)
         if first_process:
             print(f"Loaded in {time.time() - start:.2f} seconds")
@@ -173,8 +176,10 @@ class Llama:
         """Generate step by step: each step gives the new token of every row that still runs.
 
         A row ends with a stop token (which is given), after ``max_gen_len`` tokens, or when
-        ``max_seq_len`` is reached. Prompts beyond ``max_batch_size`` follow when those before them
-        have ended. Under torchrun every rank gets the same events and must take all of them.
+        ``max_seq_len`` is reached; one that may not generate at all has no event. Prompts beyond
+        ``max_batch_size`` follow when those before them have ended. The key/value cache is the
+        model's, so only one generation can run at a time. Under torchrun every rank gets the same
+        events and must take all of them.
 
         Args:
             max_gen_len: default ``max_seq_len - 1``; 0 generates nothing.
@@ -185,9 +190,11 @@ class Llama:
             seed: draw from a new generator; default the one that was seeded by ``build``.
 
         Raises:
+            TypeError: an argument is of another type.
             ValueError: an argument is out of its range; the message gives the limit and the value.
+            RuntimeError: while iterating, if another generation has taken the cache since.
         """
-        prompts = [[operator.index(token) for token in prompt] for prompt in prompt_tokens]
+        prompts = _token_lists(prompt_tokens)
         if max_gen_len is None:
             max_gen_len = self.model.params.max_seq_len - 1
         self._check_request(prompts, max_gen_len, temperature, top_p)
@@ -293,6 +300,7 @@ class Llama:
         echo: bool = False,
         seed: int | None,
     ) -> list[_Generated]:
+        prompt_tokens = list(prompt_tokens)
         rows = [_Generated() for _ in prompt_tokens]
         for events in self.stream(
             prompt_tokens,
@@ -324,6 +332,7 @@ class Llama:
         hidden = None
         if any(limits) or (echo and logprobs):
             hidden = self._prefill(prompts)  # [T, dim]
+        user = self.model.cache_user = object()
         if echo:
             scores = self._score(prompts, hidden) if logprobs and hidden is not None else None
             yield _prompt_events(prompts, limits, decoders, scores)
@@ -332,7 +341,7 @@ class Llama:
 
         assert hidden is not None
         ends = torch.tensor([len(prompt) for prompt in prompts], device=self._device).cumsum(0) - 1
-        logits = self._logits(hidden[ends])  # [B, V]
+        logits = self.model.logits(hidden[ends])  # [B, V]
         del hidden
         # A row that has ended stays in the batch, at its last position, until all have ended: the
         # published sampler draws for it too, and the draws of the others depend on that.
@@ -356,27 +365,25 @@ class Llama:
             yield events
             if not any(left):
                 return
+            if self.model.cache_user is not user:
+                raise RuntimeError(
+                    "another generation has used this model since: finish a stream before you "
+                    "start the next, or give each its own model"
+                )
             logits = self._decode(tokens, positions)
             positions = [p + 1 if n > 0 else p for p, n in zip(positions, left, strict=True)]
 
-    @torch.inference_mode()
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Hidden states [T, dim] of all prompts, packed one behind the other."""
-        packed = torch.tensor([token for prompt in prompts for token in prompt])
+        packed = [token for prompt in prompts for token in prompt]
         spans = [Span(row, 0, len(prompt)) for row, prompt in enumerate(prompts)]
-        return self.model.hidden(packed.to(self._device), spans)
+        return self.model.hidden(torch.tensor(packed, device=self._device), spans)
 
-    @torch.inference_mode()
     def _decode(self, tokens: Tensor, positions: list[int]) -> Tensor:
         """Logits [B, V] after ``tokens`` [B], each at its row's position."""
         spans = [Span(row, position, 1) for row, position in enumerate(positions)]
         return self.model.logits(self.model.hidden(tokens, spans))
 
-    @torch.inference_mode()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
-
-    @torch.inference_mode()
     def _choose(
         self,
         logits: Tensor,
@@ -402,11 +409,10 @@ class Llama:
         scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
         return tokens, scores.tolist()
 
-    @torch.inference_mode()
     def _score(self, prompts: list[list[int]], hidden: Tensor) -> list[list[float]]:
         """Log-probability of every prompt token given those before it; 0.0 for the first."""
-        targets = torch.tensor([t for prompt in prompts for t in [*prompt[1:], 0]])  # [T]
-        targets = targets.to(self._device)
+        following = [token for prompt in prompts for token in [*prompt[1:], 0]]
+        targets = torch.tensor(following, device=self._device)  # [T]
         chunk = max(1, _LOGITS_CHUNK // self.model.params.vocab_size)
         scores: list[float] = []
         for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
@@ -436,8 +442,10 @@ class Llama:
                 raise TypeError(f"{name} is {value!r}, expected a number")
         if max_gen_len < 0:
             raise ValueError(f"max_gen_len is {max_gen_len}, expected 0 or more")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
+        if temperature != 0 and not _MIN_TEMPERATURE <= temperature < math.inf:
+            raise ValueError(
+                f"temperature is {temperature}, expected 0 (greedy) or at least {_MIN_TEMPERATURE}"
+            )
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
         for i, prompt in enumerate(prompts):
@@ -454,6 +462,18 @@ class Llama:
                         f"prompt {i} has the token id {token}, but the vocabulary is 0 to "
                         f"{args.vocab_size - 1}"
                     )
+
+
+def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+    prompts = []
+    for i, prompt in enumerate(prompt_tokens):
+        try:
+            prompts.append([operator.index(token) for token in prompt])
+        except TypeError as error:
+            raise TypeError(
+                f"prompt {i} is {prompt!r:.60}, expected a list of token ids ({error})"
+            ) from None
+    return prompts
 
 
 class _TextDecoder:
@@ -489,7 +509,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
-        elif torch.backends.mps.is_available():
+        elif torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             device = "mps"
         else:
             device = "cpu"
@@ -505,12 +525,22 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     if not available.get(resolved.type, False):
         usable = " or ".join(repr(name) for name, there in available.items() if there)
         raise ValueError(f"device is {str(device)!r}, but this machine has {usable}")
-    if resolved.type == "cuda" and dist.is_torchelastic_launched():
+    if resolved.type != "cuda":
+        return resolved
+    n_devices = torch.cuda.device_count()
+    if resolved.index is not None and resolved.index >= n_devices:
+        raise ValueError(f"device is {str(device)!r}, but this machine has {n_devices} of them")
+    if dist.is_torchelastic_launched():
         local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
+        if resolved.index not in (None, local_rank):
+            raise ValueError(
+                f"device is {str(device)!r}, but under torchrun this rank's is cuda:{local_rank}: "
+                "give device='cuda'"
+            )
+        if local_rank >= n_devices:
             raise ValueError(
                 f"torchrun started more processes on this machine than it has CUDA devices "
-                f"({torch.cuda.device_count()}): lower --nproc_per_node or give device='cpu'"
+                f"({n_devices}): lower --nproc_per_node or give device='cpu'"
             )
         resolved = torch.device("cuda", local_rank)
         torch.cuda.set_device(resolved)

@@ -54,15 +54,17 @@ class ModelArgs:
                 continue
             if field.name == "use_scaled_rope":
                 valid, expected = isinstance(value, bool), "true or false"
-            elif field.name == "vocab_size":
-                valid, expected = _is_count(value) or value == -1, "a positive integer, or -1"
             elif field.type in (int, int | None):
-                valid, expected = _is_count(value), "a positive integer"
+                limit = 2**12 if field.name == "n_layers" else 2**24
+                valid = type(value) is int and 0 < value < limit
+                expected = f"a positive integer below {limit}"
+                if field.name == "vocab_size":
+                    valid, expected = valid or value == -1, f"{expected}, or -1"
             else:
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                valid, expected = number and 0 < value < math.inf, "a positive number"
+                valid = type(value) in (int, float) and 0 < value < 1e9
+                expected = "a positive number below 1e9"
             if not valid:
-                raise ValueError(f"{field.name} is {value!r}, expected {expected}")
+                raise ValueError(f"{field.name} is {value!r:.40}, expected {expected}")
         if self.dim % (2 * self.n_heads):
             raise ValueError(
                 f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
@@ -71,6 +73,11 @@ class ModelArgs:
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_kv_heads is {self.n_kv_heads}, expected a divisor of n_heads ({self.n_heads})"
+            )
+        if self.ffn_hidden_dim >= 2**24:
+            raise ValueError(
+                f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, which makes the feed-forward "
+                f"layer {self.ffn_hidden_dim} wide, expected less than {2**24}"
             )
 
     @property
@@ -85,11 +92,7 @@ class ModelArgs:
     def ffn_hidden_dim(self) -> int:
         """Two thirds of 4 dim (SwiGLU has three matrices, not two), scaled and rounded up."""
         hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
-        return math.ceil(hidden / self.multiple_of) * self.multiple_of
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return -(-hidden // self.multiple_of) * self.multiple_of
 
 
 class RMSNorm(nn.Module):
@@ -165,10 +168,11 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros with the dtype and on the device of ``like``. Zeros, because a masked position still
     counts as 0 x value, and 0 x NaN is NaN. On the CPU a page takes memory once it is written to;
-    torch.zeros would write to all of them."""
+    torch.zeros would write to all of them. Private, so that a forked process has its own."""
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    pages = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    n_bytes = math.prod(shape) * like.element_size()
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
@@ -185,7 +189,7 @@ class Places:
 
     Attributes:
         rows, positions: int64 [T].
-        spans: the tokens as spans, if some row has more than one; else None.
+        spans: the tokens as spans; None if they are one token for each of the first B rows.
         length: L, one more than the last position.
         mask: without spans: bool [B, 1, 1, L], true where a row may look; None if everywhere.
     """
@@ -229,7 +233,9 @@ def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places
         k = cache.k[None, span.row, :, :end]  # [1, K, L, D]
         v = cache.v[None, span.row, :, :end]
         if span.start == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            n_shared = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))  # [1, H, S, D]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # is_causal would let the first of S tokens look at position 0 only
             mask = torch.ones(span.length, end, dtype=torch.bool, device=q.device)
             y = _grouped_attention(q, k, v, mask.tril(span.start))
@@ -239,15 +245,14 @@ def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q [B, H, S, D] under a mask [..., S, L], with the H / K query heads that share
-    a key head written as further tokens: SDPA's enable_gqa with a mask leaves its fast kernels."""
+    a key head written as further tokens: SDPA's enable_gqa may leave its fast kernels."""
     n_rows, n_heads, n_tokens, head_dim = q.shape
     n_kv_heads = k.shape[1]
     if mask is not None and n_tokens > 1:
         mask = mask.repeat(n_heads // n_kv_heads, 1)  # [H / K * S, L]
     q = q.reshape(n_rows, n_kv_heads, -1, head_dim)  # [B, K, H / K * S, D]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(
-        n_rows, n_heads, n_tokens, head_dim
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # kernels differ in its strides
+    return y.reshape(n_rows, n_heads, n_tokens, head_dim)
 
 
 class Attention(nn.Module):
@@ -322,8 +327,8 @@ class Transformer(nn.Module):
             args.rope_scaling_factor if args.use_scaled_rope else None,
         )
         self.cache: list[KVCache] | None = None
+        self.cache_user: object = None  # whose content the cache holds; None: forward's
 
-    @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         """Logits of ``tokens`` at positions ``start_pos`` on, after what earlier calls wrote.
 
@@ -348,6 +353,7 @@ class Transformer(nn.Module):
                 f"{n_tokens} tokens at start_pos {start_pos} leave the positions 0 to "
                 f"{args.max_seq_len - 1} (max_seq_len {args.max_seq_len})"
             )
+        self.cache_user = None
         spans = [Span(row, start_pos, n_tokens) for row in range(n_rows)]
         return self.logits(self.hidden(tokens.flatten(), spans)).view(n_rows, n_tokens, -1)
 
@@ -355,6 +361,7 @@ class Transformer(nn.Module):
         self.cache = None  # model.to(...) changes device or dtype: the next pass allocates anew
         return super()._apply(fn, recurse)
 
+    @torch.inference_mode()
     def hidden(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
         """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``spans``."""
         h = self.tok_embeddings(tokens)  # [T, dim]
@@ -363,11 +370,14 @@ class Transformer(nn.Module):
             self.cache = [KVCache(self.params, n_kv_heads, like=h) for _ in self.layers]
             self.freqs_cis = self.freqs_cis.to(h.device)
         places = Places(spans, h.device)
-        freqs_cis = self.freqs_cis[places.positions]  # [T, D / 2]
+        # gathered as real numbers: not every device gathers complex ones
+        turns = torch.view_as_real(self.freqs_cis)[places.positions]  # [T, D / 2, 2]
+        freqs_cis = torch.view_as_complex(turns)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             h = layer(h, freqs_cis, cache, places)
         return self.norm(h)
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of final hidden states [T, dim]."""
         return self.output(hidden).float()

@@ -14,6 +14,9 @@ import atexit
 import contextlib
 import io
 import os
+import shlex
+import sys
+from collections.abc import Iterator
 
 import fairscale.nn.model_parallel.initialize as groups
 import fairscale.nn.model_parallel.layers as fairscale_layers
@@ -34,7 +37,8 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
 
     Args:
         device: the CPU communicates by gloo, a CUDA device by NCCL.
-        requested_size: ranks that share one copy of the weights; None means all of them.
+        requested_size: ranks that share one copy of the weights; None means all of them. With
+            fewer, there are several copies (replicas), and each does all of the work.
 
     Raises:
         ValueError: the sizes do not fit the number of processes.
@@ -50,10 +54,10 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
         atexit.register(_leave)
     world_size = dist.get_world_size() if launched else 1
     size = world_size if requested_size is None else requested_size
-    if size != world_size:
+    if size < 1 or world_size % size:
         raise ValueError(
-            f"model_parallel_size is {size}, but {world_size} process(es) are running: start "
-            f"{size} with torchrun --nproc_per_node {size}, or leave model_parallel_size out"
+            f"model_parallel_size is {size}, but {world_size} process(es) are running, which is no "
+            f"multiple of it; leave it out, or start with\n    {torchrun_line(max(size, 1))}"
         )
     if not launched:
         groups.destroy_model_parallel()  # a group of processes that are gone
@@ -61,6 +65,39 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
         groups.destroy_model_parallel()
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale reports the sizes by print
             groups.initialize_model_parallel(size)
+
+
+def check_shard_count(folder: str, n_shards: int) -> None:
+    """Raise ValueError unless there is one model-parallel rank for each shard of a checkpoint."""
+    if n_shards != model_parallel_size():
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        raise ValueError(
+            f"{folder!r} has {n_shards} shard(s), one for each model-parallel rank, but "
+            f"{world_size} process(es) are running with a model-parallel size of "
+            f"{model_parallel_size()}; start it with\n    {torchrun_line(n_shards)}"
+        )
+
+
+def torchrun_line(n_processes: int) -> str:
+    """The command that starts the running script again on ``n_processes``."""
+    script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
+    return f"torchrun --nproc_per_node {n_processes} {script}"
+
+
+@contextlib.contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """If the body fails on one rank, every rank of the model-parallel group raises: without this,
+    the others would wait for it in their next collective call."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    n_failed = _all_reduce(torch.tensor([float(failure is not None)], device=device))
+    if failure is not None:
+        raise failure
+    if n_failed > 0:
+        raise RuntimeError("another rank could not load its shard: its own message says why")
 
 
 def _leave() -> None:

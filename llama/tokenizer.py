@@ -2,7 +2,7 @@
 
 Two rules hold throughout: text that comes from a user is always encoded as plain text, and the
 ids of special tokens are put in by structure only. A user who types ``<|eot_id|>`` gets the ids of
-those nine characters and cannot end the turn.
+those ten characters and cannot end the turn.
 """
 
 import base64

@@ -158,8 +158,9 @@ def stories() -> Path:
 def run(
     *command: str | Path, timeout: float = 240, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of the checkout to its end; stdout and stderr are kept apart."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    """Run a program of the checkout to its end, on the CPU unless ``env`` says otherwise."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= kwargs.pop("env", {})
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,

@@ -1,10 +1,12 @@
 """Native folders: what is read, what is refused and with which words, and the memory it takes."""
 
+import array
 import hashlib
 import json
 import pickle
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,28 @@ def test_tensors_that_are_views_or_shared_are_read_right(
         state = build(copy, dtype=dtype).model.state_dict()
         for name, weight in tricky.items():
             assert torch.equal(state[name], weight.to(state[name].dtype)), name
+
+
+def test_big_endian_files_are_read_right(copy: Path, weights: dict[str, Tensor]) -> None:
+    """torch swaps such a file's bytes in memory; pages of a shared storage must not be dropped."""
+    tied = weights | {"output.weight": weights["tok_embeddings.weight"]}
+    path = copy / "consolidated.00.pth"
+    torch.save(tied, path)
+    with zipfile.ZipFile(path) as source:
+        records = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for name, data in records.items():
+            if name.endswith("byteorder"):
+                data = b"big"
+            elif "/data/" in name:
+                numbers = array.array("f", data)
+                numbers.byteswap()
+                data = numbers.tobytes()
+            target.writestr(name, data)
+    for dtype in ("float32", "bfloat16"):
+        state = build(copy, dtype=dtype).model.state_dict()
+        for key, weight in tied.items():
+            assert torch.equal(state[key], weight.to(state[key].dtype)), key
 
 
 def test_llama2_leftovers_are_ignored_by_name(copy: Path, weights: dict[str, Tensor]) -> None:
@@ -144,7 +168,8 @@ def test_code_in_a_checkpoint_is_not_run(
 def test_damaged_files(copy: Path) -> None:
     path = copy / "consolidated.00.pth"
     data = path.read_bytes()
-    for damaged in (b"", b"<html>", data[: len(data) // 2], data[:-100], bytes(100_000)):
+    shorter = [data[:n] for n in (1, 100, 5000, 65536, len(data) // 2, len(data) - 100)]
+    for damaged in (b"", b"<html>", bytes(100_000), *shorter):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"(?s)consolidated\.00\.pth.*download it again"):
             build(copy)
@@ -163,6 +188,7 @@ def test_damaged_files(copy: Path) -> None:
         ),
         ({"norm.weight": torch.ones(128).to_sparse()}, "no dense tensor"),
         ({"norm.weight": [1.0] * 128}, "no dense tensor: list"),
+        ({"norm.weight": torch.ones(128, device="meta")}, "no dense tensor"),
     ],
 )
 def test_wrong_contents(
@@ -227,13 +253,16 @@ def test_wrong_number_of_ranks(
     monkeypatch.setattr(sys, "argv", ["my chat.py", "--ckpt_dir", "two"])
     with pytest.raises(ValueError, match=r"has 2 shard\(s\)") as error:
         build(folder)
-    assert "1 process(es) are running" in str(error.value)
+    assert "1 process(es) are running with a model-parallel size of 1" in str(error.value)
     assert "torchrun --nproc_per_node 2 'my chat.py' --ckpt_dir two" in str(error.value)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ipython"])
     with pytest.raises(ValueError, match=r"--nproc_per_node 2 your_script\.py"):
         build(folder)
-    with pytest.raises(ValueError, match="model_parallel_size is 2, but 1 process"):
+    monkeypatch.setattr(sys, "argv", ["chat.py"])
+    with pytest.raises(ValueError, match=r"(?s)is 2, but 1 process.*--nproc_per_node 2 chat\.py"):
         build(folder, model_parallel_size=2)
+    with pytest.raises(ValueError, match="model_parallel_size is 0"):
+        build(folder, model_parallel_size=0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from conftest import DEMO, PARAMS, ROOT, run, torchrun, write_checkpoint
 from reference import relative_error
 from torch import Tensor
 
+from llama import Llama
+
 WORKER = ROOT / "tests" / "worker.py"
 
 
@@ -110,16 +112,55 @@ Transformer(ModelArgs(dim=64, n_layers=1, n_heads=8, n_kv_heads=1, vocab_size=64
     assert "n_kv_heads is 1, which does not divide by 2 ranks" in result.stderr
 
 
-def test_ranks_that_are_no_replicas_are_refused(tmp_path: Path, folder: Path) -> None:
+def test_replicas_give_the_same(tmp_path: Path, folder: Path) -> None:
+    """model_parallel_size below the number of processes: several copies of the weights."""
     script = f"""
+import json, os
 from llama import Llama
-Llama.build({str(folder)!r}, model_parallel_size=1, device="cpu")
+llm = Llama.build({str(folder)!r}, model_parallel_size=1, dtype="float32", device="cpu")
+result = llm.generate([[1, 2], [3]], 9, temperature=1.0)[0]
+open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(json.dumps(result))
 """
     path = tmp_path / "script.py"
     path.write_text(script)
     result = torchrun(2, path)
+    assert result.returncode == 0, result.stderr
+    llm = Llama.build(str(folder), dtype="float32", device="cpu")
+    expected = llm.generate([[1, 2], [3]], 9, temperature=1.0)[0]
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [expected] * 2
+
+
+def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        "from llama import Llama\n"
+        f"Llama.build({str(folder)!r}, model_parallel_size=3, device='cpu')\n"
+    )
+    result = torchrun(2, path)
     assert result.returncode != 0
-    assert "model_parallel_size is 1, but 2 process(es) are running" in result.stderr
+    assert "model_parallel_size is 3, but 2 process(es) are running" in result.stderr
+    assert f"torchrun --nproc_per_node 3 {path}" in result.stderr
+
+
+def test_a_damaged_shard_fails_on_every_rank(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    """Nobody waits in the next all-reduce for a rank that will not come."""
+    folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
+    (folder / "consolidated.01.pth").write_bytes(b"damaged")
+    script = f"""
+import os
+from llama import Llama
+try:
+    Llama.build({str(folder)!r}, device="cpu", quiet_ranks=False)
+except Exception as error:
+    open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(str(error))
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    result = torchrun(2, path, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "another rank could not load its shard" in (tmp_path / "0").read_text()
+    assert "consolidated.01.pth' is no readable checkpoint" in (tmp_path / "1").read_text()
+    assert "Loaded" not in result.stdout
 
 
 def test_stdout_of_every_rank_can_be_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,8 +72,17 @@ def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
     assert result.returncode == 2
     assert "temprature" in result.stderr
     assert "Usage: " in result.stderr
+    assert "max_gen_len" in result.stderr
     assert "nowhere" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
+def test_help_explains_the_arguments(script: Path) -> None:
+    result = run(sys.executable, script, "--help", stdin=subprocess.DEVNULL)
+    assert result.returncode == 0
+    for name in ("ckpt_dir", "temperature", "max_gen_len", "prompt"):
+        assert f"--{name}=" in result.stdout + result.stderr
 
 
 def test_a_missing_folder_is_named() -> None:

@@ -307,6 +307,22 @@ def test_stream_can_be_left(llm: Llama) -> None:
     assert next(llm.stream(PROMPTS, 30, temperature=0)) == first
 
 
+def test_two_generations_do_not_mix(llm: Llama) -> None:
+    """The cache is the model's: a stream that was overtaken must not go on from another's."""
+    paused = llm.stream([[1, 2, 3]], 20, temperature=0)
+    next(paused)
+    for overtake in (
+        lambda: llm.generate([[9, 9]], 2),
+        lambda: next(llm.stream([[9]], 5)),
+        lambda: llm.model(torch.tensor([[5]]), 0),
+    ):
+        paused = llm.stream([[1, 2, 3]], 20, temperature=0)
+        next(paused)
+        overtake()
+        with pytest.raises(RuntimeError, match="another generation has used this model since"):
+            list(paused)
+
+
 def test_stream_ends_an_echoed_prompt_with_a_reason(llm: Llama) -> None:
     (events,) = llm.stream([[1, 2]], max_gen_len=0, echo=True)
     assert [event.finish_reason for event in events] == [None, "length"]
@@ -394,6 +410,7 @@ def test_generation_leaves_the_global_generator_alone(llm: Llama) -> None:
         ({"prompt_tokens": [[-1]]}, "token id -1"),
         ({"max_gen_len": -1}, "max_gen_len is -1"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 1e-38}, "temperature is 1e-38, expected 0 .* at least 1e-30"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"top_p": 0.0}, "top_p is 0.0"),
@@ -412,8 +429,26 @@ def test_arguments_out_of_range(llm: Llama, arguments: dict[str, Any], message: 
 def test_a_prompt_that_is_no_list_of_texts(llm: Llama) -> None:
     with pytest.raises(TypeError, match=r"write \[prompt\]"):
         llm.text_completion(cast(Any, "Hello"))
-    with pytest.raises(TypeError, match="float"):
+    with pytest.raises(TypeError, match=r"prompt 0 is \[1.5\], expected a list of token ids"):
         llm.generate(cast(Any, [[1.5]]), 4)
+    with pytest.raises(TypeError, match="prompt 0 is 1, expected a list of token ids"):
+        llm.generate(cast(Any, [1, 2]), 4)
+
+
+def test_prompts_may_be_any_iterable_of_integers(llm: Llama) -> None:
+    expected = llm.generate([[1, 2], [3]], 3, temperature=0)
+    prompts: Any = iter([torch.tensor([1, 2]), (3,)])
+    assert llm.generate(prompts, 3, temperature=0) == expected
+
+
+def test_a_default_device_of_the_user_is_left_alone(llm: Llama) -> None:
+    expected = llm.generate(PROMPTS, 3, temperature=0, logprobs=True, echo=True)
+    with torch.device("meta"):
+        assert llm.generate(PROMPTS, 3, temperature=0, logprobs=True, echo=True) == expected
+
+
+def test_a_very_low_temperature_is_greedy(llm: Llama) -> None:
+    assert llm.generate(PROMPTS, 5, temperature=1e-30) == llm.generate(PROMPTS, 5, temperature=0)
 
 
 @pytest.mark.parametrize("name", ["max_gen_len", "temperature", "top_p"])

@@ -1,11 +1,13 @@
 """ModelArgs, the layers, and the cache."""
 
+import sys
 from typing import Any
 
 import fairscale.nn.model_parallel.layers as fairscale_layers
 import pytest
 import torch
-from conftest import PARAMS, new_model
+import torch.nn.functional as F
+from conftest import PARAMS, new_model, run
 from reference import relative_error
 from torch import Tensor
 
@@ -29,7 +31,9 @@ def model(weights: dict[str, Tensor]) -> Transformer:
         ("dim", 0),
         ("dim", 4096.0),
         ("dim", 100),
+        ("dim", 10**30),
         ("n_layers", -1),
+        ("n_layers", 5000),
         ("n_layers", None),
         ("n_heads", True),
         ("n_kv_heads", 5),
@@ -38,11 +42,14 @@ def model(weights: dict[str, Tensor]) -> Transformer:
         ("vocab_size", -2),
         ("vocab_size", "128256"),
         ("multiple_of", 0),
+        ("multiple_of", 10**400),
         ("ffn_dim_multiplier", 0.0),
+        ("ffn_dim_multiplier", 1e8),
         ("norm_eps", 0.0),
         ("norm_eps", float("nan")),
         ("rope_theta", float("inf")),
         ("rope_theta", "500000"),
+        ("rope_theta", 10**400),
         ("max_batch_size", 0),
         ("max_seq_len", 1.5),
         ("use_scaled_rope", 1),
@@ -184,6 +191,57 @@ def test_rows_at_their_own_positions(model: Transformer) -> None:
         assert relative_error(prefill[rows], alone) < 1e-5
         alone = model.forward(torch.tensor([[token]]), n)[0]
         assert relative_error(step[row : row + 1], alone) < 1e-5
+
+
+def test_any_memory_layout_of_the_attention_kernel(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's memory-efficient kernel returns its result transposed."""
+    expected = [model.forward(TOKENS[:, :9], 0), model.forward(TOKENS[:, 9:10], 9)]
+    kernel = F.scaled_dot_product_attention
+
+    def transposed(*args: Any, **kwargs: Any) -> Tensor:
+        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert torch.equal(model.forward(TOKENS[:, :9], 0), expected[0])
+    assert torch.equal(model.forward(TOKENS[:, 9:10], 9), expected[1])
+
+
+UNTOUCHED = """
+import os, torch
+from pathlib import Path
+from llama import ModelArgs, Transformer
+
+def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.set_num_threads(1)  # threads do not survive a fork
+args = ModelArgs(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=64, multiple_of=64,
+                 max_batch_size=64, max_seq_len=8192)
+model = Transformer(args)
+for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=0.1)
+tokens = torch.tensor([[1, 2, 3]])
+Transformer(ModelArgs(**{**vars(args), "max_batch_size": 1, "max_seq_len": 8}))(tokens, 0)
+before = rss()
+first = model(tokens, 0)
+size = sum(cache.k.nbytes + cache.v.nbytes for cache in model.cache)
+print((rss() - before) / size, size)
+if os.fork() == 0:  # a child has its own cache
+    for cache in model.cache: cache.k[0, :, :4] = 7
+    os._exit(0)
+os.wait()
+print(bool((first[:, 2:] - model(tokens[:, 2:], 2)).abs().max() < 1e-5))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_untouched_cache_takes_no_memory_and_a_fork_has_its_own() -> None:
+    result = run(sys.executable, "-c", UNTOUCHED)
+    assert result.returncode == 0, result.stderr
+    (ratio, size), (same,) = (line.split() for line in result.stdout.splitlines())
+    assert int(size) == 2**29
+    assert float(ratio) < 0.1
+    assert same == "True"
 
 
 def test_rows_at_one_position_need_no_mask() -> None:
