@@ -1,6 +1,6 @@
 """Make the demo model from nothing: text, vocabulary, weights, native checkpoint folder.
 
-    python demo/train.py --out demo/model        about 20 minutes on 2 CPU cores
+    python demo/train.py --out demo/model        20 to 25 minutes on 2 CPU cores
 
 Needs the extra [demo]: transformers as the trainer, tokenizers to train the vocabulary. The text is
 demo/data.py's. The model has Llama 3's architecture and 1.24 million parameters.

@@ -123,7 +123,7 @@ def test_the_notebook_snippet_runs() -> None:
     assert snippet is not None
     result = run(sys.executable, "-c", snippet[1], cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    shown = re.findall(r"#> (.*)", snippet[1])
+    shown = re.findall(r"# prints: (.*)", snippet[1])
     assert len(shown) > 2
     for line in shown:
         assert line in result.stdout, result.stdout

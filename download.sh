@@ -1,0 +1,387 @@
+#!/usr/bin/env bash
+#
+# Download Llama 2 and Llama 3 weights with the signed link that Meta sends by e-mail.
+# "./download.sh --help" explains how. Runs on bash 3.2 (macOS) and later.
+
+set -efuo pipefail # -f: no name is ever expanded as a pattern
+export LC_ALL=C    # the tools' output is the same everywhere
+
+TRIES=5                          # requests per file before giving up
+PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2} # seconds before the 2nd request; grows with each one
+FETCHED=0 PRESENT=0
+USAGE='Usage: ./download.sh [--url URL] [--models "LIST"] [--dir DIR]
+       ./download.sh --verify DIR'
+
+help() {
+  say "$USAGE"
+  cat <<'TEXT'
+
+Downloads Llama weights with a signed link. What is not given is asked for.
+Run it again after an interruption: it goes on where it stopped.
+
+  --url URL        the link from Meta's e-mail, with the * in it. Leave it out and
+                   paste it when asked: it then stays out of the shell's history.
+  --models "LIST"  models to download, separated by commas or spaces (see below)
+  --dir DIR        where the model folders go (default: the current directory)
+  --verify DIR     only check the files of one model folder against its checklist.chk
+                   (and tokenizer_checklist.chk, if DIR has one); uses no network
+  --help           show this text
+
+TEXT
+  model_names
+  cat <<'TEXT'
+
+LLAMA_DOWNLOAD_PAUSE (environment): seconds before a broken download is tried again;
+twice, three times ... as long before the next tries (default 2).
+TEXT
+}
+
+model_names() {
+  cat <<'TEXT'
+Models (upper or lower case; full folder names such as Meta-Llama-3-8B work too):
+  Llama 3: 8B, 8B-instruct, 70B, 70B-instruct
+  Llama 2: 7B, 13B, llama-2-70B, 7B-chat, 13B-chat, 70B-chat
+"70B" alone is Llama 3; any Llama 2 name may be written with llama-2- in front.
+TEXT
+}
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '%s\n' "download.sh: $*" >&2; }
+die() { warn "$*"; exit 1; }
+bad_usage() { warn "$*"; say "$USAGE (--help says more)" >&2; exit 2; }
+
+# find_model NAME: set FOLDER (published name), REMOTE (path on the server) and SHARDS.
+find_model() {
+  local name
+  name=$(printf '%s' "$1" | tr '[:upper:]' '[:lower:]')
+  name=${name#meta-}
+  case $name in 7b | 7b-chat | 13b | 13b-chat | 70b-chat) name=llama-2-$name ;; esac
+  name=${name#llama-3-}
+  FOLDER=$name REMOTE=$name SHARDS=1
+  case $name in
+    8b) FOLDER=Meta-Llama-3-8B REMOTE=8b_pre_trained ;;
+    8b-instruct) FOLDER=Meta-Llama-3-8B-Instruct REMOTE=8b_instruction_tuned ;;
+    70b) FOLDER=Meta-Llama-3-70B REMOTE=70b_pre_trained SHARDS=8 ;;
+    70b-instruct) FOLDER=Meta-Llama-3-70B-Instruct REMOTE=70b_instruction_tuned SHARDS=8 ;;
+    llama-2-7b | llama-2-7b-chat) ;;
+    llama-2-13b | llama-2-13b-chat) SHARDS=2 ;;
+    llama-2-70b | llama-2-70b-chat) SHARDS=8 ;;
+    *) return 1 ;;
+  esac
+}
+
+# choose_models LIST: set FOLDERS, without repeats.
+choose_models() {
+  local name
+  FOLDERS=()
+  for name in ${1//,/ }; do
+    # A link broken over two lines ends up here: its second half must not be shown.
+    [[ ${#name} -le 40 && $name != *[!A-Za-z0-9._-]* ]] ||
+      bad_usage "the list of models holds something else (was the link broken over two lines?)"
+    find_model "$name" || { model_names >&2; bad_usage "unknown model: $name"; }
+    case " ${FOLDERS[*]-} " in *" $FOLDER "*) ;; *) FOLDERS+=("$FOLDER") ;; esac
+  done
+  [[ -n ${FOLDERS[*]-} ]] || choose_models "8B 8B-instruct 70B 70B-instruct"
+}
+
+# split_url URL: the * of the link stands for a file's path; keep what is on each side.
+split_url() {
+  local url=$1
+  url=${url#"${url%%[![:space:]]*}"} # pasting may add blanks on either side
+  url=${url%"${url##*[![:space:]]}"}
+  [[ -n $url ]] || bad_usage "no link given"
+  # None of these belongs in a URL; a quote or backslash would have a meaning to curl
+  [[ $url != *[[:space:][:cntrl:]\"\\]* ]] || bad_usage "the link has a space, line break," \
+    "quote or backslash in it: copy it again, in one piece"
+  [[ $url == http://* || $url == https://* ]] || bad_usage "the link must start with https://"
+  [[ ${url%%\?*} == *\** ]] || bad_usage "the link has no * in its path: copy the text of the" \
+    "link from the e-mail, not the address a browser shows"
+  URL_HEAD=${url%%\**} URL_TAIL=${url#*\*}
+}
+
+# ask PROMPT: set ANSWER. -e because a terminal's own line editing may stop at 1024 bytes,
+# which is about the length of a signed link.
+ask() {
+  ANSWER=''
+  IFS= read -r -e -p "$1" ANSWER || [[ -n $ANSWER ]]
+}
+
+find_md5() {
+  if command -v md5sum >/dev/null; then MD5=md5sum
+  elif command -v md5 >/dev/null; then MD5=md5
+  else die "neither md5sum nor md5 is installed: install one of them to check the files"; fi
+}
+
+find_fetcher() {
+  if command -v curl >/dev/null; then FETCHER=curl
+  # BusyBox has a wget that cannot read the link from its input
+  elif [[ $(wget --version 2>/dev/null || :) == *GNU\ Wget* ]]; then FETCHER=wget
+  else die "neither curl nor GNU wget is installed: install one of them and run this again"; fi
+}
+
+# has_sum FILE SUM: whether FILE has this md5.
+has_sum() {
+  local out
+  if [[ $MD5 == md5sum ]]; then out=$(md5sum <"$1"); else out=$(md5 -q "$1"); fi
+  [[ ${out%% *} == "$2" ]]
+}
+
+# read_list CHECKLIST: print "md5 name" lines; fail if anything in it is not such a line.
+# The list comes from outside: a name may not lead out of the folder or look like an option.
+read_list() {
+  awk '{ sub(/\r$/, "") }
+    NF == 0 { next }
+    { name = $2; sub(/^\*/, "", name) }
+    NF != 2 || length($1) != 32 || $1 ~ /[^0-9A-Fa-f]/ { bad = 1; exit }
+    name == "" || name ~ /[^A-Za-z0-9._-]/ || name ~ /^[-.]/ || name ~ /\.\./ { bad = 1; exit }
+    { print tolower($1), name; lines++ }
+    END { exit (bad || !lines) }' <"$1"
+}
+
+# find_sum SUMS NAME: set SUM to the md5 of NAME in what read_list printed, or to nothing.
+find_sum() {
+  local lines=$'\n'$1$'\n'
+  lines=${lines%%" $2"$'\n'*}
+  SUM=${lines##*$'\n'}
+}
+
+is_page() { # whether the file starts like a web page or an XML error message
+  local start
+  start=$(head -c 512 "$1" | tr -d '\000' | tr '[:upper:]' '[:lower:]')
+  [[ $start == *'<!doctype html'* || $start == *'<html'* || $start == '<?xml'* ]]
+}
+
+# is_right FILE NAME SUM: whether FILE is what NAME should be, as far as that can be known.
+is_right() {
+  [[ -s $1 ]] || return 1
+  if [[ -n $3 ]]; then has_sum "$1" "$3"; return; fi
+  ! is_page "$1" || return 1
+  case $2 in *checklist.chk) read_list "$1" >/dev/null ;; esac
+}
+
+# request PATH PART: one request that continues PART if it is there. Sets STATUS (HTTP, 000 if
+# none came), TYPE (content type) and RESULT (done, norange, disk, or the tool's error).
+# The link is given on standard input, through a pipe: arguments show in "ps", and a
+# here-document would be a temporary file.
+request() {
+  local args out key value rest rc=0 url=$URL_HEAD$1$URL_TAIL
+  STATUS='' TYPE='' RESULT=''
+  if [[ $FETCHER == curl ]]; then
+    args=(--globoff --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60
+      --continue-at - --output "$2" --write-out '%{http_code} %{content_type}' --config -)
+    if [[ -t 2 ]]; then args+=(--progress-bar); else args+=(--silent --show-error); fi
+    out=$(printf 'url = "%s"\n' "$url" | curl "${args[@]}") || rc=$?
+    STATUS=${out%% *} TYPE=${out#* }
+    case $rc in 23) RESULT=disk ;; 33) RESULT=norange ;; esac
+  else
+    args=(--quiet --server-response --output-file=/dev/stdout --tries=1 --timeout=60
+      --continue --output-document="$2" --input-file=-)
+    if [[ -t 2 ]]; then args+=(--show-progress --progress=bar:force:noscroll); fi
+    out=$(printf '%s\n' "$url" | wget "${args[@]}") || rc=$?
+    while read -r key value rest; do
+      case $key in
+        HTTP/*) STATUS=$value TYPE='' ;;
+        [Cc]ontent-[Tt]ype:) TYPE=$value ;;
+      esac
+    done < <(printf '%s\n' "$out")
+    [[ $rc != 3 ]] || RESULT=disk
+  fi
+  [[ -n $STATUS ]] || STATUS=000
+  [[ -n $RESULT ]] || RESULT="$FETCHER error $rc"
+  [[ $rc != 0 ]] || RESULT='done'
+  [[ -s $2 ]] || rm -f "$2"
+}
+
+die_page() {
+  die "the server sent a web page instead of $1: the link has probably expired or was copied" \
+    "wrongly. Ask Meta for a new one and run this again"
+}
+
+die_wrong() { # PATH PART SUM: remove a file that came whole, but is not what it should be
+  local page=no
+  if [[ -s $2 ]] && is_page "$2"; then page=yes; fi
+  rm -f "$2"
+  [[ $page == no ]] || die_page "$1"
+  [[ -n $3 ]] || die "what the server sent for $1 is empty or no valid checklist: run this again"
+  die "wrong checksum for $1: it was damaged on the way, and is removed. Run this again to fetch" \
+    "it afresh; if that does not help, delete its checklist as well"
+}
+
+# transfer PATH PART SUM: fill PART, with a limited number of requests. Returns when the server
+# has nothing more to send; whether PART is right is for the caller to see.
+transfer() {
+  local path=$1 part=$2 sum=$3 try=1 had
+  while :; do
+    # Without a checksum nobody could tell whether the two halves belong together
+    [[ -n $sum ]] || rm -f "$part"
+    had=no; [[ ! -s $part ]] || had=yes
+    request "$path" "$part"
+    [[ $RESULT != disk ]] || die "cannot write $part: the disk is full (or writing is not" \
+      "allowed there). Make room and run this again; it goes on where it stopped"
+    case $STATUS in
+      200 | 206)
+        if [[ $TYPE == text/html* ]]; then
+          [[ $had == yes ]] || rm -f "$part" # what an earlier run has fetched stays
+          die_page "$path"
+        fi
+        [[ $RESULT != 'done' ]] || return 0
+        # No ranges here: start over rather than glue a whole file to a half one
+        [[ $RESULT != norange ]] || rm -f "$part" ;;
+      401 | 403) die "access refused for $path (HTTP $STATUS): the link has expired (after 24" \
+        "hours) or is for another model. Ask Meta for a new one and run this again" ;;
+      404 | 410) die "the server has no $path (HTTP $STATUS): the link is probably for another" \
+        "model. Check the models, or ask Meta for a link for this one" ;;
+      416)
+        [[ $had == no ]] || return 0 # PART has all there is, or too much
+        die "the server refused to send $path (HTTP 416): run this again later" ;;
+      000 | 408 | 429 | 5??) ;;
+      *) die "the server gave an unexpected answer for $path (HTTP $STATUS): check the link" ;;
+    esac
+    [[ $try -lt $TRIES ]] || die "gave up on $path after $TRIES attempts (HTTP $STATUS, $RESULT):" \
+      "check the network and run this again; it goes on where it stopped"
+    [[ $RESULT == norange ]] || warn "$path: broken off (HTTP $STATUS, $RESULT); trying again"
+    sleep $((PAUSE * try))
+    try=$((try + 1))
+  done
+}
+
+# get PATH FILE [SUMS]: make FILE whole; SUMS is what read_list printed of its checklist.
+# FILE has its name only once it is known to be right; until then it is FILE.part.
+get() {
+  local path=$1 file=$2 part=$2.part name=${2##*/} sum resumed
+  find_sum "${3-}" "$name"
+  sum=$SUM
+  [[ ! -d $file && ! -d $part ]] || die "$file or $part is a folder: move it away"
+  if is_right "$file" "$name" "$sum"; then
+    PRESENT=$((PRESENT + 1))
+    say "  $name: already here"
+    return
+  fi
+  if [[ -e $file ]]; then
+    warn "$file is not what it should be (half a download?): fetching it"
+    if [[ -e $part ]]; then rm -f "$file"; else mv -f "$file" "$part"; fi
+  fi
+  say "  $name"
+  while :; do
+    resumed=no
+    [[ -z $sum || ! -s $part ]] || resumed=yes
+    transfer "$path" "$part" "$sum"
+    if is_right "$part" "$name" "$sum"; then
+      mv -f "$part" "$file"
+      FETCHED=$((FETCHED + 1))
+      return
+    fi
+    if [[ $resumed == no ]]; then die_wrong "$path" "$part" "$sum"; fi
+    rm -f "$part"
+    warn "$path: the earlier partial download does not fit what the server has; starting over"
+  done
+}
+
+get_model() { # FOLDER
+  local dir=$PREFIX$1 list=$PREFIX$1/checklist.chk policy=USE_POLICY sums i shard
+  find_model "$1"
+  say "$1:"
+  if ! mkdir -p "$dir" || [[ ! -w $dir ]]; then
+    die "cannot make the folder $dir or write in it: choose another place with --dir"
+  fi
+  case $1 in llama-2-*) policy=USE_POLICY.md ;; esac
+  # Beside the weights, where they do not replace those of a project in the folder above
+  get LICENSE "$dir/LICENSE"
+  get "$policy" "$dir/$policy"
+  get "$REMOTE/checklist.chk" "$list"
+  sums=$(read_list "$list")
+  get "$REMOTE/params.json" "$dir/params.json" "$sums"
+  case $1 in
+    llama-2-*) # one tokenizer for all, in the folder above
+      get tokenizer_checklist.chk "${PREFIX}tokenizer_checklist.chk"
+      get tokenizer.model "${PREFIX}tokenizer.model" \
+        "$(read_list "${PREFIX}tokenizer_checklist.chk")" ;;
+    *) get "$REMOTE/tokenizer.model" "$dir/tokenizer.model" "$sums" ;;
+  esac
+  for ((i = 0; i < SHARDS; i++)); do
+    shard=$(printf 'consolidated.%02d.pth' "$i")
+    find_sum "$sums" "$shard"
+    [[ -n $SUM ]] || warn "$list does not name $shard: it cannot be checked"
+    get "$REMOTE/$shard" "$dir/$shard" "$sums"
+  done
+}
+
+summary() {
+  local folder script
+  say "Done: $FETCHED files fetched, $PRESENT were already here. To run:"
+  for folder in "${FOLDERS[@]}"; do
+    find_model "$folder"
+    script=example_text_completion.py
+    case $folder in *-Instruct | *-chat) script=example_chat_completion.py ;; esac
+    printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q' "$SHARDS" "$script" "$PREFIX$folder"
+    case $folder in llama-2-*) printf ' --tokenizer_path %q' "${PREFIX}tokenizer.model" ;; esac
+    printf '\n'
+  done
+}
+
+# verify DIR: check every listed file; report all of them before failing.
+verify() {
+  local list sum name file all=0 good=0 found=no
+  [[ -d $1 ]] || die "no such folder: $1"
+  set_prefix "$1"
+  for list in "${PREFIX}checklist.chk" "${PREFIX}tokenizer_checklist.chk"; do
+    [[ -f $list ]] || continue
+    found=yes
+    read_list "$list" >/dev/null || die "$list is not a list of checksums and plain file names:" \
+      "delete it and run the download again"
+    while read -r sum name; do
+      file=$PREFIX$name
+      all=$((all + 1))
+      if [[ ! -f $file ]]; then warn "$file: missing"
+      elif ! has_sum "$file" "$sum"; then warn "$file: wrong checksum"
+      else say "$file: OK"; good=$((good + 1)); fi
+    done < <(read_list "$list")
+  done
+  [[ $found == yes ]] || die "$1 has no checklist.chk: give the folder of one model"
+  [[ $good == "$all" ]] || die "$((all - good)) of $all files are missing or wrong: run the" \
+    "download again to fetch them"
+  say "All $good files are right."
+}
+
+set_prefix() { # DIR: what comes before a file's name; no tool may take it for an option
+  PREFIX=${1%/}/
+  case $PREFIX in ./) PREFIX='' ;; -*) PREFIX=./$PREFIX ;; esac
+}
+
+main() {
+  local url='' models='' have_models=no folder
+  PREFIX=''
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --help | -h) help; exit 0 ;;
+      --url | --models | --dir | --verify)
+        [[ $# -ge 2 && -n $2 ]] || bad_usage "$1 needs a value" ;;
+      # Neither message shows what may be the link
+      -*) bad_usage "unknown option: ${1%%=*}" ;;
+      *) bad_usage "unexpected argument (a link is given with --url)" ;;
+    esac
+    case $1 in
+      --url) url=$2 ;;
+      --models) models=$2 have_models=yes ;;
+      --dir) set_prefix "$2" ;;
+      --verify) find_md5; verify "$2"; exit 0 ;;
+    esac
+    shift 2
+  done
+  [[ $PAUSE =~ ^[1-9]?[0-9]$ ]] || die "LLAMA_DOWNLOAD_PAUSE must be 0 to 99 seconds"
+  find_md5
+  find_fetcher
+  [[ -n $url ]] || { ask "Signed link from Meta's e-mail (with the *): " || :; url=$ANSWER; }
+  split_url "$url"
+  if [[ $have_models == no ]]; then
+    model_names >&2
+    ask "Which models? (Enter for the four of Llama 3): " || bad_usage "no models given"
+    models=$ANSWER
+  fi
+  choose_models "$models"
+  trap 'warn "stopped; run this again to go on from here"; exit 130' INT
+  for folder in "${FOLDERS[@]}"; do get_model "$folder"; done
+  summary
+}
+
+main "$@"

@@ -1,0 +1,918 @@
+"""download.sh against a local HTTP server, with curl and with wget.
+
+Every run is also checked for what must always hold: the link's signature is nowhere to be seen,
+and no file has its final name unless it is whole and right.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
+TOOLS = ("awk", "bash", "cat", "head", "mkdir", "mv", "rm", "sleep", "tr")
+SECRET = "SeCrEt"
+# Characters that curl, wget or a shell could take for more than themselves
+QUERY = f"Policy=eyJ_a-b~c&Signature={SECRET}[1-3]{{a,b}}~'$(id)`id`;!*#0%2B&Key-Pair-Id=K1"
+PAGE = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>\n"
+CUT_AT = 1200  # bytes of a body that come before a cut connection ends
+
+# Published folder: path on the server, number of shards
+MODELS = {
+    "Meta-Llama-3-8B": ("8b_pre_trained", 1),
+    "Meta-Llama-3-8B-Instruct": ("8b_instruction_tuned", 1),
+    "Meta-Llama-3-70B": ("70b_pre_trained", 8),
+    "Meta-Llama-3-70B-Instruct": ("70b_instruction_tuned", 8),
+    "llama-2-7b": ("llama-2-7b", 1),
+    "llama-2-13b": ("llama-2-13b", 2),
+    "llama-2-70b": ("llama-2-70b", 8),
+    "llama-2-7b-chat": ("llama-2-7b-chat", 1),
+    "llama-2-13b-chat": ("llama-2-13b-chat", 2),
+    "llama-2-70b-chat": ("llama-2-70b-chat", 8),
+}
+LLAMA_3 = [folder for folder in MODELS if folder.startswith("Meta")]
+SHARD = "8b_pre_trained/consolidated.00.pth"
+
+
+def content(path: str, size: int) -> bytes:
+    """Bytes that differ from file to file, none of them a '<'."""
+    return bytes(random.Random(path).choices(range(128, 256), k=size))
+
+
+def checklist(files: dict[str, bytes]) -> bytes:
+    """The checklist of these files."""
+    lines = (f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
+    return "".join(lines).encode()
+
+
+def publish() -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
+    """All files of the server by path, and for each model where its files go and come from."""
+    tokenizer = {"tokenizer.model": content("tokenizer", 700)}
+    remote = {"LICENSE": b"The licence\n", "USE_POLICY": b"Policy 3\n", "USE_POLICY.md": b"# 2\n"}
+    remote |= {**tokenizer, "tokenizer_checklist.chk": checklist(tokenizer)}
+    places: dict[str, dict[str, str]] = {}
+    for folder, (path, shards) in MODELS.items():
+        files = {"params.json": b'{"dim": 64}\n'}
+        for number in range(shards):
+            name = f"consolidated.{number:02d}.pth"
+            files[name] = content(path + name, 3000 + number)
+        if folder in LLAMA_3:
+            files["tokenizer.model"] = content(path, 700)
+        files["checklist.chk"] = checklist(files)
+        remote |= {f"{path}/{name}": data for name, data in files.items()}
+        places[folder] = {f"{folder}/{name}": f"{path}/{name}" for name in files}
+        policy = "USE_POLICY" if folder in LLAMA_3 else "USE_POLICY.md"
+        places[folder] |= {f"{folder}/{name}": name for name in ("LICENSE", policy)}
+        if folder not in LLAMA_3:
+            places[folder] |= {
+                name: name for name in ("tokenizer.model", "tokenizer_checklist.chk")
+            }
+    return remote, places
+
+
+REMOTE, PLACES = publish()
+LOCAL = {
+    folder: {place: REMOTE[path] for place, path in places.items()}
+    for folder, places in PLACES.items()
+}
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``files``; ``faults`` says what goes wrong at the next requests of a path."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = dict(REMOTE)
+        self.query = QUERY
+        self.faults: dict[str, Iterator[str]] = {}
+        self.requests: list[tuple[str, str | None]] = []
+        self.stalled = threading.Event()
+        self.released = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """The signed link."""
+        return f"http://127.0.0.1:{self.server_port}/*?{self.query}"
+
+    def paths(self) -> list[str]:
+        """The paths asked for, in order."""
+        return [path for path, _ in self.requests]
+
+    def ranges(self, path: str) -> list[str | None]:
+        """The Range headers of the requests for a path."""
+        return [header for asked, header in self.requests if asked == path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one GET, with Range, or with the fault that is due."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # one write per answer
+    server: Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet."""
+
+    def answer(self, status: int, body: bytes, kind: str, total: str = "", sent: int = -1) -> None:
+        """Send a response that promises all of ``body`` and has its first ``sent`` bytes."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        if total:
+            self.send_header("Content-Range", f"bytes {total}")
+        self.end_headers()
+        self.wfile.write(body if sent < 0 else body[:sent])
+
+    def do_GET(self) -> None:
+        """Answer as a file server with signed links does."""
+        path, _, query = self.path.removeprefix("/").partition("?")
+        wanted = self.headers.get("Range")
+        self.server.requests.append((path, wanted))
+        fault = next(self.server.faults.get(path, iter(())), "")
+        # The part after a '#' is not sent to a server
+        if unquote(query) != unquote(self.server.query.partition("#")[0]):
+            fault = "403"
+        data, kind = self.server.files.get(path), "binary/octet-stream"
+        if data is None:
+            fault = "404"
+            data = b""
+        if fault.isdigit():
+            return self.answer(int(fault), b"<html>error</html>", "text/html")
+        if fault == "page":
+            return self.answer(200, PAGE, kind)
+        if fault == "text/html":
+            return self.answer(200, b"Please log in", "text/html; charset=utf-8")
+        if fault == "corrupt":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start, status, total = 0, 200, ""
+        if wanted and fault != "no range":
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(data):
+                return self.answer(416, b"<html>no</html>", "text/html", f"*/{len(data)}")
+            status, total = 206, f"{start}-{len(data) - 1}/{len(data)}"
+        sent = CUT_AT if fault in ("cut", "stall") else -1
+        if fault == "cut short":
+            sent = 3
+        self.answer(status, data[start:], kind, total, sent)
+        if fault == "stall":
+            self.wfile.flush()
+            self.server.stalled.set()
+            self.server.released.wait(30)
+        return None
+
+
+class Box:
+    """A server, a folder to download to, and a PATH with one of the two fetching tools."""
+
+    def __init__(self, folder: Path, server: Server, fetcher: str) -> None:
+        self.server = server
+        self.top = folder
+        self.bin, self.home, self.target = folder / "bin", folder / "home", folder / "target"
+        for made in (self.bin, self.home, self.target):
+            made.mkdir()
+        self.link(*TOOLS, fetcher, "md5sum" if shutil.which("md5sum") else "md5")
+        self.env = {"PATH": str(self.bin), "HOME": str(self.home), "LLAMA_DOWNLOAD_PAUSE": "0"}
+
+    def link(self, *names: str) -> None:
+        """Put tools on the PATH of the runs."""
+        for name in names:
+            found = shutil.which(name)
+            assert found, f"these tests need {name}"
+            (self.bin / name).symlink_to(found)
+
+    def fake(self, name: str, text: str) -> None:
+        """Put a script of our own on the PATH of the runs."""
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!{self.bin / 'bash'}\n{text}")
+        path.chmod(0o755)
+
+    def run(
+        self, *args: str, stdin: str = "", before: str = ""
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run download.sh in the target folder, ``before`` being shell commands to run first."""
+        command = ["bash", str(SCRIPT), *args]
+        if before:
+            command = ["bash", "-c", f'{before}\nexec "$@"', "-", *command]
+        result = subprocess.run(
+            command,
+            cwd=self.target,
+            env=self.env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.check(result.stdout + result.stderr)
+        return result
+
+    def get(self, models: str, *args: str, before: str = "") -> "subprocess.CompletedProcess[str]":
+        """Download without questions."""
+        return self.run("--url", self.server.url, "--models", models, *args, before=before)
+
+    def check(self, output: str) -> None:
+        """What must hold after every run."""
+        assert SECRET not in output
+        origin = {place: path for places in PLACES.values() for place, path in places.items()}
+        for path in self.top.rglob("*"):
+            if path.is_symlink() or not path.is_file():
+                continue
+            data = path.read_bytes()
+            assert SECRET.encode() not in data, path
+            place = "/".join(path.parts[-2:])
+            if place in origin:
+                assert data == self.server.files[origin[place]], f"{path} is not the server's"
+
+    def files(self, folder: Path | None = None) -> dict[str, bytes]:
+        """All files below a folder (default: the target)."""
+        top = folder or self.target
+        return {
+            str(path.relative_to(top)): path.read_bytes()
+            for path in top.rglob("*")
+            if path.is_file()
+        }
+
+    def put(self, place: str, data: bytes) -> Path:
+        """Write a file below the target."""
+        path = self.target / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server on a free port that stops with the test."""
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield running
+        running.released.set()
+        running.shutdown()
+        thread.join()
+
+
+@functools.cache
+def usable(fetcher: str) -> bool:
+    """Whether the tool is there, and for wget whether it is GNU's."""
+    if not shutil.which(fetcher):
+        return False
+    version = subprocess.run([fetcher, "--version"], capture_output=True, text=True)
+    return fetcher == "curl" or "GNU Wget" in version.stdout
+
+
+@pytest.fixture(params=["curl", "wget"])
+def box(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Box:
+    """Where to run download.sh with either tool."""
+    if not usable(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    return Box(tmp_path, server, request.param)
+
+
+@pytest.fixture
+def any_box(tmp_path: Path, server: Server) -> Box:
+    """Where to run download.sh when the fetching tool makes no difference."""
+    for fetcher in ("curl", "wget"):
+        if usable(fetcher):
+            return Box(tmp_path, server, fetcher)
+    pytest.skip("neither curl nor wget is installed")
+
+
+def failed(result: "subprocess.CompletedProcess[str]", *words: str, code: int = 1) -> None:
+    """The run failed, and said all of these words on stderr."""
+    assert result.returncode == code, result
+    for word in words:
+        assert word in result.stderr
+
+
+def succeeded(result: "subprocess.CompletedProcess[str]") -> None:
+    """The run succeeded."""
+    assert result.returncode == 0, result
+
+
+# Whole downloads
+
+
+def test_llama_3_model(box: Box) -> None:
+    """All files of a model land in its folder, each asked for once."""
+    result = box.get("8B-instruct")
+    succeeded(result)
+    assert box.files() == LOCAL["Meta-Llama-3-8B-Instruct"]
+    assert len(set(box.server.paths())) == len(box.server.paths()) == 6
+    assert all(header is None for _, header in box.server.requests)
+    assert (
+        "torchrun --nproc_per_node 1 example_chat_completion.py"
+        " --ckpt_dir Meta-Llama-3-8B-Instruct\n" in result.stdout
+    )
+    assert result.stderr == ""
+
+
+def test_llama_2_model(box: Box) -> None:
+    """The tokenizer of Llama 2 is beside the model folder, not in it."""
+    result = box.get("13B-chat")
+    succeeded(result)
+    assert box.files() == LOCAL["llama-2-13b-chat"]
+    assert {"tokenizer.model", "tokenizer_checklist.chk"} <= set(box.files())
+    assert "torchrun --nproc_per_node 2 example_chat_completion.py" in result.stdout
+    assert "--ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model\n" in result.stdout
+
+
+def test_questions_and_enter(box: Box) -> None:
+    """The link and the models are asked for; Enter stands for the four of Llama 3."""
+    result = box.run(stdin=f"  {box.server.url} \n\n")
+    succeeded(result)
+    expected: dict[str, bytes] = {}
+    for folder in LLAMA_3:
+        expected |= LOCAL[folder]
+    assert box.files() == expected
+    assert "Meta-Llama-3-70B/consolidated.07.pth" in expected
+    for name in ("8B", "8B-instruct", "70B", "70B-instruct", "llama-2-70B", "7B", "13B-chat"):
+        assert re.search(rf"[ ,]{name}[,\n]", result.stderr), name
+    assert "torchrun --nproc_per_node 8 example_text_completion.py" in result.stdout
+
+
+def test_question_answered(any_box: Box) -> None:
+    """The answer to the second question chooses the models."""
+    succeeded(any_box.run(stdin=f"{any_box.server.url}\n8b\n"))
+    assert any_box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        ("70B", ["Meta-Llama-3-70B"]),
+        ("meta-llama-3-70b-INSTRUCT llama-3-8b", ["Meta-Llama-3-70B-Instruct", LLAMA_3[0]]),
+        ("LLAMA-2-70B,70b-Chat", ["llama-2-70b", "llama-2-70b-chat"]),
+        (" 7b ,, 13B\n7B-chat ", ["llama-2-7b", "llama-2-13b", "llama-2-7b-chat"]),
+        ("llama-2-7b-chat,llama-2-13b-chat", ["llama-2-7b-chat", "llama-2-13b-chat"]),
+        ("8B,8b Meta-Llama-3-8B", ["Meta-Llama-3-8B"]),
+    ],
+)
+def test_names(any_box: Box, names: str, folders: list[str]) -> None:
+    """Names are found in any case; a repeated one counts once."""
+    result = any_box.get(names)
+    succeeded(result)
+    assert re.findall(r"--ckpt_dir (\S+)", result.stdout) == folders
+    expected: dict[str, bytes] = {}
+    for folder in folders:
+        expected |= LOCAL[folder]
+    assert any_box.files() == expected
+    lists = [path.removesuffix("/checklist.chk") for path in any_box.server.paths()]
+    assert [path for path in lists if path in dict(MODELS.values())] == [
+        MODELS[folder][0] for folder in folders
+    ]
+
+
+@pytest.mark.parametrize("name", ["my models #1 [a] {b,c} $HOME 'x' *", "-target"])
+def test_folder_names(box: Box, name: str) -> None:
+    """The target folder may have any name; it is made where needed."""
+    result = box.get("8B", "--dir", name)
+    succeeded(result)
+    assert box.files(box.target / name) == LOCAL["Meta-Llama-3-8B"]
+    assert set(os.listdir(box.target)) == {name}
+    hint = result.stdout.split("--ckpt_dir ")[1].strip()
+    shown = subprocess.run(["bash", "-c", f"printf %s {hint}"], capture_output=True, text=True)
+    assert shown.stdout.removeprefix("./") == f"{name}/Meta-Llama-3-8B"
+    succeeded(box.run("--verify", f"{name}/Meta-Llama-3-8B"))
+
+
+def test_licences_of_the_project_stay(any_box: Box) -> None:
+    """A checkout's own licence files are not replaced by those of the weights."""
+    own = dict.fromkeys(("LICENSE", "USE_POLICY", "USE_POLICY.md"), b"our own\n")
+    for name, data in own.items():
+        any_box.put(name, data)
+    succeeded(any_box.get("8B 7B"))
+    assert any_box.files() == own | LOCAL["Meta-Llama-3-8B"] | LOCAL["llama-2-7b"]
+
+
+def test_link_is_no_argument(box: Box) -> None:
+    """The fetching tool does not get the link where "ps" would show it."""
+    log = box.top / "arguments"
+    for name in ("curl", "wget"):
+        if (box.bin / name).exists():
+            real = (box.bin / name).resolve()
+            box.fake(name, f"printf '%s\\n' \"$@\" >>'{log}'\nexec '{real}' \"$@\"\n")
+    succeeded(box.get("8B"))
+    assert "consolidated.00.pth" in log.read_text()
+    assert SECRET not in log.read_text()
+
+
+def test_macos_md5(any_box: Box) -> None:
+    """Where there is no md5sum, md5 does."""
+    real = shutil.which("md5sum")
+    if real is None:
+        pytest.skip("md5sum, which stands in for md5 here, is not installed")
+    (any_box.bin / "md5sum").unlink()
+    any_box.fake("md5", f'[ "$1" = -q ] || exit 9\nset -- $(\'{real}\' "$2")\necho "$1"\n')
+    succeeded(any_box.get("8B"))
+    assert any_box.files() == LOCAL["Meta-Llama-3-8B"]
+    any_box.server.faults[SHARD] = repeat("corrupt")
+    any_box.put("Meta-Llama-3-8B/consolidated.00.pth", b"x")
+    failed(any_box.get("8B"), "wrong checksum")
+
+
+# Interruptions and retries
+
+
+def test_resume(box: Box) -> None:
+    """A partial file is continued, not fetched again."""
+    box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD) == ["bytes=1000-"]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_half_file_of_another_tool(box: Box) -> None:
+    """A half file under its final name is recognised by its checksum and continued."""
+    box.put("Meta-Llama-3-8B/consolidated.00.pth", REMOTE[SHARD][:1000])
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD) == ["bytes=1000-"]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_complete_files_are_left_alone(box: Box) -> None:
+    """A second run asks for nothing; one file deleted is one request."""
+    succeeded(box.get("8B 7B"))
+    box.server.requests.clear()
+    succeeded(box.get("8B 7B"))
+    assert box.server.requests == []
+    (box.target / "llama-2-7b/params.json").unlink()
+    succeeded(box.get("8B 7B"))
+    assert box.server.paths() == ["llama-2-7b/params.json"]
+
+
+def test_cut_connection(box: Box) -> None:
+    """A cut connection is taken up again where it broke."""
+    box.server.faults[SHARD] = iter(["cut", "500", "cut"])
+    result = box.get("8B")
+    succeeded(result)
+    second, fourth = f"bytes={CUT_AT}-", f"bytes={2 * CUT_AT}-"
+    assert box.server.ranges(SHARD) == [None, second, second, fourth]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+    assert "trying again" in result.stderr
+
+
+def test_cut_file_without_checksum(box: Box) -> None:
+    """Without a checksum halves are not put together: the file is fetched from its start."""
+    box.server.faults["LICENSE"] = iter(["cut short"])
+    box.put("Meta-Llama-3-8B/LICENSE.part", b"an old half")
+    succeeded(box.get("8B"))
+    assert box.server.ranges("LICENSE") == [None, None]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_server_error_then_success(box: Box) -> None:
+    """A 5xx answer is worth another try, for any file."""
+    for path in ("LICENSE", "8b_pre_trained/checklist.chk", SHARD):
+        box.server.faults[path] = iter(["500", "503"])
+    succeeded(box.get("8B"))
+    assert len(box.server.ranges(SHARD)) == 3
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+@pytest.mark.parametrize("fault", ["500", "cut short"])
+def test_gives_up(box: Box, fault: str) -> None:
+    """The number of tries is limited, and what came so far is kept for the next run."""
+    box.server.faults[SHARD] = repeat(fault)
+    failed(box.get("8B"), f"gave up on {SHARD}", "run this again")
+    assert len(box.server.ranges(SHARD)) == 5
+    part = box.target / "Meta-Llama-3-8B/consolidated.00.pth.part"
+    assert part.exists() == (fault != "500")
+    del box.server.faults[SHARD]
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD)[5] == (None if fault == "500" else "bytes=15-")
+
+
+def test_server_gone(box: Box) -> None:
+    """A connection that cannot be made is reported."""
+    link = box.server.url
+    box.server.server_close()
+    failed(box.run("--url", link, "--models", "8B"), "gave up on LICENSE", "check the network")
+
+
+def test_pauses_grow(any_box: Box) -> None:
+    """The pause before a try is longer each time."""
+    any_box.fake("sleep", 'printf "%s " "$1" >>pauses\n')
+    any_box.env["LLAMA_DOWNLOAD_PAUSE"] = "3"
+    any_box.server.faults["LICENSE"] = repeat("503")
+    failed(any_box.get("8B"), "gave up")
+    assert (any_box.target / "pauses").read_text() == "3 6 9 12 "
+    any_box.env["LLAMA_DOWNLOAD_PAUSE"] = "soon"
+    failed(any_box.get("8B"), "LLAMA_DOWNLOAD_PAUSE")
+
+
+def test_range_ignored(box: Box) -> None:
+    """A server that answers a resume with the whole file does no harm."""
+    box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
+    box.server.faults[SHARD] = repeat("no range")
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD)[0] == "bytes=1000-"
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_part_already_complete(box: Box) -> None:
+    """A complete partial file (416) is taken as it is."""
+    box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD])
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD) == ["bytes=3000-"]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+@pytest.mark.parametrize("size", [1000, 3000, 4000])
+@pytest.mark.parametrize("fault", ["", "no range"])
+def test_part_of_another_file(box: Box, size: int, fault: str) -> None:
+    """A partial file that does not fit (416 or a wrong checksum) is started over once."""
+    box.put("Meta-Llama-3-8B/consolidated.00.pth.part", content("old version", size))
+    box.server.faults[SHARD] = repeat(fault)
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD) == [f"bytes={size}-", None]
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_interrupt(box: Box) -> None:
+    """Ctrl-C ends the run with a word, and the next one goes on from there."""
+    box.server.faults[SHARD] = iter(["stall"])
+    # A test run in the background may ignore the signal, and so would its children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), "--url", box.server.url, "--models", "8B"],
+        cwd=box.target,
+        env=box.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGINT, before)
+    try:
+        assert box.server.stalled.wait(30)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped" in err
+    box.check(out + err)
+    box.server.released.set()
+    succeeded(box.get("8B"))
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+# Failures
+
+
+@pytest.mark.parametrize("path", ["LICENSE", SHARD])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [("403", "expired"), ("404", "another model"), ("416", "HTTP 416"), ("400", "HTTP 400")],
+)
+def test_refused(box: Box, path: str, status: str, words: str) -> None:
+    """A refusal names the file and the cause, and is not tried again."""
+    box.server.faults[path] = repeat(status)
+    failed(box.get("8B"), path, words)
+    assert box.server.paths()[-1] == path
+    assert len(box.server.ranges(path)) == 1
+    assert not list(box.target.rglob("*.part"))
+
+
+def test_expired_link_keeps_the_part(box: Box) -> None:
+    """A partial file survives an expired link."""
+    part = box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
+    box.server.faults[SHARD] = iter(["403"])
+    failed(box.get("8B"), "expired", SHARD)
+    assert part.read_bytes() == REMOTE[SHARD][:1000]
+    succeeded(box.get("8B"))
+    assert box.server.ranges(SHARD) == ["bytes=1000-"] * 2
+
+
+@pytest.mark.parametrize("path", ["LICENSE", "8b_pre_trained/checklist.chk", SHARD])
+@pytest.mark.parametrize("fault", ["page", "text/html"])
+def test_web_page(box: Box, path: str, fault: str) -> None:
+    """A web page with status 200 is known by its text or its type, not taken for the file."""
+    box.server.faults[path] = repeat(fault)
+    failed(box.get("8B"), "web page", path)
+    assert not list(box.target.rglob("*.part"))
+    assert len(box.server.ranges(path)) == 1
+
+
+def test_web_page_on_resume(box: Box) -> None:
+    """A web page in answer to a resume does not cost what was fetched before."""
+    part = box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
+    box.server.faults[SHARD] = iter(["text/html"])
+    failed(box.get("8B"), "web page", SHARD)
+    assert part.read_bytes() == REMOTE[SHARD][:1000]
+
+
+def test_corrupt_shard(box: Box) -> None:
+    """A wrong checksum is reported, and the next run starts the file afresh."""
+    path = "llama-2-13b/consolidated.01.pth"
+    box.server.faults[path] = iter(["corrupt"])
+    failed(box.get("13B"), "wrong checksum", path)
+    assert not list(box.target.rglob("*.part"))
+    succeeded(box.get("13B"))
+    assert box.server.ranges(path) == [None, None]
+    assert box.files() == LOCAL["llama-2-13b"]
+
+
+def test_disk_full(box: Box) -> None:
+    """A write that fails is reported as such; a limit on file sizes stands in for the disk."""
+    result = box.get("8B", before="trap '' XFSZ; ulimit -f 2")
+    failed(result, "disk is full", "consolidated.00.pth")
+    assert len(box.server.ranges(SHARD)) == 1
+    succeeded(box.get("8B"))
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_folder_cannot_be_made(any_box: Box) -> None:
+    """A file in the place of the folder is reported."""
+    any_box.put("file", b"")
+    failed(any_box.get("8B", "--dir", "file"), "cannot make the folder", "--dir")
+
+
+def test_folder_cannot_be_written(box: Box) -> None:
+    """A folder of somebody else is reported before anything is asked for."""
+    folder = box.target / "Meta-Llama-3-8B"
+    folder.mkdir()
+    folder.chmod(0o555)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    failed(box.get("8B"), "write in it", "--dir")
+    assert box.server.requests == []
+
+
+BAD_LISTS = {
+    "up": b"0" * 32 + b"  ../params.json\n",
+    "dots": b"0" * 32 + b"  a..b\n",
+    "slash": b"0" * 32 + b"  sub/params.json\n",
+    "absolute": b"0" * 32 + b"  /params.json\n",
+    "option": b"0" * 32 + b"  -rf\n",
+    "space": b"0" * 32 + b"  a b\n",
+    "short sum": b"0" * 31 + b"  params.json\n",
+    "no hex": b"x" * 32 + b"  params.json\n",
+    "no name": b"0" * 32 + b"\n",
+    "only a star": b"0" * 32 + b" *\n",
+    "text": b"Service unavailable\n",
+    "blank": b"\n",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LISTS)
+def test_bad_checklist(any_box: Box, kind: str) -> None:
+    """A checklist with anything but sums and plain names is refused as a whole."""
+    path = "8b_pre_trained/checklist.chk"
+    any_box.server.files[path] = REMOTE[path] + BAD_LISTS[kind]
+    if kind in ("blank", "empty"):
+        any_box.server.files[path] = BAD_LISTS[kind]
+    failed(any_box.get("8B"), path, "checklist")
+    assert any_box.server.paths()[-1] == path
+    assert not list(any_box.target.rglob("*checklist*"))
+
+
+def test_checklist_dialects(any_box: Box) -> None:
+    """CR LF, blank lines, capitals and the star of binary mode are understood."""
+    path = "8b_pre_trained/checklist.chk"
+    lines = [line.split() for line in REMOTE[path].decode().splitlines()]
+    text = "".join(f"{sum_.upper()} *{name}\r\n\r\n" for sum_, name in lines)
+    any_box.server.files[path] = text.encode()
+    any_box.server.faults[SHARD] = iter(["cut"])
+    succeeded(any_box.get("8B"))
+    assert any_box.server.ranges(SHARD) == [None, f"bytes={CUT_AT}-"]
+    result = any_box.run("--verify", "Meta-Llama-3-8B")
+    succeeded(result)
+    assert "All 3 files are right" in result.stdout
+
+
+def test_shard_that_no_list_names(any_box: Box) -> None:
+    """A shard without a checksum is fetched in one piece, with a warning."""
+    files = {"params.json": REMOTE["8b_pre_trained/params.json"]}
+    any_box.server.files["8b_pre_trained/checklist.chk"] = checklist(files)
+    any_box.server.faults[SHARD] = iter(["cut"])
+    result = any_box.get("8B")
+    succeeded(result)
+    assert "does not name consolidated.00.pth" in result.stderr
+    assert any_box.server.ranges(SHARD) == [None, None]
+    assert any_box.files()["Meta-Llama-3-8B/consolidated.00.pth"] == REMOTE[SHARD]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--url", "LINK", "--models", "8B 9B"], "unknown model: 9B"),
+        (["--url", "LINK", "--models", "LINK"], "link broken"),
+        (["--url", "https://host/file?Signature=SeCrEt*"], "no * in its path"),
+        (["--url", "https://host/*?Signature=\nSeCrEt"], "line break"),
+        (["--url", "https://host/*?Signature= SeCrEt"], "space"),
+        (["--url", 'https://host/*?Signature="SeCrEt'], "quote"),
+        (["--url", "https://host/*?Signature=\\SeCrEt"], "backslash"),
+        (["--url", "host/*?Signature=SeCrEt"], "https://"),
+        (["--url"], "--url needs a value"),
+        (["--dir", ""], "--dir needs a value"),
+        (["--url=SeCrEt"], "unknown option: --url"),
+        (["--force"], "unknown option: --force"),
+        (["https://host/*?Signature=SeCrEt"], "unexpected argument"),
+        ([], "no link given"),
+        (["--url", "LINK"], "no models given"),
+    ],
+)
+def test_bad_arguments(any_box: Box, args: list[str], words: str) -> None:
+    """What is wrong with the command line or the answers is said, and nothing is fetched."""
+    args = [any_box.server.url if arg == "LINK" else arg for arg in args]
+    failed(any_box.run(*args), words, "Usage:", code=2)
+    assert any_box.server.requests == []
+    assert any_box.files() == {}
+
+
+def test_unknown_model_shows_the_names(any_box: Box) -> None:
+    """The names are listed where one is not known."""
+    failed(any_box.get("405B"), "unknown model: 405B", "8B-instruct", "13B-chat", code=2)
+
+
+def test_help(any_box: Box) -> None:
+    """The help is on stdout and names all options."""
+    result = any_box.run("--help")
+    succeeded(result)
+    for option in ("--url", "--models", "--dir", "--verify", "--help", "LLAMA_DOWNLOAD_PAUSE"):
+        assert option in result.stdout
+    assert "history" in result.stdout
+
+
+def test_missing_tools(any_box: Box) -> None:
+    """Without a tool to fetch or to check with, nothing is begun."""
+    for name in ("curl", "wget"):
+        (any_box.bin / name).unlink(missing_ok=True)
+    failed(any_box.get("8B"), "neither curl nor GNU wget")
+    any_box.fake("wget", "echo 'wget: unrecognized option: version' >&2\nexit 1\n")
+    failed(any_box.get("8B"), "neither curl nor GNU wget")
+    for name in ("md5sum", "md5"):
+        (any_box.bin / name).unlink(missing_ok=True)
+    failed(any_box.get("8B"), "neither md5sum nor md5")
+    assert any_box.files() == {}
+
+
+# Checking only
+
+
+@pytest.fixture
+def checked(any_box: Box) -> Box:
+    """A downloaded model, and no network."""
+    succeeded(any_box.get("13B"))
+    any_box.server.requests.clear()
+    for name in ("curl", "wget"):
+        (any_box.bin / name).unlink(missing_ok=True)
+    return any_box
+
+
+def test_verify(checked: Box) -> None:
+    """A right folder passes, and so does that of the tokenizer."""
+    before = checked.files()
+    result = checked.run("--verify", "llama-2-13b/")
+    succeeded(result)
+    assert "consolidated.01.pth: OK" in result.stdout
+    assert "All 3 files are right" in result.stdout
+    assert checked.run("--verify", ".").stdout.startswith("tokenizer.model: OK\n")
+    assert checked.files() == before
+    assert checked.server.requests == []
+
+
+def test_verify_finds_all_faults(checked: Box) -> None:
+    """Every file that is missing or wrong is named."""
+    folder = checked.target / "llama-2-13b"
+    folder = folder.rename(checked.target / "copy")
+    (folder / "params.json").unlink()
+    (folder / "consolidated.01.pth").write_bytes(b"half")
+    result = checked.run("--verify", "copy")
+    failed(result, "params.json: missing", "consolidated.01.pth: wrong", "2 of 3 files")
+    assert "consolidated.00.pth: OK" in result.stdout
+
+
+def test_verify_tokenizer_checklist(checked: Box) -> None:
+    """A tokenizer_checklist.chk in the folder counts too."""
+    for name in ("tokenizer.model", "tokenizer_checklist.chk"):
+        checked.put(f"llama-2-13b/{name}", REMOTE[name])
+    assert "All 4 files" in checked.run("--verify", "llama-2-13b").stdout
+    (checked.target / "llama-2-13b/tokenizer.model").write_bytes(b"wrong")
+    failed(checked.run("--verify", "llama-2-13b"), "tokenizer.model: wrong checksum")
+
+
+@pytest.mark.parametrize("kind", BAD_LISTS)
+def test_verify_bad_checklist(any_box: Box, kind: str) -> None:
+    """A checklist that leads out of the folder is not followed."""
+    any_box.put("params.json", b"outside")
+    any_box.put("model/checklist.chk", BAD_LISTS[kind])
+    failed(any_box.run("--verify", "model"), "model/checklist.chk is not a list")
+
+
+def test_verify_without_checklist(any_box: Box) -> None:
+    """A folder that is no model's, or none at all, is reported."""
+    failed(any_box.run("--verify", "."), "no checklist.chk")
+    failed(any_box.run("--verify", "nowhere"), "no such folder")
+
+
+# On a terminal
+
+
+def on_terminal(box: Box, *args: str, typed: str = "") -> tuple[int, bytes]:
+    """Run download.sh on a terminal; return the exit status and what the terminal showed.
+
+    ``typed`` is typed at the first question: before it the terminal would edit the line itself.
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), *args],
+        cwd=box.target,
+        env={**box.env, "TERM": "dumb"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = bytearray()
+    asked = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):  # how Linux reports the end of a terminal
+            while data := os.read(ours, 4096):
+                shown.extend(data)
+                if b"): " in shown:
+                    asked.set()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        if typed:
+            assert asked.wait(30)
+            os.write(ours, typed.encode())
+        status = process.wait(timeout=60)
+    finally:
+        process.kill()
+        listener.join(10)
+        os.close(ours)
+    return status, bytes(shown)
+
+
+def test_progress(box: Box) -> None:
+    """On a terminal progress is shown, without the link."""
+    status, shown = on_terminal(box, "--url", box.server.url, "--models", "8B")
+    assert status == 0
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+    assert shown.count(b"100") >= 6
+    box.check(shown.decode(errors="replace"))
+
+
+def test_long_link_on_a_terminal(any_box: Box) -> None:
+    """A link longer than a terminal's own line editing allows can be pasted."""
+    any_box.server.query = f"Signature={'x' * 6000}"
+    status, shown = on_terminal(any_box, "--models", "8B", typed=any_box.server.url + "\n")
+    assert status == 0, shown[-500:]
+    assert any_box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+# The script itself
+
+
+def test_executable() -> None:
+    """It can be started by its name."""
+    assert os.access(SCRIPT, os.X_OK)
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_shellcheck() -> None:
+    """shellcheck has nothing to say, and nothing is switched off."""
+    beside_python = str(Path(sys.executable).parent)
+    tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=beside_python)
+    if tool is None:
+        pytest.skip("shellcheck is not installed")
+    result = subprocess.run([tool, "-x", str(SCRIPT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert "shellcheck disable" not in SCRIPT.read_text()
+
+
+def test_nothing_newer_than_bash_3_2() -> None:
+    """The bash of macOS has none of these."""
+    newer = (
+        r"\b(declare|local|typeset) -[a-zA-Z]*[Anlu]|\b(mapfile|readarray|coproc)\b"
+        r"|\$\{[A-Za-z_0-9]+(\[[^]]*\])?(,|\^|@[QEPAaKkUuL]\})|&>>|\|&|;;&|;&|\bwait -n\b"
+        r"|\[-1\]|printf -v \w+\[|%\(|\$EPOCH|\bBASHPID\b|\[\[ -v |\bshopt -s globstar"
+    )
+    found = re.findall(rf".*(?:{newer}).*", SCRIPT.read_text())
+    assert not found, found
