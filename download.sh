@@ -311,11 +311,12 @@ summary() {
   say "Done: $FETCHED files fetched, $PRESENT were already here. To run:"
   for folder in "${FOLDERS[@]}"; do
     find_model "$folder"
-    script=example_text_completion.py
-    case $folder in *-Instruct | *-chat) script=example_chat_completion.py ;; esac
-    printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q' "$SHARDS" "$script" "$PREFIX$folder"
-    case $folder in llama-2-*) printf ' --tokenizer_path %q' "${PREFIX}tokenizer.model" ;; esac
-    printf '\n'
+    case $folder in
+      llama-2-*) say "  $folder: this version of the library runs Llama 3 only"; continue ;;
+      *-Instruct) script=example_chat_completion.py ;;
+      *) script=example_text_completion.py ;;
+    esac
+    printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q\n' "$SHARDS" "$script" "$PREFIX$folder"
   done
 }
 

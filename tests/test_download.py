@@ -333,7 +333,7 @@ def test_llama_2_model(box: Box) -> None:
     assert box.files() == LOCAL["llama-2-13b-chat"]
     assert {"tokenizer.model", "tokenizer_checklist.chk"} <= set(box.files())
     assert "torchrun --nproc_per_node 2 example_chat_completion.py" in result.stdout
-    assert "--ckpt_dir llama-2-13b-chat --tokenizer_path tokenizer.model\n" in result.stdout
+    assert "llama-2-13b-chat: this version of the library runs Llama 3 only" in result.stdout
 
 
 def test_questions_and_enter(box: Box) -> None:
