@@ -336,7 +336,7 @@ def test_build_takes_little_more_memory_than_the_weights(
     ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
     print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")
     assert n_bytes > 1e9
-    assert ratio <= 1.15
+    assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # stored so: mapped and not read
     assert touched <= 1.15
 
 
