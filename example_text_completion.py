@@ -17,7 +17,7 @@ DEMO_PROMPTS = [
     "Once upon a time there was a little fox named Clara.",
     "A brave owl named Tom lived near the forest.",
     "Once there was a funny pig. The pig was named",
-    "One day",
+    "Once upon a time",
 ]
 PROMPTS = [
     "The tide is caused by",
