@@ -395,9 +395,10 @@ class Llama:
         """Next tokens [B] on every rank, and their log-probabilities if asked for."""
         log_total = torch.logsumexp(logits, dim=-1)  # [B]
         if not torch.isfinite(log_total).all():
+            dtype = self.model.output.weight.dtype
             raise FloatingPointError(
-                f"the logits are not finite: the weights are damaged, or {self._dtype} overflows "
-                "for this model (build it with dtype='bfloat16' or 'float32')"
+                f"the logits are not finite: the weights are damaged, or {dtype} overflows for "
+                "this model (build it with dtype='bfloat16' or 'float32')"
             )
         if parallel.model_parallel_rank() == 0:
             tokens = next_tokens(logits, temperature, top_p, generator)
@@ -424,10 +425,6 @@ class Llama:
             rows.append([0.0, *scores[start : start + len(prompt) - 1]])
             start += len(prompt)
         return rows
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.output.weight.dtype
 
     def _check_request(
         self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
