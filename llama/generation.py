@@ -30,6 +30,11 @@ __all__ = [
     "sample_top_p",
 ]
 
+# MKL picks its kernels for exp and log at the first call of each, and threads that make that call
+# together can get one with half the digits (pytorch/pytorch#188792: some log-probabilities were off
+# by 3e-5 in one of a hundred processes). A single number is a single thread's.
+torch.logsumexp(torch.zeros(1, device="cpu"), dim=0)
+
 # Float32 logits computed at once when a whole prompt is scored: 128 MiB of them.
 _LOGITS_CHUNK = 2**25
 # Below it, logits / temperature would overflow float32.
