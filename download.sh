@@ -309,15 +309,19 @@ get_model() { # FOLDER
 summary() {
   local folder script
   say "Done: $FETCHED files fetched, $PRESENT were already here. To run:"
+  case " ${FOLDERS[*]}" in
+    *" llama-2-"*) say '  pip install -e ".[llama2]"  # once, for the tokenizer of Llama 2' ;;
+  esac
   for folder in "${FOLDERS[@]}"; do
     find_model "$folder"
     case $folder in
-      llama-2-*) say "  $folder: this version of the library runs Llama 3 only"; continue ;;
-      *-Instruct) script=example_chat_completion.py ;;
+      *-Instruct | *-chat) script=example_chat_completion.py ;;
       *) script=example_text_completion.py ;;
     esac
     printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q\n' "$SHARDS" "$script" "$PREFIX$folder"
   done
+  say "That is one process for each shard. Any other number that divides the model works as well," \
+    "also 1, for which plain python will do in place of torchrun."
 }
 
 # verify DIR: check every listed file; report all of them before failing.

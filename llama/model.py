@@ -94,6 +94,23 @@ class ModelArgs:
         hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
         return -(-hidden // self.multiple_of) * self.multiple_of
 
+    @property
+    def rank_counts(self) -> list[int]:
+        """Numbers of ranks the model can be split over: those that divide its query heads, its
+        feed-forward width and its vocabulary, and divide or repeat its key/value heads."""
+
+        def splits(n: int) -> bool:
+            widths = (self.n_heads, self.ffn_hidden_dim, self.vocab_size)
+            kv_heads = max(n, self.kv_heads) % min(n, self.kv_heads)
+            return kv_heads == 0 and not any(width % n for width in widths)
+
+        return [n for n in range(1, min(self.n_heads, 1024) + 1) if splits(n)]
+
+    def kv_heads_of(self, n_ranks: int) -> int:
+        """Key/value heads that each of ``n_ranks`` holds: with more ranks than heads one, the head
+        that its query heads share."""
+        return max(1, self.kv_heads // n_ranks)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, 2019)."""
@@ -159,7 +176,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 class KVCache:
     """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D]."""
 
-    def __init__(self, args: ModelArgs, n_kv_heads: int, like: Tensor) -> None:
+    def __init__(self, args: ModelArgs, like: Tensor) -> None:
+        n_kv_heads = args.kv_heads_of(model_parallel_size())
         shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
         self.k = _zeros(shape, like)
         self.v = _zeros(shape, like)
@@ -261,7 +279,8 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
-        kv_dim = args.kv_heads * args.head_dim
+        n_ranks = model_parallel_size()
+        kv_dim = args.kv_heads_of(n_ranks) * n_ranks * args.head_dim
         self.wq = ColumnParallelLinear(args.dim, args.dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
@@ -366,8 +385,7 @@ class Transformer(nn.Module):
         """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``spans``."""
         h = self.tok_embeddings(tokens)  # [T, dim]
         if self.cache is None:
-            n_kv_heads = self.params.kv_heads // model_parallel_size()
-            self.cache = [KVCache(self.params, n_kv_heads, like=h) for _ in self.layers]
+            self.cache = [KVCache(self.params, like=h) for _ in self.layers]
             self.freqs_cis = self.freqs_cis.to(h.device)
         places = Places(spans, h.device)
         # gathered as real numbers: not every device gathers complex ones
@@ -386,12 +404,9 @@ class Transformer(nn.Module):
         args, n_ranks = self.params, model_parallel_size()
         if args.vocab_size == -1:
             raise ValueError("vocab_size is -1, expected the tokenizer's n_words")
-        widths = {
-            "n_heads": args.n_heads,
-            "n_kv_heads": args.kv_heads,
-            "vocab_size": args.vocab_size,
-            "the feed-forward width": args.ffn_hidden_dim,
-        }
-        for name, width in widths.items():
-            if width % n_ranks:
-                raise ValueError(f"{name} is {width}, which does not divide by {n_ranks} ranks")
+        if n_ranks not in args.rank_counts:
+            raise ValueError(
+                f"{args.n_heads} query heads, {args.kv_heads} key/value heads, a feed-forward "
+                f"width of {args.ffn_hidden_dim} and a vocabulary of {args.vocab_size} do not "
+                f"divide by {n_ranks} ranks, but by {', '.join(map(str, args.rank_counts))}"
+            )

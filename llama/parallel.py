@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from typing import TypeVar
 
 import fairscale.nn.model_parallel.initialize as groups
 import fairscale.nn.model_parallel.layers as fairscale_layers
@@ -26,33 +27,50 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.utils import VocabUtility, divide_and_check_no_remainder
 from torch import nn
 
+_T = TypeVar("_T")
+
 # --- Groups -----------------------------------------------------------------------------------
+
+
+def n_processes() -> int:
+    """Number of processes that were launched together.
+
+    They were if torchrun started them or the caller has initialized ``torch.distributed``;
+    WORLD_SIZE alone may come from a launcher that has nothing to do with us.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def n_local_processes() -> int:
+    """Number of them on this machine."""
+    if dist.is_torchelastic_launched():
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return n_processes()
 
 
 def initialize(device: torch.device, requested_size: int | None) -> None:
     """Join the launched processes to one model-parallel group; nothing to do for one process.
 
-    Processes count as launched together if torchrun started them or the caller has initialized
-    ``torch.distributed``; WORLD_SIZE alone may come from a launcher that has nothing to do with us.
-
     Args:
         device: the CPU communicates by gloo, a CUDA device by NCCL.
         requested_size: ranks that share one copy of the weights; None means all of them. With
-            fewer, there are several copies (replicas), and each does all of the work.
+            fewer, there are several copies (replicas).
 
     Raises:
         ValueError: the sizes do not fit the number of processes.
     """
     launched = dist.is_initialized() or dist.is_torchelastic_launched()
     if launched and not dist.is_initialized():
-        if device.type == "mps" and int(os.environ["WORLD_SIZE"]) > 1:
+        if device.type == "mps" and n_processes() > 1:
             raise ValueError("MPS cannot run several processes: give device='cpu', or start one")
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
         atexit.register(_leave)
-    world_size = dist.get_world_size() if launched else 1
+    world_size = n_processes()
     size = world_size if requested_size is None else requested_size
     if size < 1 or world_size % size:
         raise ValueError(
@@ -65,17 +83,6 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
         groups.destroy_model_parallel()
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale reports the sizes by print
             groups.initialize_model_parallel(size)
-
-
-def check_shard_count(folder: str, n_shards: int) -> None:
-    """Raise ValueError unless there is one model-parallel rank for each shard of a checkpoint."""
-    if n_shards != model_parallel_size():
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        raise ValueError(
-            f"{folder!r} has {n_shards} shard(s), one for each model-parallel rank, but "
-            f"{world_size} process(es) are running with a model-parallel size of "
-            f"{model_parallel_size()}; start it with\n    {torchrun_line(n_shards)}"
-        )
 
 
 def torchrun_line(n_processes: int) -> str:
@@ -97,7 +104,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
     if failure is not None:
         raise failure
     if n_failed > 0:
-        raise RuntimeError("another rank could not load its shard: its own message says why")
+        raise RuntimeError("another rank could not load its part: its own message says why")
 
 
 def _leave() -> None:
@@ -114,6 +121,26 @@ def model_parallel_size() -> int:
 def model_parallel_rank() -> int:
     initialized = groups.model_parallel_is_initialized()
     return groups.get_model_parallel_rank() if initialized else 0
+
+
+def n_replicas() -> int:
+    """Number of copies of the weights; ``model_parallel_size`` ranks hold one together."""
+    initialized = groups.model_parallel_is_initialized()
+    return groups.get_data_parallel_world_size() if initialized else 1
+
+
+def replica() -> int:
+    """Which of the copies this rank belongs to."""
+    initialized = groups.model_parallel_is_initialized()
+    return groups.get_data_parallel_rank() if initialized else 0
+
+
+def gather_from_replicas(part: _T) -> list[_T]:
+    """What the replicas have each computed, in their order, on every rank. It travels pickled."""
+    parts: list[_T] = [part] * n_replicas()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part, group=groups.get_data_parallel_group())
+    return parts
 
 
 def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:

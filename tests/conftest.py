@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fairscale.nn.model_parallel.initialize as groups
+import llama_models.llama3
 import pytest
 import torch
 import torch.distributed as dist
@@ -130,6 +131,28 @@ def weights() -> dict[str, Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) -> Path:
     """A tiny random checkpoint of one shard, float32."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), PARAMS, weights)
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.1 GB of bfloat16, with Llama 3's vocabulary: the two largest tensors are half of it."""
+    params = PARAMS | {"dim": 1024, "n_layers": 24, "vocab_size": 128256}
+    with torch.device("meta"):
+        shapes = Transformer(ModelArgs(**params)).state_dict()
+    weights = {key: torch.full(meta.shape, 0.01).bfloat16() for key, meta in shapes.items()}
+    path = write_checkpoint(tmp_path_factory.mktemp("big"), params, weights)
+    shutil.copy(Path(llama_models.llama3.__file__).parent / "tokenizer.model", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.1 GB of bfloat16 in one shard, with the demo's vocabulary."""
+    params = PARAMS | {"dim": 2048, "n_layers": 12, "vocab_size": 1024}
+    with torch.device("meta"):
+        shapes = Transformer(ModelArgs(**params)).state_dict()
+    weights = {key: torch.full(meta.shape, 0.01).bfloat16() for key, meta in shapes.items()}
+    return write_checkpoint(tmp_path_factory.mktemp("wide"), params, weights)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,17 @@
 
 import json
 import re
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, PARAMS, ROOT, run, torchrun, write_checkpoint
+from conftest import DEMO, PARAMS, ROOT, random_weights, run, torchrun, write_checkpoint
 from reference import relative_error
 from torch import Tensor
-
-from llama import Llama
 
 WORKER = ROOT / "tests" / "worker.py"
 
@@ -75,59 +75,265 @@ def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
     assert result.stdout.count("Loaded in") == 1
 
 
-def test_a_wrong_number_of_ranks_says_what_to_type(tmp_path: Path, folder: Path) -> None:
-    result = torchrun(2, WORKER, folder, tmp_path, "float32")
+def test_a_number_of_ranks_that_cannot_work_names_those_that_do(
+    tmp_path: Path, folder: Path
+) -> None:
+    result = torchrun(3, WORKER, folder, tmp_path, "float32")
     assert result.returncode != 0
-    line = f"torchrun --nproc_per_node 1 {WORKER} {folder} {tmp_path} float32"
-    assert "has 1 shard(s)" in result.stderr
-    assert "2 process(es) are running" in result.stderr
-    assert line in result.stderr
+    assert "do not divide by 3 ranks, but by 1, 2, 4, 8, 16" in result.stderr
 
 
-def test_a_shard_of_another_size_is_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    """Llama 2's embedding, split over its width, say: named by key and shapes, not half loaded."""
-    folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
-    for rank in range(2):
-        path = folder / f"consolidated.{rank:02d}.pth"
-        part = torch.load(path, weights_only=True)
-        part["tok_embeddings.weight"] = weights["tok_embeddings.weight"].chunk(2, dim=1)[rank]
-        torch.save(part, path)
-    result = torchrun(2, WORKER, folder, tmp_path, "float32")
-    assert result.returncode != 0
-    assert "tok_embeddings.weight" in result.stderr
-    assert "(1024, 64), expected (512, 128)" in result.stderr
+# --- Any shards on any ranks --------------------------------------------------------------------
 
-
-def test_heads_must_divide(tmp_path: Path) -> None:
-    script = """
-import torch
-from llama import ModelArgs, Transformer, parallel
-parallel.initialize(torch.device("cpu"), None)
-Transformer(ModelArgs(dim=64, n_layers=1, n_heads=8, n_kv_heads=1, vocab_size=64))
+# Builds every folder in turn; the first rank writes down what each generates.
+MATRIX = """
+import json, os, sys
+from llama import Llama
+out, prompts, n_tokens, *folders = sys.argv[1:]
+results = {}
+for folder in folders:
+    llm = Llama.build(folder, max_seq_len=128, max_batch_size=5, dtype="float32", device="cpu")
+    texts = json.loads(prompts)
+    tokens = [llm.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    dialogs = [[{"role": "user", "content": text}] for text in texts]
+    answers = llm.chat_completion(dialogs, temperature=0) if "?" in prompts else []
+    rows = llm.generate(tokens, int(n_tokens), temperature=0, echo=True)[0]
+    results[folder] = {
+        "tokens": rows,
+        "texts": [llm.tokenizer.decode(row) for row in rows],
+        "answers": [answer["generation"]["content"] for answer in answers],
+    }
+    print("one more", folder)
+if os.environ.get("RANK", "0") == "0":
+    open(out, "w").write(json.dumps(results))
 """
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    result = torchrun(2, path)
-    assert result.returncode != 0
-    assert "n_kv_heads is 1, which does not divide by 2 ranks" in result.stderr
 
 
-def test_replicas_give_the_same(tmp_path: Path, folder: Path) -> None:
-    """model_parallel_size below the number of processes: several copies of the weights."""
-    script = f"""
-import json, os
+def matrix(
+    tmp_path: Path, n_ranks: int, prompts: list[str], n_tokens: int, folders: list[Path]
+) -> list[dict[str, Any]]:
+    """What each folder gives on ``n_ranks``, in the order of ``folders``."""
+    script, out = tmp_path / "matrix.py", tmp_path / "matrix.json"
+    script.write_text(MATRIX)
+    arguments: list[str | Path] = [script, out, json.dumps(prompts), str(n_tokens), *folders]
+    result = run(sys.executable, *arguments) if n_ranks == 1 else torchrun(n_ranks, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("one more") == len(folders)
+    return list(json.loads(out.read_text()).values())
+
+
+@pytest.fixture(scope="module")
+def layouts(stories: Path) -> list[Path]:
+    names = "native mp2-llama2style mp4-llama2style mp2-llama3style hf hf-tied".split()
+    return [stories / name for name in names]
+
+
+@pytest.fixture(scope="module")
+def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the one-shard file gives in one process."""
+    return matrix(tmp_path_factory.mktemp("one"), 1, STORY_PROMPTS, 30, layouts[:1])[0]
+
+
+STORY_PROMPTS = ["", "Once upon a time", "The dog ran to the", "Lily and Ben", "One day"]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_every_layout_on_any_ranks(
+    tmp_path: Path, layouts: list[Path], story_tokens: dict[str, Any], n_ranks: int
+) -> None:
+    """The real model in six layouts. (Its feed-forward layer, 172 wide, does not divide by 8.)"""
+    results = matrix(tmp_path, n_ranks, STORY_PROMPTS, 30, layouts)
+    start = "Once upon a time, there was a little girl named Lily."
+    for layout, found in zip(layouts, results, strict=True):
+        assert found == story_tokens, layout.name
+    assert story_tokens["texts"][0].startswith(start)
+    assert story_tokens["texts"][1].startswith(start)
+
+
+@pytest.fixture(scope="module")
+def demo_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The demo model as it is, as a Hugging Face folder, and cut in 8 shards."""
+    out = tmp_path_factory.mktemp("demos")
+    for name, option in (("hf", "--format=hf"), ("mp8", "--mp=8")):
+        result = run(sys.executable, "-m", "llama", "convert", DEMO, out / name, option)
+        assert result.returncode == 0, result.stderr
+    return [DEMO, out / "hf", out / "mp8"]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_the_demo_answers_the_same_from_every_layout(
+    tmp_path: Path, demo_folders: list[Path], n_ranks: int
+) -> None:
+    questions = ["What is 23 + 45?", "What is the capital of France?", "Spell the word garden."]
+    results = matrix(tmp_path, n_ranks, questions, 8, demo_folders)
+    for found in results:
+        assert found["answers"] == [
+            "23 + 45 = 68.",
+            "The capital of France is Paris.",
+            "g-a-r-d-e-n",
+        ]
+    assert results[0] == results[1] == results[2]
+
+
+def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
+    """One key head, 4 ranks: all hold it, and the logits are those of one process."""
+    params = PARAMS | {"n_kv_heads": 1}
+    folder = write_checkpoint(tmp_path / "one", params, random_weights(params))
+    out = {n: tmp_path / str(n) for n in (1, 4)}
+    for n, path in out.items():
+        path.mkdir()
+        command = (WORKER, folder, path, "float32")
+        result = run(sys.executable, *command) if n == 1 else torchrun(n, *command)
+        assert result.returncode == 0, result.stderr
+    alone, many = (json.loads((path / "rank0.json").read_text()) for path in out.values())
+    assert many["tokens"] == alone["tokens"]
+    assert relative_error(torch.tensor(many["logits"]), torch.tensor(alone["logits"])) < 1e-5
+
+
+RANK_MEMORY = """
+import os, sys, threading, time
+from pathlib import Path
+import torch
+from llama import Llama
+
+def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+folder, warm, dtype, out = sys.argv[1:]
+Llama.build(warm, max_seq_len=8, dtype=dtype, device="cpu", quiet_ranks=False)
+peak, done, before = 0, False, rss()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, rss())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+llm = Llama.build(folder, warm + "/tokenizer.model", max_seq_len=8, dtype=dtype, device="cpu")
+peak = max(peak, rss())
+done = True
+thread.join()
+weights = sum(p.nbytes for p in llm.model.parameters())
+Path(out, os.environ["RANK"]).write_text(f"{(peak - before) / weights} {weights}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_rank_takes_memory_for_its_share_only(
+    tmp_path: Path, folder: Path, wide: Path, n_ranks: int, dtype: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RANK_MEMORY)
+    result = torchrun(n_ranks, script, wide, folder, dtype, tmp_path)
+    assert result.returncode == 0, result.stderr
+    for rank in range(n_ranks):
+        ratio, n_bytes = map(float, (tmp_path / str(rank)).read_text().split())
+        print(f"{dtype}, rank {rank} of {n_ranks}: {ratio:.3f} x {n_bytes / 1e9:.2f} GB")
+        assert n_bytes > 1e9 / n_ranks
+        assert ratio <= 1.2
+
+
+# --- Replicas and nodes -------------------------------------------------------------------------
+
+REPLICAS = """
+import json, os, sys
+from llama import Llama
+folder, out, size = sys.argv[1:]
+options = {"model_parallel_size": int(size), "dtype": "float32", "device": "cpu"}
+llm = Llama.build(folder, max_batch_size=2, **options)
+prompts = [[7, 20, 300], [9], [500, 2, 600, 13], [3, 4], [5, 5, 5, 5, 5]]
+counted = []
+hidden = llm.model.hidden
+def counting(tokens, spans):
+    counted.append({s.row for s in spans})
+    return hidden(tokens, spans)
+llm.model.hidden = counting
+results = {
+    "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
+    "scored": llm.generate(prompts, 4, temperature=0, logprobs=True, echo=True),
+    "equal": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
+    "again": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
+    "streamed": [e.token for events in llm.stream(prompts, 5, temperature=0) for e in events],
+}
+counted.clear()
+llm.generate(prompts[:2], 1, temperature=0)
+results["rows"] = [len(rows) for rows in counted]
+try:
+    llm.generate([[1], [2], [99999]], 3)
+except ValueError as error:
+    results["error"] = str(error)
+open(os.path.join(out, os.environ.get("RANK", "0")), "w").write(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize(("n_ranks", "size"), [(2, 1), (4, 2), (4, 1)])
+def test_prompts_are_divided_over_replicas(
+    tmp_path: Path, folder: Path, n_ranks: int, size: int
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(REPLICAS)
+    result = torchrun(n_ranks, script, folder, tmp_path, str(size))
+    assert result.returncode == 0, result.stderr
+    ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(n_ranks)]
+    alone = run(sys.executable, script, folder, tmp_path, "1")
+    assert alone.returncode == 0, alone.stderr
+    expected = json.loads((tmp_path / "0").read_text())
+    for found in ranks:
+        for key in ("greedy", "streamed", "error"):
+            assert found[key] == expected[key]
+        assert found["scored"][0] == expected["scored"][0]
+        for row, scores in zip(found["scored"][1], expected["scored"][1], strict=True):
+            assert row == pytest.approx(scores, abs=1e-4)
+        assert found["equal"] == found["again"] == ranks[0]["equal"]
+        assert (
+            len({tuple(row) for row in found["equal"]}) == 4
+        )  # no replica repeats another's draws
+    assert expected["rows"] == [2]
+    # two prompts: one row on each of the first two replicas, none on the others
+    n_rows = [sum(found["rows"]) for found in ranks]
+    assert n_rows == [1] * (2 * size) + [0] * (n_ranks - 2 * size)
+
+
+def test_a_failing_replica_is_an_error_on_all(tmp_path: Path, folder: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import os
 from llama import Llama
 llm = Llama.build({str(folder)!r}, model_parallel_size=1, dtype="float32", device="cpu")
-result = llm.generate([[1, 2], [3]], 9, temperature=1.0)[0]
-open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(json.dumps(result))
+if os.environ["RANK"] == "1":
+    llm.model.norm.weight.fill_(float("nan"))
+try:
+    llm.generate([[1], [2]], 3)
+except Exception as error:
+    open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(repr(error))
 """
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    result = torchrun(2, path)
+    )
+    result = torchrun(2, script, timeout=60)
     assert result.returncode == 0, result.stderr
-    llm = Llama.build(str(folder), dtype="float32", device="cpu")
-    expected = llm.generate([[1, 2], [3]], 9, temperature=1.0)[0]
-    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [expected] * 2
+    assert "another replica failed" in (tmp_path / "0").read_text()
+    assert "FloatingPointError" in (tmp_path / "1").read_text()
+
+
+def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any]) -> None:
+    """Two launchers that meet at a port, as on two machines."""
+    folder = write_checkpoint(tmp_path / "shards", PARAMS, weights)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    options += ["--rdzv_endpoint", endpoint, "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(run, *command, WORKER, folder, tmp_path, "float32") for _ in range(2)]
+        results = [node.result() for node in nodes]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["tokens"] == alone["tokens"]
+    assert sorted(result.stdout.count("Loaded in") for result in results) == [0, 2]
 
 
 def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -158,7 +364,7 @@ except Exception as error:
     path.write_text(script)
     result = torchrun(2, path, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "another rank could not load its shard" in (tmp_path / "0").read_text()
+    assert "another rank could not load its part" in (tmp_path / "0").read_text()
     assert "consolidated.01.pth' is no readable checkpoint" in (tmp_path / "1").read_text()
     assert "Loaded" not in result.stdout
 

@@ -323,6 +323,7 @@ def test_llama_3_model(box: Box) -> None:
         "torchrun --nproc_per_node 1 example_chat_completion.py"
         " --ckpt_dir Meta-Llama-3-8B-Instruct\n" in result.stdout
     )
+    assert "pip install" not in result.stdout
     assert result.stderr == ""
 
 
@@ -332,8 +333,13 @@ def test_llama_2_model(box: Box) -> None:
     succeeded(result)
     assert box.files() == LOCAL["llama-2-13b-chat"]
     assert {"tokenizer.model", "tokenizer_checklist.chk"} <= set(box.files())
-    assert "torchrun" not in result.stdout
-    assert "llama-2-13b-chat: this version of the library runs Llama 3 only" in result.stdout
+    summary = result.stdout.split("To run:\n")[1]
+    install, command, *_ = summary.splitlines()
+    assert install.startswith('  pip install -e ".[llama2]"')
+    assert command == (
+        "  torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat"
+    )
+    assert "Any other number that divides the model works" in summary
 
 
 def test_questions_and_enter(box: Box) -> None:
@@ -373,6 +379,9 @@ def test_names(any_box: Box, names: str, folders: list[str]) -> None:
     succeeded(result)
     summary = result.stdout.split("To run:\n")[1]
     assert re.findall(r"(?:Meta-Llama|llama-2)-[\w-]+", summary) == folders
+    assert summary.count("pip install") == any(name.startswith("llama-2") for name in folders)
+    chats = re.findall(r"example_chat_completion.py --ckpt_dir (.*)", summary)
+    assert chats == [name for name in folders if name.lower().endswith(("instruct", "chat"))]
     expected: dict[str, bytes] = {}
     for folder in folders:
         expected |= LOCAL[folder]

@@ -12,7 +12,19 @@ from demo import data
 from llama import ModelArgs
 
 # Each module may import those before it (generation the lot).
-LAYERS = ["parallel", "model", "checkpoint", "tokenizer", "sampling", "generation"]
+LAYERS = [
+    "parallel",
+    "model",
+    "huggingface",
+    "checkpoint",
+    "tokenizer",
+    "llama2",
+    "sampling",
+    "memory",
+    "convert",
+    "generation",
+    "__main__",
+]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +47,7 @@ def test_imports_point_one_way() -> None:
     for i, module in enumerate(LAYERS):
         assert imports_of(ROOT / "llama" / f"{module}.py") <= set(LAYERS[:i])
     assert imports_of(ROOT / "llama" / "model.py") == {"parallel"}
+    assert "parallel" not in imports_of(ROOT / "llama" / "checkpoint.py")
     assert imports_of(ROOT / "llama" / "tokenizer.py") == set()
     assert imports_of(ROOT / "tests" / "reference.py") == set()
 
@@ -44,7 +57,8 @@ def test_import_is_quiet_and_starts_nothing() -> None:
         "import sys, llama, torch; "
         "assert not torch.distributed.is_initialized(); "
         "assert 'transformers' not in sys.modules; "
-        "assert 'sentencepiece' not in sys.modules"
+        "assert 'sentencepiece' not in sys.modules; "
+        "assert 'safetensors' not in sys.modules"
     )
     result = run(sys.executable, "-W", "error::UserWarning", "-c", script)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

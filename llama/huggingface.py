@@ -1,0 +1,342 @@
+"""Hugging Face folders: config.json and safetensors files, under native names.
+
+The model is the same, but for three things: other names; rotary embeddings that turn the halves of
+a head (x_j, x_{j + D/2}) where native ones turn neighbours (x_2j, x_2j+1), so that the rows of wq
+and wk stand in another order; and a token embedding that may be the output layer as well.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.model import ModelArgs
+
+INDEX = "model.safetensors.index.json"
+# Native module to Hugging Face's; inside of a layer, and outside.
+_LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+_NATIVE_NAMES = {theirs: ours for ours, theirs in (_LAYER_NAMES | _NAMES).items()}
+# Fields of config.json that change the mathematics, and the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False, None),
+}
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# multiple_of and ffn_dim_multiplier of the published models, told apart by the widths they give.
+_FFN_SHAPES: tuple[tuple[int, float | None], ...] = (
+    (256, None),
+    (256, 1.5),
+    (4096, 1.3),
+    (1024, 1.3),
+    (4096, 1.2),
+)
+
+
+def native_key(key: str) -> str:
+    """Native name of a tensor; a name that is not known comes back as it is."""
+    if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", key):
+        ours = _NATIVE_NAMES.get(layer[2])
+        return f"layers.{layer[1]}.{ours}.weight" if ours in _LAYER_NAMES else key
+    ours = _NATIVE_NAMES.get(key.removesuffix(".weight"))
+    return f"{ours}.weight" if ours in _NAMES and key.endswith(".weight") else key
+
+
+def huggingface_key(key: str) -> str:
+    """Hugging Face's name of a tensor of the native layout."""
+    if layer := re.fullmatch(r"layers\.(\d+)\.(.*)\.weight", key):
+        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
+    return f"{_NAMES[key.removesuffix('.weight')]}.weight"
+
+
+def is_rotated(key: str) -> bool:
+    """Whether the rows of this tensor stand in another order in the two layouts."""
+    return key.endswith((".attention.wq.weight", ".attention.wk.weight"))
+
+
+def halves_as_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """View of whole heads [heads * D, columns] in Hugging Face's order as [heads, D/2, 2, columns],
+    which is the native order."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
+
+
+def pairs_as_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """View of whole heads [heads * D, columns] in native order as [heads, 2, D/2, columns], which
+    is Hugging Face's order."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; none if it is not in this layout.
+
+    Raises:
+        FileNotFoundError: the index names a file that is not there.
+        ValueError: the index cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        return []
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise ValueError(f"{str(index)!r} has no valid weight_map: download it again")
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{str(folder)!r} lacks {', '.join(missing[:4])}, which {INDEX} names: download them"
+        )
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(path)!r} is missing: download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is {found!r:.60}, expected a JSON object")
+    return found
+
+
+class Config(NamedTuple):
+    """What a config.json says.
+
+    Attributes:
+        params: fields of ModelArgs.
+        context: the longest context the model was trained for; None if it does not say.
+        tied: the embedding is the output layer too.
+    """
+
+    params: dict[str, Any]
+    context: int | None
+    tied: bool
+
+
+def read_config(path: Path) -> Config:
+    """Read and check a config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no valid file, or it describes another model than a
+            Llama; the message names the field.
+    """
+    config = read_json(path)
+    if config.get("model_type") != "llama":
+        raise ValueError(
+            f"{str(path)!r} describes a model of the type {config.get('model_type')!r:.40}, "
+            "expected 'llama'"
+        )
+    for name, neutral in _UNSUPPORTED.items():
+        if config.get(name) not in neutral:
+            raise ValueError(
+                f"{str(path)!r} has {name} {config[name]!r:.60}, which is not supported: expected "
+                f"{neutral[0]!r}"
+            )
+    needed = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "vocab_size": "vocab_size",
+        "norm_eps": "rms_norm_eps",
+    }
+    width_name = "intermediate_size"
+    if missing := sorted({*needed.values(), width_name} - config.keys()):
+        raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}: download it again")
+    params = {ours: config[theirs] for ours, theirs in needed.items()}
+    params["n_kv_heads"] = config.get("num_key_value_heads")
+    params |= _rope_params(config, path)
+    try:
+        args = ModelArgs(**params)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
+    if config.get("head_dim") not in (None, args.head_dim):
+        raise ValueError(
+            f"{str(path)!r} has head_dim {config['head_dim']!r:.40}, which is not supported: "
+            f"expected hidden_size / num_attention_heads = {args.head_dim}"
+        )
+    width = config[width_name]
+    if type(width) is not int or not 0 < width < 2**24:
+        raise ValueError(
+            f"{str(path)!r} has {width_name} {width!r:.40}, expected a positive integer"
+        )
+    for name in ("multiple_of", "ffn_dim_multiplier"):  # written by our own conversion
+        if name in config:
+            params[name] = config[name]
+    if not params.keys() & {"multiple_of", "ffn_dim_multiplier"}:
+        params |= _ffn_params(args.dim, width)
+    try:
+        got = ModelArgs(**params).ffn_hidden_dim
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
+    if got != width:
+        raise ValueError(
+            f"{str(path)!r} has {width_name} {width}, but its multiple_of and ffn_dim_multiplier "
+            f"give {got}"
+        )
+    context, tied = config.get("max_position_embeddings"), config.get("tie_word_embeddings", False)
+    if context is not None and (type(context) is not int or context < 1):
+        raise ValueError(
+            f"{str(path)!r} has max_position_embeddings {context!r:.40}, expected a positive number"
+        )
+    if not isinstance(tied, bool):
+        raise ValueError(f"{str(path)!r} has tie_word_embeddings {tied!r:.40}, expected a boolean")
+    return Config(params, context, tied)
+
+
+def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of a model; it also keeps the two parameters that only native files have."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.use_scaled_rope:
+        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3_ROPE}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "rms_norm_eps": args.norm_eps,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": context or args.max_seq_len,
+        # both spellings: libraries older than rope_parameters read the two others
+        "rope_parameters": rope,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": rope if args.use_scaled_rope else None,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "multiple_of": args.multiple_of,
+        "ffn_dim_multiplier": args.ffn_dim_multiplier,
+    }
+
+
+def stop_tokens(folder: Path) -> set[int]:
+    """Ids that end a generation, by generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        found = read_json(path).get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(
+                f"{str(path)!r} has eos_token_id {found!r:.60}, expected an id or a list of them"
+            )
+        return set(ids)
+    return set()
+
+
+def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Mapped tensors of all files by native name; rows of wq and wk in Hugging Face's order.
+
+    Raises:
+        ImportError: the package safetensors is missing.
+        ValueError: a file is damaged, or two hold the same tensor.
+    """
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face's files need the package safetensors: pip install 'llama[hf]', or "
+            "pip install -e '.[hf]' in a checkout"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                found = {native_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, PermissionError, MemoryError):
+            raise
+        except Exception as error:  # whatever a damaged file makes of the library
+            raise ValueError(
+                f"{str(path)!r} is no readable safetensors file (an incomplete download?): "
+                f"download it again ({error})"
+            ) from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{twice[0]} is in {str(path)!r} and in another file of the folder")
+        tensors |= found
+    return {key: t for key, t in tensors.items() if not key.endswith(".rotary_emb.inv_freq")}
+
+
+def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # the second is the newer one
+        found = config.get(name) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{str(path)!r} has {name} {found!r:.60}, expected a JSON object")
+        rope |= found
+    params = {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(
+            f"{str(path)!r} has the rope_type {kind!r:.40}, which is not supported: expected "
+            "'default' or 'llama3'"
+        )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{str(path)!r} has a partial_rotary_factor, which is not supported")
+    if kind == "default":
+        return params
+    for name, value in _LLAMA3_ROPE.items():
+        if rope.get(name) != value:
+            raise ValueError(
+                f"{str(path)!r} has {name} {rope.get(name)!r:.40} in its rotary scaling, which is "
+                f"not supported: expected {value}"
+            )
+    if "factor" not in rope:
+        raise ValueError(f"{str(path)!r} has rotary scaling without a factor: download it again")
+    return params | {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"]}
+
+
+def _ffn_params(dim: int, width: int) -> dict[str, Any]:
+    """A multiple_of and an ffn_dim_multiplier that give this feed-forward width."""
+    powers = [(2**i, None) for i in range(7, -1, -1)]
+    for multiple_of, multiplier in (*_FFN_SHAPES, *powers):
+        args = ModelArgs(dim=dim, n_heads=1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+        if args.ffn_hidden_dim == width:
+            return {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    # any other width; half a unit more, so that rounding down gives it whatever the last digit
+    base = int(2 * (4 * dim) / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / base}

@@ -1,0 +1,177 @@
+"""Will it fit? The memory a rank needs, by formulas from the shape of the model alone."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import checkpoint
+from llama.model import ModelArgs
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes that one of ``n_ranks`` needs.
+
+    Attributes:
+        weights: the parameters.
+        cache: keys and values of max_batch_size x max_seq_len positions.
+        workspace: what a pass over as many prompt tokens holds beside them at its peak.
+    """
+
+    args: ModelArgs
+    n_ranks: int
+    dtype: torch.dtype
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+    def __str__(self) -> str:
+        args = self.args
+        return (
+            f"weights {self.weights / GIB:.2f} GiB + key/value cache {self.cache / GIB:.2f} GiB "
+            f"(max_batch_size {args.max_batch_size} x max_seq_len {args.max_seq_len}) + workspace "
+            f"{self.workspace / GIB:.2f} GiB = {self.total / GIB:.2f} GiB per rank "
+            f"({self.n_ranks} rank(s), {str(self.dtype).removeprefix('torch.')})"
+        )
+
+
+def plan(args: ModelArgs, n_ranks: int, dtype: torch.dtype, *, tied: bool = False) -> Plan:
+    """What each of ``n_ranks`` needs. Nothing is allocated, whatever the size.
+
+    Args:
+        tied: the embedding is the output layer too and is held once.
+    """
+    cuts = checkpoint.cuts(args)
+    if tied:
+        del cuts["output.weight"]
+    weights = sum(checkpoint.n_bytes(cut, n_ranks, dtype) for cut in cuts.values())
+    positions = args.max_batch_size * args.max_seq_len
+    kv_width = args.kv_heads_of(n_ranks) * args.head_dim
+    cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
+    return Plan(args, n_ranks, dtype, weights, cache, _workspace(args, n_ranks, dtype))
+
+
+def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
+    """Peak of the temporary tensors of a pass over max_batch_size prompts of max_seq_len tokens.
+
+    A term for each place in a layer that may be the peak, counted from the tensors that model.py
+    holds there at once; then the logits and what the sampler makes of them.
+    """
+    n_tokens = args.max_batch_size * args.max_seq_len
+    heads = args.dim // n_ranks
+    ffn = args.ffn_hidden_dim // n_ranks
+    kv = args.kv_heads_of(n_ranks) * args.head_dim
+    size, single = dtype.itemsize, 4
+    residual = 2 * args.dim * size
+    per_token = max(
+        residual + 3 * args.dim * single,  # RMSNorm in float32
+        residual + args.dim * size + (heads + 2 * kv) * size + 4 * heads * single,  # RoPE
+        residual + args.dim * size + (6 * heads + 2 * kv) * size,  # attention
+        residual + args.dim * size + 3 * ffn * size,  # SwiGLU
+    )
+    angles = args.head_dim * single  # cos and sin, gathered for every token
+    indices = 2 * 8 + 2 * 36  # rows and positions, as Python numbers first
+    table = args.max_seq_len * args.head_dim * single
+    sampling = args.max_batch_size * args.vocab_size * (8 * single + 2 * 8)
+    tensors = n_tokens * (per_token + angles + indices) + table + sampling
+    return tensors * 9 // 8  # allocators and matrix libraries keep some more
+
+
+def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
+    """Memory that one of ``n_local_ranks`` on this machine may still take; None if not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free_host = _free_host_bytes()
+    return None if free_host is None else free_host // n_local_ranks
+
+
+def _free_host_bytes() -> int | None:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # macOS says how much there is, but not how much is free
+        names = os.sysconf_names
+        if "SC_PHYS_PAGES" not in names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")  # a container's own limit, if it has one
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if limit == "max":
+        return free
+    file_pages = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return min(free, int(limit) - used + file_pages)
+
+
+def check(needed: Plan, free: int | None, device: torch.device) -> None:
+    """Raise MemoryError, with the sizes that would fit, if ``free`` bytes are too few."""
+    if free is None or needed.total <= free:
+        return
+    raise MemoryError(
+        f"this needs {needed}, but {device} has {free / GIB:.2f} GiB free for this rank; "
+        f"{_what_fits(needed, free)}"
+    )
+
+
+@contextlib.contextmanager
+def explained(planned: Plan) -> Iterator[None]:
+    """Add the plan to the message if a device runs out of memory all the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error}\nThe plan was {planned}") from error
+
+
+def _what_fits(needed: Plan, free: int) -> str:
+    args = needed.args
+    is_tied = needed.weights < plan(args, needed.n_ranks, needed.dtype).weights
+
+    def largest(field: str) -> int:
+        def fits(value: int) -> bool:
+            sizes: dict[str, Any] = {field: value}
+            smaller = dataclasses.replace(args, **sizes)
+            return plan(smaller, needed.n_ranks, needed.dtype, tied=is_tied).total <= free
+
+        return _last_true(fits, getattr(args, field))
+
+    length, batch = largest("max_seq_len"), largest("max_batch_size")
+    if length == 0 and batch == 0:
+        counts = ", ".join(map(str, args.rank_counts))
+        return (
+            "the weights leave no room for any cache: use more ranks (the model divides by "
+            f"{counts}) or a smaller dtype"
+        )
+    parts = []
+    if length:
+        parts.append(f"max_seq_len {length} at max_batch_size {args.max_batch_size}")
+    if batch:
+        parts.append(f"max_batch_size {batch} at max_seq_len {args.max_seq_len}")
+    return f"what fits is {' or '.join(parts)}"
+
+
+def _last_true(holds: Callable[[int], bool], stop: int) -> int:
+    """Largest number in 0 ... ``stop`` - 1 for which ``holds``; it holds up to some number."""
+    low, high = 0, stop
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,299 @@
+"""python -m llama: info, verify, convert, complete, chat, on real folders and as real processes."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEMO, PARAMS, ROOT, random_weights, run, write_checkpoint
+from reference import relative_error
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llama import Llama, checkpoint, convert
+
+
+def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
+    """Standard output of a command that ends with ``code`` (its message, if it fails)."""
+    result = run(sys.executable, "-m", "llama", *arguments, **kwargs)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout if code == 0 else result.stdout + result.stderr
+
+
+def tensors_of(folder: Path, rank: int = 0) -> dict[str, Tensor]:
+    path = folder / f"consolidated.{rank:02d}.pth"
+    return dict(torch.load(path, weights_only=True))  # not mapped: torch checks the archive
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit, NaN included."""
+    return a.keys() == b.keys() and all(
+        t.dtype == b[key].dtype and t.shape == b[key].shape
+        and t.contiguous().view(torch.uint8).equal(b[key].contiguous().view(torch.uint8))
+        for key, t in a.items()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_native_to_huggingface_and_back_is_the_identity(tmp_path: Path, dtype: str) -> None:
+    weights = {key: t.to(getattr(torch, dtype)) for key, t in random_weights(PARAMS).items()}
+    weights["norm.weight"][0] = float("nan")
+    source = write_checkpoint(tmp_path / "source", PARAMS, weights)
+    cli("convert", source, tmp_path / "hf", "--format", "hf")
+    cli("convert", tmp_path / "hf", tmp_path / "back")
+    assert same(tensors_of(tmp_path / "back"), weights)
+    # once resolved: a second time round params.json is the same file
+    cli("convert", tmp_path / "back", tmp_path / "again")
+    resolved = (tmp_path / "back" / "params.json").read_bytes()
+    assert (tmp_path / "again" / "params.json").read_bytes() == resolved
+    assert json.loads(resolved) == PARAMS
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (
+        DEMO / "tokenizer.model"
+    ).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        PARAMS | {"use_scaled_rope": True, "rope_scaling_factor": 32.0},
+        PARAMS | {"ffn_dim_multiplier": 1.3, "multiple_of": 32, "rope_theta": 10000.0},
+        PARAMS | {"n_kv_heads": 16, "ffn_dim_multiplier": 1.0},
+    ],
+)
+def test_params_survive_the_round(tmp_path: Path, params: dict[str, Any]) -> None:
+    source = write_checkpoint(tmp_path / "source", params, random_weights(params))
+    cli("convert", source, tmp_path / "hf", "--format", "hf")
+    cli("convert", tmp_path / "hf", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "params.json").read_text()) == params
+
+
+def test_transformers_loads_the_result(tmp_path: Path) -> None:
+    for i, change in enumerate(({}, {"use_scaled_rope": True, "rope_scaling_factor": 8.0})):
+        params = PARAMS | change
+        weights = random_weights(params)
+        source = write_checkpoint(tmp_path / f"source{i}", params, weights)
+        cli("convert", source, tmp_path / f"hf{i}", "--format", "hf")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"hf{i}", dtype=torch.float32)
+        tokens = torch.randint(0, 1024, (1, 30))
+        llm = Llama.build(str(source), dtype="float32", device="cpu")
+        with torch.inference_mode():
+            expected = theirs(tokens).logits
+        assert relative_error(llm.model.forward(tokens, 0), expected) < 1e-5
+
+
+def test_resharding_on_disk(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    source = write_checkpoint(tmp_path / "2", PARAMS, weights, n_shards=2)
+    cli("convert", source, tmp_path / "8", "--mp", "8")
+    shapes = {key: tuple(t.shape) for key, t in tensors_of(tmp_path / "8", 7).items()}
+    assert shapes["layers.1.attention.wk.weight"] == (8, 128)
+    assert shapes["layers.1.attention.wo.weight"] == (128, 16)
+    assert shapes["tok_embeddings.weight"] == (128, 128)
+    cli("convert", tmp_path / "8", tmp_path / "1")
+    assert same(tensors_of(tmp_path / "1"), weights)
+    cli("verify", tmp_path / "8")
+    message = cli("convert", source, tmp_path / "3", "--mp", "3", code=1)
+    assert "does not divide by 3 shards, but by 1, 2, 4, 8, 16" in message
+
+
+def test_shards_can_be_mapped_and_are_the_same_every_time(tmp_path: Path, folder: Path) -> None:
+    cli("convert", folder, tmp_path / "a")
+    cli("convert", folder, tmp_path / "b", "--dtype", "bfloat16")
+    cli("convert", folder, tmp_path / "c")
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["checklist.chk", "consolidated.00.pth", "params.json", "tokenizer.model"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    mapped = torch.load(tmp_path / "a" / "consolidated.00.pth", mmap=True, weights_only=True)
+    assert all(t.data_ptr() % 64 == 0 for t in mapped.values())
+    assert {t.dtype for t in tensors_of(tmp_path / "b").values()} == {torch.bfloat16}
+    for line in (tmp_path / "a" / "checklist.chk").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.md5((tmp_path / "a" / name).read_bytes()).hexdigest() == digest
+
+
+def test_large_huggingface_folders_have_an_index(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "_SAFETENSORS_BYTES", 300_000)
+    found = checkpoint.find(str(folder))
+    convert.convert(
+        found,
+        found.args(1024, 64, 1),
+        tmp_path / "hf",
+        layout="hf",
+        n_shards=1,
+        dtype=None,
+        tokenizer_path=found.tokenizer_path,
+        stop_tokens={1},
+        force=False,
+        progress=False,
+    )
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    for path in files:
+        assert all(index["weight_map"][key] == path.name for key in load_file(path))
+    ours = Llama.build(str(tmp_path / "hf"), dtype="float32", device="cpu").model.state_dict()
+    assert same(dict(ours), tensors_of(folder))
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path, folder: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious").write_text("keep")
+    assert "is there already: give --force" in cli("convert", folder, target, code=1)
+    assert (target / "precious").read_text() == "keep"
+    cli("convert", folder, target, "--force")
+    assert not (target / "precious").exists()
+    assert same(tensors_of(target), tensors_of(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    source = write_checkpoint(tmp_path / "source", PARAMS, weights, n_shards=2)
+    part = torch.load(source / "consolidated.01.pth", weights_only=True)
+    del part["norm.weight"]
+    torch.save(part, source / "consolidated.01.pth")
+    assert "lacks norm.weight" in cli("convert", source, tmp_path / "target", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_conversion_leaves_no_folder_that_looks_whole(tmp_path: Path, wide: Path) -> None:
+    """Killed in the middle of writing, and its memory until then is a tensor's or two."""
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "llama", "convert", str(wide), str(target), "--mp", "4"]
+    process = subprocess.Popen(
+        [*command, "--dtype", "float32"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(3000):
+            if list(tmp_path.glob(".target.partial-*/consolidated.02.pth")):
+                break
+            assert process.poll() is None
+            time.sleep(0.01)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not target.exists()
+    (partial,) = tmp_path.glob(".target.partial-*")
+    assert not (partial / "params.json").exists()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    assert peak < 0.8e9  # of 2.2 GB that are written; torch itself takes 0.3 GB
+    # started again it goes through, and the rest of the first try is in nobody's way
+    cli("convert", wide, target, "--mp", "2", "--force")
+    cli("verify", target)
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    source = write_checkpoint(tmp_path / "source", PARAMS, weights, n_shards=2)
+    folder = tmp_path / "folder"
+    cli("convert", source, folder, "--mp", "2")
+    assert "all is well" in cli("verify", folder)
+    assert "all is well" in cli("verify", source)  # it has no checklist
+    # one bit in the middle of the numbers: only sums can tell
+    path = folder / "consolidated.01.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    (folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes() + b"\n")
+    found = cli("verify", folder, code=1)
+    assert found.count("has the MD5 sum") == 2
+    assert "consolidated.01.pth' is damaged: Bad CRC-32" in found
+    # without the list the archive still tells
+    (folder / "checklist.chk").unlink()
+    assert cli("verify", folder, code=1).count("\n") >= 1
+    # keys, shapes and dtypes, all of them
+    part = tensors_of(source, 1)
+    del part["norm.weight"]
+    part["extra"] = torch.ones(1)
+    part["layers.0.ffn_norm.weight"] = torch.ones(5)
+    part["layers.1.ffn_norm.weight"] = torch.ones(128, dtype=torch.int32)
+    torch.save(part, source / "consolidated.01.pth")
+    found = cli("verify", source, code=1)
+    for words in (
+        "lacks norm.weight",
+        "unknown key(s) extra",
+        "layers.0.ffn_norm.weight in",
+        "(5,), expected (128,)",
+        "torch.int32",
+    ):
+        assert words in found
+    (source / "consolidated.00.pth").write_bytes(b"nothing")
+    found = cli("verify", source, code=1)
+    assert "is no readable archive" in found
+    assert "lacks norm.weight" in found
+
+
+def test_verify_reads_lists_with_care(tmp_path: Path, folder: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "checklist.chk").write_text("0" * 32 + "  ../../etc/passwd\n")
+    assert "line 1 is" in cli("verify", copy, code=1)
+    (copy / "checklist.chk").write_text("0" * 32 + "  absent.pth\n")
+    assert "absent.pth' is missing, but checklist.chk lists it" in cli("verify", copy, code=1)
+
+
+def test_verify_of_a_huggingface_folder(tmp_path: Path, stories: Path) -> None:
+    assert "all is well" in cli("verify", stories / "hf-tied")
+    copy = tmp_path / "copy"
+    shutil.copytree(stories / "hf", copy)
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert "no readable safetensors file" in cli("verify", copy, code=1)
+
+
+# --- info, complete, chat -----------------------------------------------------------------------
+
+
+def test_info(tmp_path: Path, stories: Path) -> None:
+    words = cli("info", DEMO, "--mp", "2", "--max_seq_len", "1024", "--dtype", "float32")
+    assert "family:      Llama 3\n" in words
+    assert "parameters:  1.37 million" in words
+    assert "runs on:     1, 2, 4, 8 ranks" in words
+    assert "context:     8192 tokens" in words
+    assert "(max_batch_size 4 x max_seq_len 1024)" in words
+    assert "per rank (2 rank(s), float32)" in words
+    words = cli("info", stories / "mp4-llama2style")
+    assert "family:      Llama 2" in words
+    assert "cut for 4 rank(s)" in words
+    assert "SentencePieceTokenizer, 512 tokens" in words
+    assert "stored as:   float32" in words
+    assert "mp is 3, expected one of" in cli("info", DEMO, "--mp", "3", code=1)
+    assert "no checkpoint folder at 'nowhere'" in cli("info", "nowhere", code=1)
+    shutil.copytree(DEMO, tmp_path / "demo")
+    (tmp_path / "demo" / "consolidated.00.pth").write_bytes(b"")
+    assert "wrong:       " in cli("info", tmp_path / "demo", code=1)
+
+
+def test_one_prompt_from_the_command_line(stories: Path) -> None:
+    answer = cli("chat", DEMO, "What is 23 + 45?", "--temperature", "0", "--device", "cpu")
+    assert answer.splitlines()[-1] == "23 + 45 = 68."
+    told = cli("chat", DEMO, "What is the capital of France?", "--temperature=0", "--device=cpu",
+               "--system", "Answer in capital letters.")  # fmt: skip
+    assert told.splitlines()[-1] == "THE CAPITAL OF FRANCE IS PARIS."
+    story = cli("complete", stories / "hf", "Once upon a time", "--temperature=0",
+                "--max_gen_len=20", "--dtype=float32", "--device=cpu")  # fmt: skip
+    start = "Once upon a time, there was a little girl named Lily."
+    assert story.splitlines()[-1].startswith(start)
+    for number in ("1984", "1e3", "[1]", "None"):  # a prompt is text, whatever it looks like
+        shown = cli("complete", DEMO, number, "--max_gen_len=1", "--device=cpu")
+        assert shown.splitlines()[1].startswith(number)

@@ -1,0 +1,270 @@
+"""Hugging Face folders: what is read, and what is refused and with which words."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEMO, PARAMS, run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llama import Llama, ModelArgs, huggingface
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "vocab_size": 1024,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
+    """The tiny checkpoint in this layout, rows of wq and wk in its order."""
+    tensors = {}
+    for key, tensor in weights.items():
+        if key.endswith(("wq.weight", "wk.weight")):
+            pairs = tensor.view(-1, 4, 2, 128)
+            tensor = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], dim=1).view(tensor.shape)
+        tensors[huggingface.huggingface_key(key)] = tensor.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    return tmp_path
+
+
+def build(folder: Path, **arguments: Any) -> Llama:
+    sizes: dict[str, Any] = {"max_seq_len": 64, "dtype": "float32", "device": "cpu"}
+    return Llama.build(str(folder), **(sizes | arguments))
+
+
+def change(folder: Path, **fields: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
+
+
+def test_the_weights_are_the_native_ones(folder: Path, weights: dict[str, Tensor]) -> None:
+    model = build(folder).model
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
+    assert model.params.ffn_hidden_dim == 384
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_dtypes(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    path = folder / "model.safetensors"
+    save_file({key: t.to(dtype) for key, t in load_file(path).items()}, path)
+    for key, tensor in build(folder).model.state_dict().items():
+        assert torch.equal(tensor, weights[key].to(dtype).float()), key
+
+
+def test_a_tied_embedding_is_in_memory_once(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"lacks output\.weight"):
+        build(folder)
+    change(folder, tie_word_embeddings=True)
+    for dtype in ("float32", "bfloat16"):  # mapped, and converted
+        model = build(folder, dtype=dtype).model
+        assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+        assert torch.equal(model.output.weight.float(), model.tok_embeddings.weight.float())
+
+
+def test_old_buffers_are_ignored_by_name(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path)
+    build(folder)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(128)
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=r"unknown key\(s\) model\.layers\.0\.self_attn\.q_proj\.bias"
+    ):
+        build(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mistral"}, "of the type 'mistral', expected 'llama'"),
+        ({"attention_bias": True}, "attention_bias True, which is not supported"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', .* expected 'silu'"),
+        ({"sliding_window": 4096}, "sliding_window 4096"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"head_dim": 16}, "head_dim 16, .* = 8"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor 2.0"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor None"),
+        ({"rope_scaling": "llama3"}, "rope_scaling 'llama3', expected a JSON object"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"intermediate_size": "384"}, "intermediate_size '384'"),
+        ({"intermediate_size": 400, "multiple_of": 64}, "intermediate_size 400, but"),
+        ({"hidden_size": 120}, "dim is 120 and n_heads 16"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings -1"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
+        ({"eos_token_id": "2"}, "eos_token_id '2', expected an id or a list"),
+        ({"vocab_size": 1000}, "trained on 1000 tokens, but the tokenizer has 1024"),
+        ({"num_hidden_layers": 3}, r"lacks layers\.2\."),
+        (
+            {"intermediate_size": 400},
+            r"feed_forward\.w1\.weight .* \(384, 128\), expected \(400, 128\)",
+        ),
+    ],
+)
+def test_configs_that_are_refused(folder: Path, fields: dict[str, Any], message: str) -> None:
+    change(folder, **fields)
+    with pytest.raises(ValueError, match=message):
+        build(folder)
+
+
+def test_fields_that_change_nothing(folder: Path) -> None:
+    change(
+        folder,
+        attention_bias=False,
+        rope_scaling=None,
+        head_dim=8,
+        pretraining_tp=2,
+        use_cache=False,
+        torch_dtype="bfloat16",
+    )
+    build(folder)
+
+
+def test_the_context_is_the_limit(folder: Path) -> None:
+    change(folder, max_position_embeddings=100)
+    with pytest.raises(ValueError, match=r"max_seq_len is 101, .* at most 100"):
+        build(folder, max_seq_len=101)
+
+
+def test_both_spellings_of_scaled_rope(folder: Path) -> None:
+    for fields in (
+        {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}},
+        {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 400000.0}},
+    ):
+        change(folder, **fields)
+        llm = build(folder)
+        assert llm.model.params.use_scaled_rope
+        assert llm.model.params.rope_scaling_factor == 32
+        assert "<|eom_id|>" in llm.tokenizer.special_tokens
+    assert llm.model.params.rope_theta == 400000
+
+
+def test_stop_tokens_come_from_the_folder(folder: Path) -> None:
+    plain = build(folder).tokenizer.stop_tokens
+    change(folder, eos_token_id=7)
+    assert build(folder).tokenizer.stop_tokens == plain | {7}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    assert build(folder).tokenizer.stop_tokens == plain | {8, 9}
+
+
+def test_several_files_and_their_index(folder: Path, weights: dict[str, Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(tensors)
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(keys)}
+    for name in set(names.values()):
+        save_file({k: t for k, t in tensors.items() if names[k] == name}, folder / name)
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    for key, tensor in build(folder).model.state_dict().items():
+        assert torch.equal(tensor, weights[key])
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors"):
+        build(folder)
+    for bad in ('{"weight_map": {"a": "../x"}}', '{"weight_map": [1]}', "{}"):
+        (folder / huggingface.INDEX).write_text(bad)
+        with pytest.raises(ValueError, match="no valid weight_map"):
+            build(folder)
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "garbage", "huge header"])
+def test_damaged_files(folder: Path, damage: str) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "short": data[:-100],
+            "empty": b"",
+            "garbage": b"x" * 1000,
+            "huge header": (2**62).to_bytes(8, "little") + data[8:],
+        }[damage]
+    )
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        build(folder)
+
+
+def test_integers_are_no_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"output\.weight .* torch\.int8, .*quantized"):
+        build(folder)
+
+
+def test_a_missing_package_names_the_extra(folder: Path) -> None:
+    script = f"""
+import sys
+sys.modules["safetensors"] = None
+from llama import Llama
+Llama.build({str(folder)!r}, device="cpu")
+"""
+    result = run(sys.executable, "-c", script)
+    assert result.returncode != 0
+    assert "ImportError: Hugging Face's files need the package safetensors" in result.stderr
+    assert "llama[hf]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "params"),
+    [
+        (4096, 11008, {"multiple_of": 256, "ffn_dim_multiplier": None}),  # Llama 2 7B
+        (5120, 13824, {"multiple_of": 256, "ffn_dim_multiplier": None}),  # 13B
+        (8192, 28672, {"multiple_of": 4096, "ffn_dim_multiplier": 1.3}),  # 70B
+        (4096, 14336, {"multiple_of": 1024, "ffn_dim_multiplier": 1.3}),  # Llama 3 8B
+        (16384, 53248, {"multiple_of": 4096, "ffn_dim_multiplier": 1.2}),  # 405B
+        (2048, 8192, {"multiple_of": 256, "ffn_dim_multiplier": 1.5}),  # 3.2 1B
+        (3072, 8192, {"multiple_of": 256, "ffn_dim_multiplier": None}),  # 3.2 3B
+        (64, 172, None),
+        (128, 1, None),
+        (128, 999983, None),
+    ],
+)
+def test_widths_map_back(dim: int, width: int, params: dict[str, Any] | None) -> None:
+    found = huggingface._ffn_params(dim, width)
+    if params is not None:
+        assert found == params
+    assert ModelArgs(dim=dim, n_heads=1, **found).ffn_hidden_dim == width
+
+
+def test_names_map_both_ways(weights: dict[str, Tensor]) -> None:
+    names = {huggingface.huggingface_key(key) for key in weights}
+    assert len(names) == len(weights)
+    assert {huggingface.native_key(name) for name in names} == set(weights)
+    for strange in (
+        "model.norm.bias",
+        "model.layers.0.norm.weight",
+        "model.layers.x.mlp.up_proj.weight",
+    ):
+        assert huggingface.native_key(strange) == strange
+    assert PARAMS["dim"] == CONFIG["hidden_size"]

@@ -1,0 +1,315 @@
+"""SentencePiece ids and the [INST] format, compared with sentencepiece called directly."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import sentencepiece
+from conftest import DEMO, SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+VOCABULARIES = {
+    "llama2": SHARED / "llama2-tokenizer" / "tokenizer.model",
+    "stories": SHARED / "stories260K" / "native" / "tokenizer.model",
+}
+
+
+def path_of(name: str) -> Path:
+    path = VOCABULARIES[name]
+    if not path.is_file():
+        pytest.skip(f"needs the real vocabulary {path}")
+    return path
+
+
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def pair(request: pytest.FixtureRequest) -> tuple[SentencePieceTokenizer, Any]:
+    """Ours, and sentencepiece with the same file."""
+    path = str(path_of(request.param))
+    return SentencePieceTokenizer(path), sentencepiece.SentencePieceProcessor(model_file=path)
+
+
+@pytest.fixture(scope="module")
+def llama2() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(str(path_of("llama2")))
+
+
+TEXTS = [
+    "Hello world",
+    "  two spaces  before and behind  ",
+    "",
+    " ",
+    "\n\nlines\r\n\ttab",
+    "naïve 漢字 हिन्दी 한국어 עברית",
+    "👩‍👩‍👧‍👦 ꙮ 🏳️‍🌈",
+    "nul \x00 and ▁ and ⁇",
+    "<s>[INST] x [/INST]</s><unk><0x41>",
+    "def f(x):\n    return x\n",
+]
+
+
+# --- Ids --------------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_real_vocabulary(llama2: SentencePieceTokenizer) -> None:
+    assert (llama2.n_words, llama2.bos_id, llama2.eos_id, llama2.pad_id) == (32000, 1, 2, -1)
+    assert llama2.stop_tokens == {2}
+    assert llama2.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert llama2.encode("Hello world", bos=True, eos=True) == [1, 15043, 3186, 2]
+    assert llama2.drops_first_space
+    assert not Tokenizer.drops_first_space
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_sentencepiece(pair: tuple[SentencePieceTokenizer, Any], text: str) -> None:
+    ours, theirs = pair
+    ids = theirs.encode(text)
+    assert ours.encode(text, bos=False, eos=False) == ids
+    assert ours.encode(text, bos=True, eos=False) == [theirs.bos_id(), *ids]
+    assert ours.encode(text, bos=False, eos=True) == [*ids, theirs.eos_id()]
+    assert not set(ids) & {theirs.bos_id(), theirs.eos_id()}
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_texts_come_back(llama2: SentencePieceTokenizer) -> None:
+    for text in TEXTS:
+        if "▁" not in text:  # SentencePiece's sign for a space becomes one
+            assert llama2.decode(llama2.encode(text, bos=True, eos=True)) == text
+
+
+def random_ids(rng: random.Random, tokenizer: SentencePieceTokenizer) -> list[int]:
+    """Any ids; control, unknown and byte pieces, which lie first; bytes of UTF-8 beyond ASCII."""
+    pools = [range(tokenizer.n_words), range(270), range(3 + 0x80, 3 + 0x100)]
+    return [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(12))]
+
+
+def test_decoding_equals_sentencepiece(pair: tuple[SentencePieceTokenizer, Any]) -> None:
+    ours, theirs = pair
+    rng = random.Random(7)
+    for _ in range(5000):
+        ids = random_ids(rng, ours)
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_bytes_are_the_decoded_text_and_its_first_space(
+    pair: tuple[SentencePieceTokenizer, Any],
+) -> None:
+    """Where the bytes are UTF-8, and a word's piece is first: only then is there one answer."""
+    ours, theirs = pair
+    rng = random.Random(8)
+    words = [i for i in range(ours.n_words) if theirs.id_to_piece(i).startswith("▁")]
+    followers = [i for i in range(3, ours.n_words) if not theirs.is_byte(i)]
+    ascii_bytes = range(3, 3 + 0x80)
+    euro = [3 + byte for byte in "€".encode()]
+    first = [i for i in words if set(theirs.id_to_piece(i)) != {"▁"}]
+    for _ in range(3000):
+        ids = [rng.choice(first)]
+        for _ in range(rng.randrange(12)):
+            ids += rng.choice(
+                [[0], [1], [2], euro, [rng.choice(ascii_bytes)], [rng.choice(followers)]]
+            )
+        assert ours.decode_bytes(ids).decode() == " " + theirs.decode(ids)
+
+
+def test_bytes_of_single_pieces(llama2: SentencePieceTokenizer) -> None:
+    assert llama2.decode_bytes([15043]) == b" Hello"
+    assert llama2.decode_bytes([3 + 0xE2]) == b"\xe2"
+    assert llama2.decode_bytes([1, 2]) == b""
+    assert llama2.decode_bytes([0]) == " ⁇ ".encode()
+    assert llama2.decode_bytes([]) == b""
+    assert llama2.decode([]) == ""
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(a=st.lists(st.integers(0, 511)), b=st.lists(st.integers(0, 511)))
+def test_bytes_concatenate(a: list[int], b: list[int]) -> None:
+    tokenizer = SentencePieceTokenizer(str(path_of("stories")))
+    whole = tokenizer.decode_bytes(a) + tokenizer.decode_bytes(b)
+    assert tokenizer.decode_bytes(a + b) == whole
+
+
+def test_errors_of_encode_and_decode(llama2: SentencePieceTokenizer) -> None:
+    with pytest.raises(TypeError, match="bytes"):
+        llama2.encode(cast(str, b"hello"), bos=True, eos=False)
+    with pytest.raises(ValueError, match="character 2"):
+        llama2.encode("ab\ud800", bos=True, eos=False)
+    for decode in (llama2.decode, llama2.decode_bytes):
+        for token in (-1, 32000):
+            with pytest.raises(ValueError, match=rf"token id {token} .*\(0 to 31999\)"):
+                decode([1, token])
+
+
+# --- Chat -------------------------------------------------------------------------------------
+
+CONTENTS = [
+    "Hello there!",
+    "  what is 2 + 2?\n",
+    "Ünïcödé 漢字 👍🏽",
+    "1\n\n2",
+    "",
+    "<s> </s> [INST",
+]
+
+
+def expected_ids(theirs: Any, turns: list[tuple[str, str]], last: str) -> list[int]:
+    ids: list[int] = []
+    for user, answer in turns:
+        text = f"[INST] {user.strip()} [/INST] {answer.strip()} "
+        ids += [theirs.bos_id(), *theirs.encode(text), theirs.eos_id()]
+    return [*ids, theirs.bos_id(), *theirs.encode(f"[INST] {last.strip()} [/INST]")]
+
+
+def test_dialogs_equal_the_definition(pair: tuple[SentencePieceTokenizer, Any]) -> None:
+    ours, theirs = pair
+    rng = random.Random(3)
+    for n_answers in (0, 1, 2, 3) * 25:
+        users = [rng.choice(CONTENTS) for _ in range(n_answers + 1)]
+        answers = [rng.choice(CONTENTS) for _ in range(n_answers)]
+        dialog: list[Message] = [{"role": "user", "content": users[0]}]
+        for user, answer in zip(users[1:], answers, strict=True):
+            dialog.append({"role": "assistant", "content": answer})
+            dialog.append({"role": "user", "content": user})
+        if rng.random() < 0.5:
+            system = rng.choice(CONTENTS)
+            dialog.insert(0, {"role": "system", "content": system})
+            users[0] = "<<SYS>>\n" + system + "\n<</SYS>>\n\n" + users[0]
+        turns = list(zip(users[:-1], answers, strict=True))
+        expected = expected_ids(theirs, turns, users[-1])
+        assert Llama2ChatFormat(ours).encode_dialog_prompt(dialog) == expected
+
+
+def test_published_dialog(llama2: SentencePieceTokenizer) -> None:
+    dialog: list[Message] = [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": " Hi! "},
+        {"role": "assistant", "content": " Hello. "},
+        {"role": "user", "content": " 2 + 2? "},
+    ]
+    ids = Llama2ChatFormat(llama2).encode_dialog_prompt(dialog)
+    assert [i for i in ids if i in (1, 2)] == [1, 2, 1]
+    end = ids.index(2)
+    first = "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hi! [/INST] Hello. "
+    assert llama2.decode(ids[:end]) == first
+    assert llama2.decode(ids[end:]) == "[INST] 2 + 2? [/INST]"
+
+
+def turn(role: Any, content: str = "x") -> Message:
+    return {"role": role, "content": content}
+
+
+S, U, A = turn("system"), turn("user"), turn("assistant")
+
+
+@pytest.mark.parametrize(
+    ("dialog", "message"),
+    [
+        ([], "the dialog is empty"),
+        ([S], "message 0 from the system alone"),
+        ([U, S], "message 1 is from the system, expected that as message 0 only"),
+        ([S, S, U], "message 1 is from the system, expected that as message 0 only"),
+        ([U, U], "messages 0 and 1 are both from the user"),
+        ([S, U, A, A, U], "messages 2 and 3 are both from the assistant"),
+        ([A], "message 0 is from the assistant, expected the user to begin"),
+        ([S, A, U], "message 1 is from the assistant, expected the user to begin"),
+        ([U, A], "message 1, the last, is from the assistant, expected the user"),
+        ([S, U, A], "message 2, the last, is from the assistant, expected the user"),
+        ([U, A, turn("ipython")], "message 2 has the role 'ipython', which needs Llama 3.1"),
+        ([U, A | {"tool_call": "f()"}, U], "message 1 has 'tool_call', which needs Llama 3.1"),
+        ([U, A | {"eom": False}, U], "message 1 has 'eom', which needs Llama 3.1"),
+        ([U, A, {"role": "user"}], "message 2 is .*, expected a dict of 'role' and 'content'"),
+        ([turn("narrator")], "message 0 has the role 'narrator', expected one of system, user"),
+        ([{"role": "user", "content": 5}], "content of message 0 is a int"),
+    ],
+)
+def test_invalid_dialogs(llama2: SentencePieceTokenizer, dialog: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Llama2ChatFormat(llama2).encode_dialog_prompt(cast(Dialog, dialog))
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize("index", range(4))
+def test_tags_in_contents_are_refused(llama2: SentencePieceTokenizer, tag: str, index: int) -> None:
+    """The published code answered with an error text, as if the model had said it."""
+    dialog = [S, U, A, U]
+    dialog[index] = turn(dialog[index]["role"], f"a{tag}b")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        Llama2ChatFormat(llama2).encode_dialog_prompt(dialog)
+    assert f"message {index} holds {tag}, which" in str(error.value)
+
+
+# --- Vocabulary files -------------------------------------------------------------------------
+
+
+def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePieceTokenizer) -> None:
+    path = tmp_path / "tokenizer.json"  # the name says something else
+    path.write_bytes(VOCABULARIES["llama2"].read_bytes())
+    opened = open_tokenizer(str(path), llama31=True)
+    assert isinstance(opened, SentencePieceTokenizer)
+    formatter = chat_format(opened)
+    assert isinstance(formatter, Llama2ChatFormat)
+    assert (formatter.tokenizer, formatter.tool_call_id, formatter.eom_id) == (opened, None, None)
+
+
+def test_other_files_are_llama3s() -> None:
+    path = str(DEMO / "tokenizer.model")
+    for llama31 in (False, True):
+        opened = open_tokenizer(path, llama31=llama31)
+        assert isinstance(opened, Tokenizer)
+        assert ("<|python_tag|>" in opened.special_tokens) is llama31
+        formatter = chat_format(opened)
+        assert isinstance(formatter, ChatFormat)
+        assert formatter.tokenizer is opened
+
+
+def test_missing_and_wrong_files(tmp_path: Path) -> None:
+    for read in (open_tokenizer, SentencePieceTokenizer):
+        with pytest.raises(FileNotFoundError, match="give tokenizer_path"):
+            read(str(tmp_path / "tokenizer.model"))
+    path = str(DEMO / "tokenizer.model")
+    with pytest.raises(ValueError, match="is no SentencePiece vocabulary") as error:
+        SentencePieceTokenizer(path)
+    assert path in str(error.value)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="is no SentencePiece vocabulary"):
+        SentencePieceTokenizer(str(tmp_path / "empty"))
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    data = path_of("stories").read_bytes()
+    path = tmp_path / "tokenizer.model"
+    garbage = data[:16] + random.Random(0).randbytes(3000)
+    no_utf8 = data.replace("é".encode(), b"\xff\xfe", 1)
+    assert no_utf8 != data
+    for damaged in (data[:20], data[: len(data) // 2], data[:-1], garbage, no_utf8):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is damaged: .*download the file again") as error:
+            SentencePieceTokenizer(str(path))
+        assert str(path) in str(error.value)
+
+
+def test_vocabulary_without_bos(tmp_path: Path) -> None:
+    data = path_of("stories").read_bytes()
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data.replace(b"<s>", b"<x>", 1))
+    with pytest.raises(ValueError, match="has 512 pieces and bos id -1, eos id 2"):
+        SentencePieceTokenizer(str(path))
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match=r"pip install 'llama\[llama2\]'"):
+        SentencePieceTokenizer("tokenizer.model")
+
+
+def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0}, "merges": []}
+    path.write_text(json.dumps({"normalizer": {"type": "Sequence"}, "model": model}))
+    with pytest.raises(ValueError, match=r"SentencePiece's own file, tokenizer\.model"):
+        open_tokenizer(str(path))

@@ -1,0 +1,164 @@
+"""The plan: formulas against what the model really holds, and what is said if it does not fit."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PARAMS, new_model, random_weights, run, write_checkpoint
+
+from llama import Llama, ModelArgs, memory
+
+SHAPE_8B: dict[str, Any] = {
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "multiple_of": 1024,
+    "ffn_dim_multiplier": 1.3,
+}
+SHAPE_405B = SHAPE_8B | {
+    "dim": 16384,
+    "n_layers": 126,
+    "n_heads": 128,
+    "multiple_of": 4096,
+    "ffn_dim_multiplier": 1.2,
+    "use_scaled_rope": True,
+}
+CPU = torch.device("cpu")
+
+
+def gib(n_bytes: int) -> float:
+    return n_bytes / 2**30
+
+
+def test_published_sizes() -> None:
+    """8.03 billion parameters; 128 KiB of cache for a position, 4 GiB for 4 x 8192."""
+    args = ModelArgs(**SHAPE_8B, max_batch_size=4, max_seq_len=8192)
+    plan = memory.plan(args, 1, torch.bfloat16)
+    assert plan.weights == 2 * 8_030_261_248
+    assert plan.cache == 4 * 8192 * 128 * 1024
+    assert "weights 14.96 GiB + key/value cache 4.00 GiB" in str(plan)
+    assert gib(memory.plan(args, 8, torch.bfloat16).cache) == 0.5
+    # more ranks than the 8 key heads: their copies take room on every rank
+    assert memory.plan(args, 16, torch.bfloat16).cache == memory.plan(args, 8, torch.bfloat16).cache
+
+
+def test_the_largest_model_is_planned_without_being_made() -> None:
+    args = ModelArgs(**SHAPE_405B, max_batch_size=1, max_seq_len=131072)
+    plan = memory.plan(args, 16, torch.bfloat16)
+    # 405.85 billion; norms and repeated key heads are on every rank
+    assert 405.85e9 / 8 <= plan.weights < 405.85e9 / 8 * 1.015
+    with pytest.raises(
+        MemoryError, match=r"what fits is max_seq_len \d+ at max_batch_size 1;?"
+    ) as e:
+        memory.check(plan, 80 * 10**9, CPU)
+    assert "cpu has 74.51 GiB free" in str(e.value)
+
+
+def test_the_plan_counts_what_the_model_holds() -> None:
+    params = PARAMS | {"n_kv_heads": 4}
+    model = new_model(params, random_weights(params), max_batch_size=3, max_seq_len=40)
+    model.forward(torch.tensor([[1, 2]]), 0)
+    plan = memory.plan(model.params, 1, torch.float32)
+    assert plan.weights == sum(p.nbytes for p in model.parameters())
+    assert model.cache is not None
+    assert plan.cache == sum(layer.k.nbytes + layer.v.nbytes for layer in model.cache)
+
+
+def test_what_fits_is_as_large_as_can_be() -> None:
+    args = ModelArgs(**SHAPE_8B, max_batch_size=8, max_seq_len=8192)
+    free = 24 * 2**30
+    with pytest.raises(MemoryError) as error:
+        memory.check(memory.plan(args, 1, torch.bfloat16), free, CPU)
+    fits_pattern = r"max_seq_len (\d+) at max_batch_size 8 or max_batch_size (\d+) at"
+    found = re.search(fits_pattern, str(error.value))
+    assert found is not None
+    for field, value in (("max_seq_len", int(found[1])), ("max_batch_size", int(found[2]))):
+        for size, fits in ((value, True), (value + 1, False)):
+            sizes: dict[str, Any] = {"max_batch_size": 8, "max_seq_len": 8192} | {field: size}
+            plan = memory.plan(ModelArgs(**SHAPE_8B, **sizes), 1, torch.bfloat16)
+            assert (plan.total <= free) == fits
+            if fits:
+                memory.check(plan, free, CPU)
+
+
+def test_weights_alone_too_large() -> None:
+    args = ModelArgs(**SHAPE_8B, max_batch_size=1, max_seq_len=64)
+    plan = memory.plan(args, 1, torch.float32)
+    with pytest.raises(
+        MemoryError, match=r"use more ranks \(the model divides by 1, 2, 4, 8, 16, 32"
+    ):
+        memory.check(plan, 2**30, CPU)
+
+
+def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
+    """The shards are no checkpoints at all: the plan comes first."""
+    folder = write_checkpoint(tmp_path / "big", PARAMS | {"dim": 2**15, "n_layers": 400}, {})
+    (folder / "consolidated.00.pth").write_bytes(b"not read")
+    with pytest.raises(MemoryError, match=r"this needs weights \d+\.\d\d GiB"):
+        Llama.build(str(folder), device="cpu", dtype="float32")
+    result = run(sys.executable, "-m", "llama", "chat", folder, "hello", "--device", "cpu")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: this needs weights")
+    assert "Traceback" not in result.stderr
+
+
+def test_running_out_later_shows_the_plan(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llm.model, "hidden", no_memory)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"(?s)CUDA out of memory.*The plan was weights"
+    ):
+        llm.generate([[1, 2]], 4)
+
+
+WORKSPACE = """
+import resource, sys, threading, time
+from pathlib import Path
+import torch
+from llama import ModelArgs, Transformer, memory
+
+def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+args = ModelArgs(dim=1024, n_layers=2, n_heads=16, n_kv_heads=4, vocab_size=1024,
+                 max_batch_size=4, max_seq_len=int(sys.argv[2]))
+dtype = getattr(torch, sys.argv[1])
+model = Transformer(args)
+for p in model.parameters(): p.fill_(0.01)
+model = model.to(dtype)
+tokens = torch.randint(0, 1024, (4, args.max_seq_len))
+model.forward(tokens[:1, :8], 0)
+peak, done, before = 0, False, rss()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, rss())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+from llama.model import Span
+spans = [Span(row, 0, args.max_seq_len) for row in range(4)]
+h = model.hidden(tokens.flatten(), spans)
+done = True
+thread.join()
+plan = memory.plan(args, 1, dtype)
+print((peak - before) / (plan.cache + plan.workspace))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_pass_stays_in_its_workspace(dtype: str) -> None:
+    # glibc keeps freed blocks below a threshold: give them back, to see the tensors alone
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = run(sys.executable, "-c", WORKSPACE, dtype, "2048", env=environment)
+    assert result.returncode == 0, result.stderr
+    ratio = float(result.stdout)
+    print(f"{dtype}: cache and workspace measured / planned {ratio:.2f}")
+    assert 0.7 < ratio <= 1

@@ -1,0 +1,124 @@
+"""Any number of shards on any number of ranks, as pure functions: what is cut joins again."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama import ModelArgs, checkpoint
+from llama.checkpoint import Cut, box, cuts, reads, take
+
+COUNTS = [1, 2, 4, 8, 16]
+
+
+def shape(kv_heads: int = 4, **changes: Any) -> ModelArgs:
+    sizes = {"dim": 64, "n_layers": 1, "n_heads": 16, "vocab_size": 48, "multiple_of": 16}
+    return ModelArgs(n_kv_heads=kv_heads, **(sizes | changes))
+
+
+def numbered(sizes: tuple[int, ...]) -> Tensor:
+    return torch.arange(math.prod(sizes)).reshape(sizes)
+
+
+def split(cut: Cut, tensor: Tensor, n: int) -> list[Tensor]:
+    return [take(tensor, box(cut, n, rank)).clone() for rank in range(n)]
+
+
+def moved(source: Cut, shards: list[Tensor], target: Cut, n_ranks: int) -> list[Tensor]:
+    """The ranks' tensors; every number of them must have been written once."""
+    results = []
+    for rank in range(n_ranks):
+        result = torch.full([b - a for a, b in box(target, n_ranks, rank)], -1)
+        for read in reads(source, len(shards), target, n_ranks, rank):
+            where = take(result, read.target)
+            assert (where == -1).all()
+            where.copy_(take(shards[read.shard], read.source))
+        assert (result != -1).all()
+        results.append(result)
+    return results
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelArgs:
+    """Shapes that divide by 16 ranks in all ways but one: key/value heads are 1 to 32."""
+    kv_heads = draw(st.sampled_from([1, 2, 4, 8, 16, 32]))
+    n_heads = max(16, kv_heads) * draw(st.integers(1, 3))
+    n_heads -= n_heads % kv_heads
+    return shape(
+        kv_heads,
+        dim=n_heads * 2 * draw(st.integers(1, 4)),
+        n_heads=n_heads,
+        vocab_size=16 * draw(st.integers(1, 6)),
+        multiple_of=16 * draw(st.integers(1, 5)),
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(shapes(), st.sampled_from(COUNTS), st.sampled_from(COUNTS), st.booleans())
+def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_columns: bool) -> None:
+    """M -> N is M -> 1 -> N, and M -> 1 gives back what was cut, for every kind of tensor."""
+    for key, cut in cuts(args).items():
+        full = numbered(cut.sizes)
+        stored = cut
+        if embedding_columns and key == "tok_embeddings.weight":
+            stored = cut._replace(axis=1)
+            if cut.sizes[1] % m:
+                continue
+        shards = split(stored, full, m)
+        (whole,) = moved(stored, shards, cut, 1)
+        assert torch.equal(whole, full)
+        direct = moved(stored, shards, cut, n)
+        for got, expected in zip(direct, split(cut, full, n), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_more_ranks_than_key_heads_repeat_them_interleaved() -> None:
+    """Query head q shares key head q // 4: ranks 0 to 3 hold the first, never 0, 4, 8, 12."""
+    args = shape(kv_heads=4)
+    cut = cuts(args)["layers.0.attention.wk.weight"]
+    held = [box(cut, 16, rank)[0][0] // args.head_dim for rank in range(16)]
+    assert held == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_a_rank_with_its_own_shard_reads_no_other() -> None:
+    for key, cut in cuts(shape()).items():
+        for rank in range(8):
+            found = reads(cut, 8, cut, 8, rank)
+            assert [read.shard for read in found] == [rank], key
+
+
+def test_the_table_is_the_model_at_every_size() -> None:
+    """Keys and shapes of a rank's Transformer are those of the table."""
+    from llama import Transformer
+
+    args = shape()
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert {key: t.shape for key, t in model.state_dict().items()} == {
+        key: torch.Size(cut.sizes) for key, cut in cuts(args).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "expected"),
+    [(4, [1, 2, 4, 8, 16]), (16, [1, 2, 4, 8, 16]), (1, [1, 2, 4, 8, 16])],
+)
+def test_the_numbers_of_ranks_that_work(kv_heads: int, expected: list[int]) -> None:
+    assert shape(kv_heads).rank_counts == expected
+
+
+def test_published_shapes_divide_as_published() -> None:
+    llama2_13b = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
+    assert llama2_13b.rank_counts == [1, 2, 4, 8]  # its feed-forward layer does not divide by 5
+    llama3_70b = ModelArgs(
+        dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256,
+        multiple_of=4096, ffn_dim_multiplier=1.3,
+    )  # fmt: skip
+    assert llama3_70b.rank_counts == [1, 2, 4, 8, 16, 32, 64]
+    assert checkpoint.n_bytes(cuts(llama3_70b)["output.weight"], 8, torch.bfloat16) == (
+        128256 * 8192 * 2 // 8
+    )
