@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data
 from llama import ModelArgs, checkpoint, huggingface
-from llama.tokenizer import SPLIT_PATTERN, ChatFormat, Tokenizer
+from llama.tokenizer import ChatFormat, Tokenizer
+from llama.vocabulary import SPLIT_PATTERN
 
 PARAMS: dict[str, Any] = {
     "dim": 128,

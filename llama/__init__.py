@@ -1,6 +1,6 @@
 """The reference inference library for Llama.
 
-Reading order: model.py, parallel.py, checkpoint.py, tokenizer.py, sampling.py, generation.py.
+Reading order: model.py, parallel.py, generation.py, sampling.py, tokenizer.py, checkpoint.py.
 """
 
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, TokenEvent

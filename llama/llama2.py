@@ -15,9 +15,8 @@ from llama.tokenizer import (
     check_ids,
     check_message,
     check_text,
-    is_sentencepiece,
-    read_vocabulary,
 )
+from llama.vocabulary import is_sentencepiece, read_vocabulary
 
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 

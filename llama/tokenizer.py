@@ -5,17 +5,20 @@ ids of special tokens are put in by structure only. A user who types ``<|eot_id|
 those ten characters and cannot end the turn.
 """
 
-import base64
-import binascii
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
-from typing import Any, Literal, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
-import blobfile
 import tiktoken
+
+from llama.vocabulary import (
+    SPLIT_PATTERN,
+    is_sentencepiece,
+    parse_tiktoken,
+    parse_tokenizer_json,
+    read_vocabulary,
+)
 
 Role = Literal["system", "user", "assistant", "ipython"]
 
@@ -38,19 +41,6 @@ class Message(_RoleAndContent, total=False):
 
 
 Dialog = Sequence[Message]
-
-# How Llama 3 cuts text before byte-pair merging: contractions, words with at most one leading
-# character that is neither letter, digit nor newline, groups of up to three digits, punctuation,
-# newlines, other whitespace.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
 
 N_SPECIAL_TOKENS = 256
 # Offsets from the end of the byte-pair vocabulary; the ids between them are reserved.
@@ -89,256 +79,6 @@ def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
     }
 
 
-def read_vocabulary(path: str, size: int = -1) -> bytes:
-    """The first ``size`` bytes of a vocabulary file, by default all of them.
-
-    The file is read here and not by ``tiktoken.load``, which caches by the path as it was written:
-    a relative ``tokenizer.model`` could come back as another model's.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    try:
-        with blobfile.BlobFile(path, "rb") as file:
-            return bytes(file.read(size))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"no tokenizer at {path!r}: give tokenizer_path, the tokenizer.model file that was "
-            "downloaded with the weights"
-        ) from error
-
-
-def is_sentencepiece(data: bytes) -> bool:
-    """Whether a vocabulary file that begins like this is SentencePiece's (its first piece)."""
-    return b"<unk>" in data[:16]
-
-
-def parse_tiktoken(data: bytes, path: str) -> dict[bytes, int]:
-    """Ranks of a tiktoken vocabulary: ``base64(token bytes) rank`` per line, ranks 0, 1, 2, ...
-
-    Raises:
-        ValueError: this is not a tiktoken vocabulary; the message names ``path`` and the line.
-    """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token_base64, rank_text = line.split()
-            token, rank = base64.b64decode(token_base64, validate=True), int(rank_text)
-        except (ValueError, binascii.Error):
-            raise ValueError(
-                f"{path!r} is damaged: line {number} is {line[:60]!r}, expected a base64 token, a "
-                "space and its rank; download the file again"
-            ) from None
-        if rank != len(ranks) or token in ranks:
-            problem = "repeats a token" if token in ranks else f"has rank {rank}"
-            raise ValueError(
-                f"{path!r} is damaged: line {number} {problem}, expected a new token with rank "
-                f"{len(ranks)}; download the file again"
-            )
-        ranks[token] = rank
-    _check_single_bytes(ranks, path)
-    return ranks
-
-
-def _check_single_bytes(ranks: Mapping[bytes, int], path: str) -> None:
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(
-            f"{path!r} is no byte-level vocabulary: {len(missing)} of the 256 single bytes are "
-            f"missing (the first is {missing[0]:#04x}); download the file again"
-        )
-
-
-# --- Hugging Face's tokenizer.json --------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The letters that stand for bytes: a printable byte is its own Latin-1 letter, the n-th of
-    the others is the letter U+0100 + n."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + n): byte for n, byte in enumerate(others)
-    }
-
-
-_BYTE_OF_LETTER = _byte_alphabet()
-
-
-def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks, and ids by name of the added tokens, of Hugging Face's ``tokenizer.json``.
-
-    Only a file that gives the ids which tiktoken gives is read. Hugging Face merges the pair that
-    comes first in a list, tiktoken the pair whose union has the lowest id. In both, the merges
-    inside the bytes of a token go the same way whatever stands around them, so that tiktoken only
-    ever makes a token from one pair: the last one when the token's own bytes are merged. The two
-    agree when these pairs are listed in the order of the ids they make; other pairs in the list
-    are never met. A token that no merges make is found only where it is a whole word: tiktoken
-    always looks whole words up, Hugging Face with ``ignore_merges``.
-
-    Raises:
-        ValueError: the file is damaged, or would give other ids; the message says why.
-    """
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path!r} is damaged: it begins like JSON, but {error}; download the file again"
-        ) from None
-    model = config.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        kind = model.get("type") if isinstance(model, dict) else model
-        raise ValueError(f"{path!r} has a model of type {kind!r:.80}, expected 'BPE'")
-    if model.get("byte_fallback"):
-        raise ValueError(
-            f"{path!r} is the tokenizer.json of a SentencePiece vocabulary (Llama 2: byte_fallback "
-            "is true), expected a byte-level one (Llama 3): give SentencePiece's own file, "
-            "tokenizer.model"
-        )
-    _check_text_is_cut_as_ours(config, path)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise ValueError(f"{path!r} sets {name} to {model[name]!r:.80}, expected none")
-    ranks = _parse_vocab(model.get("vocab"), path)
-    _check_single_bytes(ranks, path)
-    _check_merges(model.get("merges"), bool(model.get("ignore_merges")), ranks, path)
-    try:
-        added = {token["content"]: token["id"] for token in config.get("added_tokens", [])}
-    except (TypeError, KeyError):
-        raise ValueError(
-            f"{path!r} is damaged: added_tokens is {config['added_tokens']!r:.80}, expected a list "
-            "of objects with 'content' and 'id'; download the file again"
-        ) from None
-    return ranks, added
-
-
-def _check_text_is_cut_as_ours(config: Mapping[str, Any], path: str) -> None:
-    """Hugging Face's normalizer and pre_tokenizer must do what SPLIT_PATTERN does."""
-    if config.get("normalizer") is not None:
-        raise ValueError(
-            f"{path!r} changes the text by a normalizer, {config['normalizer']!r:.80}, expected "
-            "none (Llama 3)"
-        )
-    pre_tokenizer: Any = config.get("pre_tokenizer")
-    try:
-        split, byte_level = pre_tokenizer["pretokenizers"]
-        pattern = split["pattern"]["Regex"]
-        found = [
-            split["type"],
-            {key: split[key] for key in ("behavior", "invert")},
-            byte_level["type"],
-            {key: byte_level[key] for key in ("add_prefix_space", "use_regex")},
-        ]
-    except (TypeError, KeyError, ValueError):
-        found, pattern = [pre_tokenizer], None
-    expected: list[Any] = ["Split", {"behavior": "Isolated", "invert": False}]
-    expected += ["ByteLevel", {"add_prefix_space": False, "use_regex": False}]
-    if found != expected:
-        raise ValueError(
-            f"{path!r} has the pre_tokenizer {str(found)[:200]}, expected Llama 3's, {expected}"
-        )
-    if pattern != SPLIT_PATTERN:
-        raise ValueError(f"{path!r} splits text by {pattern!r}, expected {SPLIT_PATTERN!r}")
-
-
-def _bytes_of_letters(text: Any, path: str) -> bytes:
-    letters = text if isinstance(text, str) else ""
-    token = bytes([_BYTE_OF_LETTER[letter] for letter in letters if letter in _BYTE_OF_LETTER])
-    if not token or len(token) != len(letters):
-        raise ValueError(
-            f"{path!r} holds the token {text!r:.80}, expected letters of the byte-level alphabet "
-            "only"
-        )
-    return token
-
-
-def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
-    if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError(
-            f"{path!r} is damaged: its vocab is no object of tokens and ids; download the file "
-            "again"
-        )
-    in_order = sorted(vocab.items(), key=lambda item: item[1])
-    for expected, (text, token_id) in enumerate(in_order):
-        if token_id != expected:
-            raise ValueError(
-                f"{path!r} gives the token {text!r:.80} the id {token_id}, expected {expected}: "
-                f"the ids of {len(vocab)} tokens are 0 to {len(vocab) - 1}"
-            )
-    return {_bytes_of_letters(text, path): token_id for text, token_id in in_order}
-
-
-def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], path: str) -> None:
-    """Whether the list of merges leads to tiktoken's ids (see ``parse_tokenizer_json``)."""
-    if not isinstance(merges, list):
-        raise ValueError(
-            f"{path!r} is damaged: its merges are {merges!r:.80}, expected a list of pairs; "
-            "download the file again"
-        )
-    position: dict[tuple[bytes, bytes], int] = {}
-    for i, merge in enumerate(merges):
-        # written as "a b" by older versions, as ["a", "b"] by newer ones
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(
-                f"{path!r} is damaged: merge {i} is {merge!r:.80}, expected a pair of tokens; "
-                "download the file again"
-            )
-        position[_bytes_of_letters(pair[0], path), _bytes_of_letters(pair[1], path)] = i
-    for (left, right), i in position.items():
-        for token in (left, right, left + right):
-            if token not in ranks:
-                raise ValueError(
-                    f"{path!r} is damaged: merge {i} joins {left!r} and {right!r}, but its vocab "
-                    f"has no {token!r}; download the file again"
-                )
-    before = -1
-    for token, rank in ranks.items():
-        if len(token) == 1:
-            continue
-        made_from = _last_merge(token, ranks)
-        if made_from is None:
-            if ignore_merges:
-                continue
-            raise ValueError(
-                f"{path!r} has the token {token!r} (id {rank}), which no merges make, and does not "
-                "set ignore_merges: its ids would differ from Llama 3's; give tokenizer.model, or "
-                "a newer tokenizer.json"
-            )
-        if made_from not in position:
-            raise ValueError(
-                f"{path!r} lists no merge of {made_from[0]!r} and {made_from[1]!r}, which make the "
-                f"token {token!r} (id {rank}); download the file again"
-            )
-        if position[made_from] < before:
-            raise ValueError(
-                f"{path!r} lists merge {position[made_from]}, which makes the token {token!r} (id "
-                f"{rank}), before that of a lower id, expected merges in the order of the ids"
-            )
-        before = position[made_from]
-
-
-def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The pair that makes ``token`` when its bytes are merged by rank; None if they end apart."""
-    none = len(ranks)
-    parts = [token[i : i + 1] for i in range(len(token))]
-    joined = [ranks.get(a + b, none) for a, b in pairwise(parts)]
-    while len(parts) > 2:
-        lowest = min(joined)
-        if lowest == none:
-            return None
-        i = joined.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del joined[i]
-        if i > 0:
-            joined[i - 1] = ranks.get(parts[i - 1] + parts[i], none)
-        if i < len(joined):
-            joined[i] = ranks.get(parts[i] + parts[i + 1], none)
-    return parts[0], parts[1]
-
-
 def _check_added_tokens(
     added: Mapping[str, int], special: Mapping[str, int], names: Collection[str], path: str
 ) -> None:
@@ -357,9 +97,6 @@ def _check_added_tokens(
                 f"{path!r} {found}, expected id {special[name]}: give the tokenizer that belongs "
                 "to the weights (Llama 3 and 3.1 name different tokens)"
             )
-
-
-# --- Tokenizer ----------------------------------------------------------------------------------
 
 
 class Tokenizer:

@@ -21,7 +21,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Dialog, Message, Tokenizer
 from llama.generation import _TextDecoder
-from llama.tokenizer import SPLIT_PATTERN, special_tokens
+from llama.tokenizer import special_tokens
+from llama.vocabulary import SPLIT_PATTERN
 
 LLAMA3_VOCABULARY = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 
