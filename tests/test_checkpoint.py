@@ -211,6 +211,7 @@ def test_a_checkpoint_that_is_no_dict(copy: Path, weights: dict[str, Tensor]) ->
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         (json.dumps(PARAMS | {"n_experts": 8}), r"unknown parameter\(s\) n_experts"),
+        (json.dumps(PARAMS | {"quantization_args": {}}), "quantized weights .*bfloat16 version"),
         (json.dumps(PARAMS | {"max_seq_len": 8}), r"unknown parameter\(s\) max_seq_len"),
         (json.dumps(PARAMS | {"n_heads": 7}), "n_heads"),
         (json.dumps(PARAMS | {"dim": "128"}), "dim is '128'"),

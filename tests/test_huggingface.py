@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import DEMO, PARAMS, run
 from safetensors.torch import load_file, save_file
+from test_tokenizer import hf_config
 from torch import Tensor
 
-from llama import Llama, ModelArgs, huggingface
+from llama import Llama, ModelArgs, Tokenizer, huggingface
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -176,6 +177,21 @@ def test_stop_tokens_come_from_the_folder(folder: Path) -> None:
     assert build(folder).tokenizer.stop_tokens == plain | {7}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
     assert build(folder).tokenizer.stop_tokens == plain | {8, 9}
+
+
+def test_where_the_tokenizer_is(folder: Path, tokenizer: Tokenizer) -> None:
+    """tokenizer.model, original/tokenizer.model, or tokenizer.json alone, with the same ids."""
+    text = "Once upon a time, né 👩‍👩‍👧 1234"
+    expected = tokenizer.encode(text, bos=True, eos=True)
+    (folder / "original").mkdir()
+    (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
+    assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
+    (folder / "original" / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(hf_config(tokenizer)))
+    assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*give tokenizer_path"):
+        build(folder)
 
 
 def test_several_files_and_their_index(folder: Path, weights: dict[str, Tensor]) -> None:

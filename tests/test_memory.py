@@ -95,6 +95,16 @@ def test_weights_alone_too_large() -> None:
         memory.check(plan, 2**30, CPU)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_ranks_of_a_machine_share_its_memory() -> None:
+    alone, four = memory.free_bytes(CPU, 1), memory.free_bytes(CPU, 4)
+    assert alone is not None
+    assert four is not None
+    assert alone / 4 == pytest.approx(four, rel=0.1)
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < alone <= total
+
+
 def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
     """The shards are no checkpoints at all: the plan comes first."""
     folder = write_checkpoint(tmp_path / "big", PARAMS | {"dim": 2**15, "n_layers": 400}, {})
