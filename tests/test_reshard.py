@@ -111,6 +111,13 @@ def test_the_numbers_of_ranks_that_work(kv_heads: int, expected: list[int]) -> N
     assert shape(kv_heads).rank_counts == expected
 
 
+def test_key_heads_are_not_cut_in_two() -> None:
+    """Three key heads on two or four ranks: no."""
+    args = shape(kv_heads=3, dim=96, n_heads=12, multiple_of=48)
+    assert args.ffn_hidden_dim == 288
+    assert args.rank_counts == [1, 3, 6, 12]
+
+
 def test_published_shapes_divide_as_published() -> None:
     llama2_13b = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
     assert llama2_13b.rank_counts == [1, 2, 4, 8]  # its feed-forward layer does not divide by 5
