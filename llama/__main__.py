@@ -1,10 +1,11 @@
 """python -m llama: look at a checkpoint folder, check it, convert it, or run one prompt on it."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import fire
 import torch
@@ -16,9 +17,15 @@ from llama.tokenizer import Message
 
 
 def _opened(
-    folder: str, tokenizer_path: str | None, max_seq_len: int = 512, max_batch_size: int = 4
+    folder: str,
+    tokenizer_path: str | None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
 ) -> tuple[checkpoint.Checkpoint, Any, ModelArgs]:
+    """A folder, its tokenizer and its parameters."""
     found = checkpoint.find(folder)
+    if max_seq_len is None:
+        max_seq_len = min(512, found.context or 512)
     path = tokenizer_path or str(found.tokenizer_path)
     tokenizer = open_tokenizer(path, llama31=found.is_llama31)
     return found, tokenizer, found.args(tokenizer.n_words, max_seq_len, max_batch_size)
@@ -40,24 +47,25 @@ def _count(number: float) -> str:
 
 def info(
     ckpt_dir: str,
+    *,
     tokenizer_path: str | None = None,
     mp: int | None = None,
-    max_seq_len: int = 512,
+    max_seq_len: int | None = None,
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
 ) -> None:
-    """Show what a folder holds and what it needs; no weights are read.
+    """Show what a folder holds and what it needs. The weights themselves are not read.
 
     Args:
         ckpt_dir: checkpoint folder.
         tokenizer_path: default the one in the folder.
         mp: number of ranks to plan for; default as many as the folder has shards.
-        max_seq_len: longest prompt and generation together, in tokens.
+        max_seq_len: longest prompt and generation together, in tokens; default 512.
         max_batch_size: rows that run together.
         dtype: bfloat16, float16 or float32.
     """
     found, tokenizer, args = _opened(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-    n_ranks = mp or found.n_shards
+    n_ranks = found.n_shards if mp is None else mp
     if n_ranks not in args.rank_counts:
         raise ValueError(f"mp is {n_ranks}, expected one of {args.rank_counts}")
     weights = checkpoint.Weights(found, args)
@@ -91,7 +99,7 @@ def info(
         raise SystemExit(1)
 
 
-def verify(ckpt_dir: str, tokenizer_path: str | None = None) -> None:
+def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
     """Check a folder: sums of checklist.chk, archives, and every key, shape and dtype.
 
     Args:
@@ -110,6 +118,7 @@ def verify(ckpt_dir: str, tokenizer_path: str | None = None) -> None:
 def convert_folder(
     src: str,
     dst: str,
+    *,
     mp: int | None = None,
     format: Literal["native", "hf"] = "native",
     dtype: str | None = None,
@@ -137,14 +146,23 @@ def convert_folder(
         args,
         Path(dst),
         layout=format,
-        n_shards=mp or 1,
+        n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else generation.dtype_of(dtype),
         tokenizer_path=Path(tokenizer_path or found.tokenizer_path),
+        bos_token=tokenizer.bos_id,
         stop_tokens=tokenizer.stop_tokens | found.stop_tokens,
         force=force,
         progress=True,
     )
     print(f"{dst} written")
+    new = checkpoint.find(dst)
+    if new.context != found.context:
+        print(
+            f"note: {dst} cannot say that the context is {found.context} tokens; it will be taken "
+            f"to be {new.context}"
+        )
+    if lost := found.stop_tokens - tokenizer.stop_tokens - new.stop_tokens:
+        print(f"note: {dst} cannot say that {sorted(lost)} end a generation")
 
 
 def _write(steps: Iterator[list[generation.TokenEvent]]) -> None:
@@ -157,6 +175,7 @@ def _write(steps: Iterator[list[generation.TokenEvent]]) -> None:
 def complete(
     ckpt_dir: str,
     prompt: str,
+    *,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -191,6 +210,7 @@ def complete(
 def chat(
     ckpt_dir: str,
     prompt: str,
+    *,
     system: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
@@ -226,19 +246,28 @@ def chat(
     _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 
-def _checked(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are one message instead of a traceback."""
+# --- From words to a call -----------------------------------------------------------------------
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _bound(command: Callable[..., None], calls: list[Callable[[], None]]) -> Callable[..., None]:
+    """What Fire calls instead of ``command``: it checks the types of the arguments and leaves the
+    call in ``calls``. Fire then stops at a misspelt option before anything has been done."""
+    hints = get_type_hints(command)
 
     @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (OSError, ValueError, ImportError, MemoryError) as error:
-            sys.exit(f"error: {error}")
+    def bind(*args: Any, **kwargs: Any) -> None:
+        for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
+            kinds = [kind for kind in _WORDS if kind in (hints[name], *get_args(hints[name]))]
+            valid = type(value) in kinds or (type(value) is int and float in kinds)
+            if kinds and not valid:
+                expected = " or ".join(_WORDS[kind] for kind in kinds)
+                sys.exit(f"error: --{name} is {value!r}, expected {expected}")
+        calls.append(partial(command, *args, **kwargs))
 
-    texts = ("ckpt_dir", "prompt", "system", "tokenizer_path", "src", "dst", "device", "dtype")
-    names = [name for name in texts if name in command.__annotations__]
-    return fire.decorators.SetParseFns(**dict.fromkeys(names, str))(run)
+    texts = [name for name, hint in hints.items() if str in (hint, *get_args(hint))]
+    return fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(bind)
 
 
 def main() -> None:
@@ -249,7 +278,22 @@ def main() -> None:
         "complete": complete,
         "chat": chat,
     }
-    fire.Fire({name: _checked(run) for name, run in commands.items()}, name="llama")
+    calls: list[Callable[[], None]] = []
+    words = sys.argv[1:] or ["--help"]
+    bound = {name: _bound(command, calls) for name, command in commands.items()}
+    fire.Fire(bound, command=words, name="python -m llama")
+    try:
+        for call in calls:
+            call()
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        MemoryError,
+        FloatingPointError,
+        torch.OutOfMemoryError,
+    ) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import ctypes
 import dataclasses
 import mmap
 import pickle
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -188,10 +190,10 @@ class Checkpoint:
         Raises:
             FileNotFoundError: there is none.
         """
-        names = ["tokenizer.model"]
-        names += ["original/tokenizer.model", "tokenizer.json"] if self.layout == "hf" else []
+        names = ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
         candidates = [self.folder / name for name in names]
-        candidates.append(self.folder.resolve().parent / "tokenizer.model")
+        if self.layout == "native":
+            candidates.append(self.folder.resolve().parent / "tokenizer.model")
         for path in candidates:
             if path.is_file():
                 return path
@@ -291,9 +293,9 @@ def _read_params(path: Path) -> dict[str, Any]:
             f"{', '.join(sorted(known))}"
         )
     params = {"rope_theta": LLAMA2_ROPE_THETA} | found
-    if params.get("use_scaled_rope") is True and "rope_scaling_factor" not in params:
-        is_llama32 = (params.get("dim"), params.get("n_layers")) in LLAMA32_SHAPES
-        params["rope_scaling_factor"] = LLAMA32_SCALING if is_llama32 else 8.0
+    is_llama32 = (params.get("dim"), params.get("n_layers")) in LLAMA32_SHAPES
+    if params.get("use_scaled_rope") is True and is_llama32:
+        params = {"rope_scaling_factor": LLAMA32_SCALING} | params
     return params
 
 
@@ -334,6 +336,7 @@ class Weights:
         self.cuts = cuts(args)
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._users: Counter[int] = Counter()
+        self._dtypes: dict[str, torch.dtype] = {}
         self._stored_cuts: dict[str, Cut] | None = None
 
     def _map(self, i: int) -> tuple[str, dict[str, Any]]:
@@ -351,7 +354,7 @@ class Weights:
         return name, tensors
 
     def faults(self, i: int) -> list[str]:
-        """Everything in which a shard is not what it must be."""
+        """Everything in which a shard is not what it must be; also that it cannot be read."""
         try:
             return list(self._faults(*self._map(i), i))
         except (OSError, ValueError) as error:
@@ -444,10 +447,11 @@ class Weights:
             if key not in tensors:
                 continue
             tensor = tensors[key]
-            plain = type(tensor) in (Tensor, torch.nn.Parameter)
-            if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            if not _is_plain(tensor):
                 yield f"{key} in {name!r} is no dense tensor: {type(tensor).__name__}"
                 continue
+            if (other := self._dtypes.setdefault(key, tensor.dtype)) != tensor.dtype:
+                yield f"{key} in {name!r} is {tensor.dtype}, but {other} in another shard"
             if tensor.dtype not in FLOAT_DTYPES:
                 yield (
                     f"{key} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 or "
@@ -523,30 +527,58 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, len(tensor))
 
 
+def _is_plain(tensor: Any) -> bool:
+    """Whether the numbers of a tensor lie in memory as they are, each of them."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_neg()
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
+
+
 def _open(path: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        byte_order = _byte_order(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{str(path)!r} holds more than tensors, or is damaged, and was not loaded: compare it "
             f"with checklist.chk or download it again ({str(error).splitlines()[0]})"
         ) from error
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError):
         raise
+    except MemoryError as error:
+        raise MemoryError(f"{str(path)!r} asks for more memory than there is") from error
     except Exception as error:  # whatever a damaged file makes of the unpickler
         raise ValueError(
             f"{str(path)!r} is no readable checkpoint (an incomplete download?): compare it with "
             f"checklist.chk or download it again ({repr(error).splitlines()[0]})"
         ) from error
+    if byte_order != sys.byteorder:  # torch would have swapped the pages that we give back
+        raise ValueError(
+            f"{str(path)!r} is {byte_order!r:.20}-endian and this machine {sys.byteorder!r}: save "
+            "it again on a machine like this one"
+        )
     if not isinstance(tensors, dict):
         raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
     return tensors
 
 
+def _byte_order(path: Path) -> str:
+    """What torch.save noted in the archive; older files are little-endian."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/byteorder"):
+                with archive.open(name) as member:
+                    return member.read(16).decode(errors="replace")
+    return "little"
+
+
 def _release_pages(tensor: Tensor) -> None:
     """Tell the system that the mapped pages from a tensor's first to its last number are not needed
-    any more. They must not be: torch swaps the bytes of a big-endian file in place, and that would
-    be lost."""
+    any more. They come from the file again if they are."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -13,8 +13,10 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
+import sys
+import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from llama import checkpoint, huggingface
 from llama.checkpoint import Checkpoint, Weights
 from llama.model import ModelArgs
+from llama.vocabulary import read_vocabulary
 
 _CPU = torch.device("cpu")
 # Tensors of one safetensors file are in memory together.
@@ -48,6 +51,7 @@ def convert(
     n_shards: int,
     dtype: torch.dtype | None,
     tokenizer_path: Path,
+    bos_token: int,
     stop_tokens: set[int],
     force: bool,
     progress: bool,
@@ -57,23 +61,23 @@ def convert(
     Args:
         n_shards: of a native folder; a Hugging Face folder has none.
         dtype: None keeps every tensor's own.
-        stop_tokens: for generation_config.json of a Hugging Face folder.
-        force: replace ``target`` if it is there.
+        bos_token, stop_tokens: for the configs of a Hugging Face folder.
+        force: replace ``target`` if it is there. Only a checkpoint or an empty folder is.
 
     Raises:
         FileExistsError: ``target`` is there.
         ValueError: the source is damaged, or does not divide by ``n_shards``.
     """
-    if target.exists() and not force:
-        raise FileExistsError(f"{str(target)!r} is there already: give --force to replace it")
+    _check_target(target, found.folder, force)
     if n_shards not in args.rank_counts:
         raise ValueError(
             f"the model does not divide by {n_shards} shards, but by "
             f"{', '.join(map(str, args.rank_counts))}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     weights = Weights(found, args)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    part.mkdir()
     try:
         n_files = n_shards if layout == "native" else 1
         one = sum(checkpoint.n_bytes(cut, n_files, torch.uint8) for cut in weights.cuts.values())
@@ -84,35 +88,52 @@ def convert(
             unit_scale=True,
             disable=not progress,
         ) as bar:
-            shutil.copyfile(tokenizer_path, part / tokenizer_path.name)
+            # under the name that goes with its content, whatever it was called
+            is_json = read_vocabulary(str(tokenizer_path), 1) == b"{"
+            name = "tokenizer.json" if is_json else "tokenizer.model"
+            shutil.copyfile(tokenizer_path, part / name)
             if layout == "native":
                 _write_native(weights, part, n_shards, dtype, bar.update)
             else:
-                _write_huggingface(weights, part, dtype, stop_tokens, bar.update)
-        _put_in_place(part, target)
+                _write_huggingface(weights, part, dtype, bos_token, stop_tokens, bar.update)
+        for path in part.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        _put_in_place(part, target, found.folder, force)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _put_in_place(part: Path, target: Path) -> None:
-    part.chmod(0o777 & ~_umask())
-    for path in part.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _check_target(target: Path, source: Path, force: bool) -> None:
+    """Raise FileExistsError unless ``target`` may be written, or replaced."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise FileExistsError(f"{str(target)!r} is there already: give --force to replace it")
+    if target.resolve() in source.resolve().parents:
+        raise FileExistsError(f"{str(target)!r} holds the source: it cannot be replaced")
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+    if names and not names & {"params.json", "config.json"}:
+        raise FileExistsError(
+            f"{str(target)!r} is no checkpoint folder and is not replaced: give another name, or "
+            "move it away"
+        )
+
+
+def _put_in_place(part: Path, target: Path, source: Path, force: bool) -> None:
+    _check_target(target, source, force)  # it may have come since
     if not target.exists():
         part.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old / target.name)
-    part.rename(target)
+    old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
+    target.rename(old)
+    try:
+        part.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # --- Native -----------------------------------------------------------------------------------
@@ -206,7 +227,8 @@ class _ShardFile:
             data = io.BytesIO()
             _Pickler(data, protocol=2).dump(self._entries)
             self._write("data.pkl", iter([data.getvalue()]), data.tell())
-            self._write("byteorder", iter([b"little"]), 6)
+            order = sys.byteorder.encode()
+            self._write("byteorder", iter([order]), len(order))
             self._write("version", iter([b"3\n"]), 2)
         self._zip.close()
 
@@ -253,6 +275,7 @@ def _write_huggingface(
     weights: Weights,
     folder: Path,
     dtype: torch.dtype | None,
+    bos_token: int,
     stop_tokens: set[int],
     wrote: Callable[[int], Any],
 ) -> None:
@@ -267,7 +290,7 @@ def _write_huggingface(
         held += size
     from safetensors.torch import save_file
 
-    files = {}
+    files, n_bytes = {}, 0
     for i, keys in enumerate(groups, start=1):
         single = len(groups) == 1
         name = "model.safetensors" if single else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -280,16 +303,17 @@ def _write_huggingface(
             tensors[huggingface.huggingface_key(key)] = tensor.contiguous()
             files[huggingface.huggingface_key(key)] = name
             wrote(tensor.numel())
+            n_bytes += tensor.nbytes
         save_file(tensors, folder / name, metadata={"format": "pt"})
         for tensor in tensors.values():
             weights.release(tensor)
     if len(groups) > 1:
-        index = {"metadata": {}, "weight_map": files}
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": files}
         (folder / huggingface.INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    generation = {"eos_token_id": sorted(stop_tokens)}
-    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    ids = {"bos_token_id": bos_token, "eos_token_id": sorted(stop_tokens)}
+    (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
-    config = huggingface.write_config(weights.args, weights.found.context, stored)
+    config = huggingface.write_config(weights.args, weights.found.context, stored) | ids
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -353,11 +377,14 @@ def _archive_faults(path: Path, read: Callable[[int], Any]) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                    faults.append(f"{str(path)!r}: {info.filename} is compressed or encrypted")
+                    continue
                 try:
                     with archive.open(info) as member:
                         while piece := member.read(_WRITE_BYTES):
                             read(len(piece))
-                except (zipfile.BadZipFile, EOFError) as error:
+                except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as error:
                     faults.append(f"{str(path)!r} is damaged: {error}")
     except (zipfile.BadZipFile, OSError) as error:
         faults.append(f"{str(path)!r} is no readable archive: {error}")

@@ -145,25 +145,25 @@ class Llama:
                 impossible; the message says what was found and what to do.
         """
         start = time.time()
-        found = checkpoint.find(ckpt_dir)
         torch_device = _resolve_device(device)
         torch_dtype = _resolve_dtype(dtype, torch_device)
         parallel.initialize(torch_device, model_parallel_size)
+        n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
         first_process = not dist.is_initialized() or dist.get_rank() == 0
         if quiet_ranks and not first_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
-        tokenizer = open_tokenizer(
-            tokenizer_path or str(found.tokenizer_path), llama31=found.is_llama31
-        )
-        tokenizer.stop_tokens |= found.stop_tokens
-        args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
-        with torch.device("meta"):
-            model = Transformer(args)
-        n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
-        needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied)
         with parallel.failing_together(torch_device):
+            found = checkpoint.find(ckpt_dir)
+            tokenizer = open_tokenizer(
+                tokenizer_path or str(found.tokenizer_path), llama31=found.is_llama31
+            )
+            tokenizer.stop_tokens |= found.stop_tokens
+            args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
+            needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied)
             free = memory.free_bytes(torch_device, parallel.n_local_processes())
             memory.check(needed, free, torch_device)
+            with torch.device("meta"):
+                model = Transformer(args)
         with parallel.failing_together(torch_device), memory.explained(needed):
             tensors = checkpoint.load(
                 found,

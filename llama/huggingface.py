@@ -5,6 +5,7 @@ a head (x_j, x_{j + D/2}) where native ones turn neighbours (x_2j, x_2j+1), so t
 and wk stand in another order; and a token embedding that may be the output layer as well.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.model import ModelArgs
+from llama.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 INDEX = "model.safetensors.index.json"
 # Native module to Hugging Face's; inside of a layer, and outside.
@@ -46,9 +47,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
 }
 _LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "low_freq_factor": LOW_FREQ_FACTOR,
+    "high_freq_factor": HIGH_FREQ_FACTOR,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 # multiple_of and ffn_dim_multiplier of the published models, told apart by the widths they give.
 _FFN_SHAPES: tuple[tuple[int, float | None], ...] = (
@@ -181,6 +182,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}: download it again")
     params = {ours: config[theirs] for ours, theirs in needed.items()}
     params["n_kv_heads"] = config.get("num_key_value_heads")
+    if params["vocab_size"] == -1:
+        raise ValueError(f"{str(path)!r} has vocab_size -1, expected a positive number")
     params |= _rope_params(config, path)
     try:
         args = ModelArgs(**params)
@@ -196,20 +199,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(
             f"{str(path)!r} has {width_name} {width!r:.40}, expected a positive integer"
         )
-    for name in ("multiple_of", "ffn_dim_multiplier"):  # written by our own conversion
-        if name in config:
-            params[name] = config[name]
-    if not params.keys() & {"multiple_of", "ffn_dim_multiplier"}:
-        params |= _ffn_params(args.dim, width)
-    try:
-        got = ModelArgs(**params).ffn_hidden_dim
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
-    if got != width:
-        raise ValueError(
-            f"{str(path)!r} has {width_name} {width}, but its multiple_of and ffn_dim_multiplier "
-            f"give {got}"
-        )
+    own = (config.get("multiple_of"), config.get("ffn_dim_multiplier"))  # of our own conversion
+    params |= _ffn_params(args.dim, width, own)
     context, tied = config.get("max_position_embeddings"), config.get("tie_word_embeddings", False)
     if context is not None and (type(context) is not int or context < 1):
         raise ValueError(
@@ -221,11 +212,14 @@ def read_config(path: Path) -> Config:
 
 
 def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a model; it also keeps the two parameters that only native files have."""
+    """The config.json of a model; it also keeps the two parameters that only native files have.
+
+    A ``context`` that is not known is left out.
+    """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
         rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3_ROPE}
-    return {
+    config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
@@ -239,7 +233,6 @@ def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> di
         "head_dim": args.head_dim,
         "rms_norm_eps": args.norm_eps,
         "vocab_size": args.vocab_size,
-        "max_position_embeddings": context or args.max_seq_len,
         # both spellings: libraries older than rope_parameters read the two others
         "rope_parameters": rope,
         "rope_theta": args.rope_theta,
@@ -249,6 +242,7 @@ def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> di
         "multiple_of": args.multiple_of,
         "ffn_dim_multiplier": args.ffn_dim_multiplier,
     }
+    return config if context is None else config | {"max_position_embeddings": context}
 
 
 def stop_tokens(folder: Path) -> set[int]:
@@ -258,7 +252,7 @@ def stop_tokens(folder: Path) -> set[int]:
         if not path.is_file():
             continue
         found = read_json(path).get("eos_token_id")
-        if found is None:
+        if found is None or found == []:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(type(i) is int and i >= 0 for i in ids):
@@ -303,13 +297,23 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 
 def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     rope: dict[str, Any] = {}
+    if config.get("rope_theta") is not None:
+        rope["rope_theta"] = config["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):  # the second is the newer one
         found = config.get(name) or {}
         if not isinstance(found, dict):
             raise ValueError(f"{str(path)!r} has {name} {found!r:.60}, expected a JSON object")
+        if found:
+            found = {"rope_type": found.get("type", "default")} | found
+        for key in sorted(found.keys() & rope.keys()):
+            if found[key] != rope[key]:
+                raise ValueError(
+                    f"{str(path)!r} gives {key} two values, {rope[key]!r:.40} and, in {name}, "
+                    f"{found[key]!r:.40}: leave one of them out"
+                )
         rope |= found
-    params = {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    params = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise ValueError(
             f"{str(path)!r} has the rope_type {kind!r:.40}, which is not supported: expected "
@@ -330,13 +334,16 @@ def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return params | {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"]}
 
 
-def _ffn_params(dim: int, width: int) -> dict[str, Any]:
-    """A multiple_of and an ffn_dim_multiplier that give this feed-forward width."""
-    powers = [(2**i, None) for i in range(7, -1, -1)]
-    for multiple_of, multiplier in (*_FFN_SHAPES, *powers):
-        args = ModelArgs(dim=dim, n_heads=1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
-        if args.ffn_hidden_dim == width:
-            return {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
-    # any other width; half a unit more, so that rounding down gives it whatever the last digit
+def _ffn_params(dim: int, width: int, first: tuple[Any, Any]) -> dict[str, Any]:
+    """A multiple_of and an ffn_dim_multiplier that give this feed-forward width: ``first``, if they
+    do, those of a published model, or any."""
     base = int(2 * (4 * dim) / 3)
-    return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / base}
+    candidates = [first, *_FFN_SHAPES, *((2**i, None) for i in range(7, -1, -1))]
+    # any width; half a unit more, so that rounding down gives it whatever the last digit
+    candidates.append((1, (width + 0.5) / base))
+    for multiple_of, multiplier in candidates:
+        params = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+        with contextlib.suppress(ValueError):  # too wide, or no numbers
+            if ModelArgs(dim=dim, n_heads=1, **params).ffn_hidden_dim == width:
+                return params
+    raise AssertionError("the last candidate gives every width")

@@ -5,7 +5,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ class Plan:
     """Bytes that one of ``n_ranks`` needs.
 
     Attributes:
+        tied: the embedding is the output layer too and is held once.
         weights: the parameters.
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: what a pass over as many prompt tokens holds beside them at its peak.
@@ -28,6 +28,7 @@ class Plan:
     args: ModelArgs
     n_ranks: int
     dtype: torch.dtype
+    tied: bool
     weights: int
     cache: int
     workspace: int
@@ -47,11 +48,7 @@ class Plan:
 
 
 def plan(args: ModelArgs, n_ranks: int, dtype: torch.dtype, *, tied: bool = False) -> Plan:
-    """What each of ``n_ranks`` needs. Nothing is allocated, whatever the size.
-
-    Args:
-        tied: the embedding is the output layer too and is held once.
-    """
+    """What each of ``n_ranks`` needs. Nothing is allocated, whatever the size."""
     cuts = checkpoint.cuts(args)
     if tied:
         del cuts["output.weight"]
@@ -59,7 +56,7 @@ def plan(args: ModelArgs, n_ranks: int, dtype: torch.dtype, *, tied: bool = Fals
     positions = args.max_batch_size * args.max_seq_len
     kv_width = args.kv_heads_of(n_ranks) * args.head_dim
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
-    return Plan(args, n_ranks, dtype, weights, cache, _workspace(args, n_ranks, dtype))
+    return Plan(args, n_ranks, dtype, tied, weights, cache, _workspace(args, n_ranks, dtype))
 
 
 def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
@@ -108,6 +105,8 @@ def _free_host_bytes() -> int | None:
             return None
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    if "MemAvailable" not in fields:
+        return None
     free = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")  # a container's own limit, if it has one
     try:
@@ -143,29 +142,26 @@ def explained(planned: Plan) -> Iterator[None]:
 
 def _what_fits(needed: Plan, free: int) -> str:
     args = needed.args
-    is_tied = needed.weights < plan(args, needed.n_ranks, needed.dtype).weights
 
-    def largest(field: str) -> int:
-        def fits(value: int) -> bool:
-            sizes: dict[str, Any] = {field: value}
-            smaller = dataclasses.replace(args, **sizes)
-            return plan(smaller, needed.n_ranks, needed.dtype, tied=is_tied).total <= free
+    def fits(batch: int, length: int) -> bool:
+        smaller = dataclasses.replace(args, max_batch_size=batch, max_seq_len=length)
+        return plan(smaller, needed.n_ranks, needed.dtype, tied=needed.tied).total <= free
 
-        return _last_true(fits, getattr(args, field))
-
-    length, batch = largest("max_seq_len"), largest("max_batch_size")
-    if length == 0 and batch == 0:
+    batch, length = args.max_batch_size, args.max_seq_len
+    if not fits(1, 1):
         counts = ", ".join(map(str, args.rank_counts))
         return (
             "the weights leave no room for any cache: use more ranks (the model divides by "
             f"{counts}) or a smaller dtype"
         )
-    parts = []
-    if length:
-        parts.append(f"max_seq_len {length} at max_batch_size {args.max_batch_size}")
-    if batch:
-        parts.append(f"max_batch_size {batch} at max_seq_len {args.max_seq_len}")
-    return f"what fits is {' or '.join(parts)}"
+    sizes = [
+        (batch, _last_true(lambda n: fits(batch, n), length)),
+        (_last_true(lambda n: fits(n, length), batch), length),
+    ]
+    possible = [(b, n) for b, n in sizes if b and n]
+    possible = possible or [(1, _last_true(lambda n: fits(1, n), length))]
+    words = [f"max_seq_len {n} at max_batch_size {b}" for b, n in possible]
+    return f"what fits is {' or '.join(words)}"
 
 
 def _last_true(holds: Callable[[int], bool], stop: int) -> int:

@@ -24,6 +24,10 @@ from llama.parallel import (
     model_parallel_size,
 )
 
+# Llama 3.1's scaling of RoPE; only its factor differs between models.
+ORIGINAL_CONTEXT = 8192
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
+
 
 @dataclasses.dataclass
 class ModelArgs:
@@ -61,8 +65,8 @@ class ModelArgs:
                 if field.name == "vocab_size":
                     valid, expected = valid or value == -1, f"{expected}, or -1"
             else:
-                valid = type(value) in (int, float) and 0 < value < 1e9
-                expected = "a positive number below 1e9"
+                valid = type(value) in (int, float) and 0 < value < 1e12
+                expected = "a positive number below 1e12"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r:.40}, expected {expected}")
         if self.dim % (2 * self.n_heads):
@@ -150,9 +154,9 @@ def precompute_freqs_cis(
 def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
     """Llama 3.1's long context: waves longer than the original context become ``factor`` times
     longer, waves shorter than a quarter of it stay, those between are interpolated in 1 / wave."""
-    original_context, low, high = 8192, 1, 4
-    waves_in_context = original_context * frequencies / (2 * math.pi)
-    kept = ((waves_in_context - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: unchanged
+    waves = ORIGINAL_CONTEXT * frequencies / (2 * math.pi)  # in the original context
+    low, high = LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR
+    kept = ((waves - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: unchanged
     return frequencies * (kept + (1 - kept) / factor)
 
 

@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import fairscale.nn.model_parallel.initialize as groups
@@ -88,19 +89,23 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
 def torchrun_line(n_processes: int) -> str:
     """The command that starts the running script again on ``n_processes``."""
     script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
+    if Path(sys.argv[0]).name == "__main__.py":  # python -m llama
+        script = shlex.join(["-m", "llama", *sys.argv[1:]])
     return f"torchrun --nproc_per_node {n_processes} {script}"
 
 
 @contextlib.contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
-    """If the body fails on one rank, every rank of the model-parallel group raises: without this,
-    the others would wait for it in their next collective call."""
+    """If the body fails on one process, all of those that were launched together raise: without
+    this, the others would wait for it in their next collective call."""
     failure = None
     try:
         yield
     except Exception as error:
         failure = error
-    n_failed = _all_reduce(torch.tensor([float(failure is not None)], device=device))
+    n_failed = torch.tensor([float(failure is not None)], device=device)
+    if n_processes() > 1:
+        dist.all_reduce(n_failed)
     if failure is not None:
         raise failure
     if n_failed > 0:

@@ -102,6 +102,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _byte_alphabet()
+_MAX_TOKEN_BYTES = 1024  # Llama 3's longest has 128
 
 
 def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -183,10 +184,10 @@ def _check_text_is_cut_as_ours(config: Mapping[str, Any], path: str) -> None:
 def _bytes_of_letters(text: Any, path: str) -> bytes:
     letters = text if isinstance(text, str) else ""
     token = bytes([_BYTE_OF_LETTER[letter] for letter in letters if letter in _BYTE_OF_LETTER])
-    if not token or len(token) != len(letters):
+    if not 0 < len(token) == len(letters) <= _MAX_TOKEN_BYTES:
         raise ValueError(
-            f"{path!r} holds the token {text!r:.80}, expected letters of the byte-level alphabet "
-            "only"
+            f"{path!r} holds the token {text!r:.80}, expected 1 to {_MAX_TOKEN_BYTES} letters of "
+            "the byte-level alphabet"
         )
     return token
 

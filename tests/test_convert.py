@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from conftest import DEMO, PARAMS, ROOT, random_weights, run, write_checkpoint
 from reference import relative_error
 from safetensors.torch import load_file
+from test_tokenizer import hf_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama import Llama, checkpoint, convert
+from llama import Llama, Tokenizer, checkpoint, convert
 
 
 def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
@@ -135,6 +137,7 @@ def test_large_huggingface_folders_have_an_index(
         n_shards=1,
         dtype=None,
         tokenizer_path=found.tokenizer_path,
+        bos_token=768,
         stop_tokens={1},
         force=False,
         progress=False,
@@ -153,11 +156,80 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, folder: Path) -> N
     target.mkdir()
     (target / "precious").write_text("keep")
     assert "is there already: give --force" in cli("convert", folder, target, code=1)
+    assert "--force is 'false', expected True" in cli(
+        "convert", folder, target, "--force=false", code=1
+    )
+    # only a checkpoint is replaced, and not one that holds the source
+    assert "is no checkpoint folder" in cli("convert", folder, target, "--force", code=1)
+    (target / "params.json").write_text("{}")
+    shutil.copytree(folder, target / "inner")
+    assert "holds the source" in cli("convert", target / "inner", target, "--force", code=1)
     assert (target / "precious").read_text() == "keep"
     cli("convert", folder, target, "--force")
     assert not (target / "precious").exists()
-    assert same(tensors_of(target), tensors_of(folder))
+    cli("convert", target, target, "--mp", "2", "--force")  # in its own place
+    assert same(tensors_of(target, 1) | tensors_of(folder), tensors_of(folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
+
+
+def test_a_replacement_that_fails_is_taken_back(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(folder, target)
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def failing(path: Path, new: Path) -> Path:
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, new)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    part = tmp_path / ".target.partial-1"
+    part.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        convert._put_in_place(part, target, folder, force=True)
+    assert (target / "old").read_text() == "old"
+    with pytest.raises(FileExistsError, match="is there already"):  # it came in the meantime
+        convert._put_in_place(part, target, folder, force=False)
+
+
+def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
+    target = tmp_path / "target"
+    words = cli("convert", folder, target, "--formt", "hf", code=2)
+    assert "Could not consume arg: --formt" in words
+    assert "Could not consume arg: upon" in cli("complete", DEMO, "Once", "upon", code=2)
+    for wrong in ("--mp=2.0", "--mp=True", "--mp=two"):
+        assert "expected a whole number" in cli("convert", folder, target, wrong, code=1)
+    assert "--temperature is 'hot', expected a number" in cli(
+        "chat", DEMO, "hi", "--temperature", "hot", code=1
+    )
+    assert "convert" in run(sys.executable, "-m", "llama").stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_gets_the_name_of_its_kind(
+    tmp_path: Path, folder: Path, tokenizer: Tokenizer
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / "tokenizer.model").rename(tmp_path / "words")
+    cli("convert", source, tmp_path / "a", "--tokenizer_path", tmp_path / "words")
+    (source / "tokenizer.json").write_text(json.dumps(hf_config(tokenizer)))
+    cli("convert", source, tmp_path / "b")
+    for name, file in (("a", "tokenizer.model"), ("b", "tokenizer.json")):
+        assert (tmp_path / name / file).is_file()
+        cli("verify", tmp_path / name)
+
+
+def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None:
+    words = cli("convert", stories / "hf", tmp_path / "native")
+    assert "cannot say that the context is 512 tokens; it will be taken to be 4096" in words
+    assert "note" not in cli("convert", tmp_path / "native", tmp_path / "hf", "--format", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 4096
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2])
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
@@ -237,6 +309,17 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
         "torch.int32",
     ):
         assert words in found
+    # shards that do not go together, and archives that are not torch's
+    part = tensors_of(folder, 0)
+    part["norm.weight"] = part["norm.weight"].bfloat16()
+    part["layers.0.ffn_norm.weight"] = torch.ones(1).expand(128)
+    torch.save(part, folder / "consolidated.00.pth")
+    with zipfile.ZipFile(folder / "consolidated.01.pth", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/more", bytes(1000))
+    found = cli("verify", folder, code=1)
+    assert "torch.float32, but torch.bfloat16 in another shard" in found
+    assert "layers.0.ffn_norm.weight in" in found
+    assert "archive/more is compressed or encrypted" in found
     (source / "consolidated.00.pth").write_bytes(b"nothing")
     found = cli("verify", source, code=1)
     assert "is no readable archive" in found

@@ -369,6 +369,35 @@ except Exception as error:
     assert "Loaded" not in result.stdout
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("missing", ["folder", "tokenizer"])
+def test_what_one_process_lacks_fails_on_all(
+    tmp_path: Path, folder: Path, missing: str, size: int
+) -> None:
+    """Before the weights too, and in another replica: nobody goes on alone."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import os
+from llama import Llama
+rank = int(os.environ["RANK"])
+folder, tokenizer = {str(folder)!r}, {str(folder / "tokenizer.model")!r}
+if rank == 1 and {missing!r} == "folder":
+    folder = "nowhere"
+elif rank == 1:
+    tokenizer = "nowhere"
+try:
+    Llama.build(folder, tokenizer, model_parallel_size={size}, device="cpu")
+except Exception as error:
+    open(os.path.join({str(tmp_path)!r}, str(rank)), "w").write(str(error))
+"""
+    )
+    result = torchrun(2, script, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "another rank could not load its part" in (tmp_path / "0").read_text()
+    assert "'nowhere'" in (tmp_path / "1").read_text()
+
+
 def test_stdout_of_every_rank_can_be_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
     script = f"""

@@ -120,7 +120,12 @@ def test_old_buffers_are_ignored_by_name(folder: Path) -> None:
         ({"rope_scaling": "llama3"}, "rope_scaling 'llama3', expected a JSON object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"intermediate_size": "384"}, "intermediate_size '384'"),
-        ({"intermediate_size": 400, "multiple_of": 64}, "intermediate_size 400, but"),
+        ({"vocab_size": -1}, "vocab_size -1"),
+        (
+            {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default"}},
+            "gives rope_type two values, 'llama3' and, in rope_parameters, 'default'",
+        ),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, r"gives rope_theta two values, 500000\.0"),
         ({"hidden_size": 120}, "dim is 120 and n_heads 16"),
         ({"max_position_embeddings": -1}, "max_position_embeddings -1"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
@@ -161,7 +166,10 @@ def test_the_context_is_the_limit(folder: Path) -> None:
 def test_both_spellings_of_scaled_rope(folder: Path) -> None:
     for fields in (
         {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}},
-        {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 400000.0}},
+        {
+            "rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 400000.0},
+            "rope_theta": None,
+        },
     ):
         change(folder, **fields)
         llm = build(folder)
@@ -267,7 +275,7 @@ Llama.build({str(folder)!r}, device="cpu")
     ],
 )
 def test_widths_map_back(dim: int, width: int, params: dict[str, Any] | None) -> None:
-    found = huggingface._ffn_params(dim, width)
+    found = huggingface._ffn_params(dim, width, (None, "nonsense"))
     if params is not None:
         assert found == params
     assert ModelArgs(dim=dim, n_heads=1, **found).ffn_hidden_dim == width

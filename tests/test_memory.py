@@ -74,7 +74,9 @@ def test_what_fits_is_as_large_as_can_be() -> None:
     free = 24 * 2**30
     with pytest.raises(MemoryError) as error:
         memory.check(memory.plan(args, 1, torch.bfloat16), free, CPU)
-    fits_pattern = r"max_seq_len (\d+) at max_batch_size 8 or max_batch_size (\d+) at"
+    fits_pattern = (
+        r"max_seq_len (\d+) at max_batch_size 8 or max_seq_len 8192 at max_batch_size (\d+)"
+    )
     found = re.search(fits_pattern, str(error.value))
     assert found is not None
     for field, value in (("max_seq_len", int(found[1])), ("max_batch_size", int(found[2]))):
@@ -84,6 +86,14 @@ def test_what_fits_is_as_large_as_can_be() -> None:
             assert (plan.total <= free) == fits
             if fits:
                 memory.check(plan, free, CPU)
+
+
+def test_both_sizes_must_shrink() -> None:
+    """Neither alone is enough: the longest sequence for a batch of one."""
+    args = ModelArgs(**SHAPE_8B, max_batch_size=32, max_seq_len=8192)
+    plan = memory.plan(args, 1, torch.bfloat16)
+    with pytest.raises(MemoryError, match=r"what fits is max_seq_len \d+ at max_batch_size 1$"):
+        memory.check(plan, plan.weights + 60 * 2**20, CPU)
 
 
 def test_weights_alone_too_large() -> None:
