@@ -89,8 +89,8 @@ def initialize(device: torch.device, requested_size: int | None) -> None:
 def torchrun_line(n_processes: int) -> str:
     """The command that starts the running script again on ``n_processes``."""
     script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
-    if Path(sys.argv[0]).name == "__main__.py":  # python -m llama
-        script = shlex.join(["-m", "llama", *sys.argv[1:]])
+    if Path(sys.argv[0]).name == "__main__.py":  # python -m package
+        script = shlex.join(["-m", Path(sys.argv[0]).parent.name, *sys.argv[1:]])
     return f"torchrun --nproc_per_node {n_processes} {script}"
 
 

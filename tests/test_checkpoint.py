@@ -243,6 +243,9 @@ def test_impossible_model_parallel_size(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ipython"])
     with pytest.raises(ValueError, match=r"--nproc_per_node 2 your_script\.py"):
         build(folder, model_parallel_size=2)
+    monkeypatch.setattr(sys, "argv", ["/site/llama/__main__.py", "chat", "two"])
+    with pytest.raises(ValueError, match=r"--nproc_per_node 2 -m llama chat two"):
+        build(folder, model_parallel_size=2)
     with pytest.raises(ValueError, match="model_parallel_size is 0"):
         build(folder, model_parallel_size=0)
 

@@ -165,7 +165,8 @@ def test_native_llama_32_is_recognised_by_its_shape(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "consolidated.00.pth").write_bytes(b"")
         (folder / "params.json").write_text(json.dumps({"use_scaled_rope": True, **params}))
-        return checkpoint.find(str(folder)).params["rope_scaling_factor"]
+        found = checkpoint.find(str(folder))
+        return found.args(1000, 64, 1).rope_scaling_factor
 
     assert factor(dim=2048, n_layers=16) == factor(dim=3072, n_layers=28) == 32
     assert factor(dim=4096, n_layers=32) == factor(dim=8192, n_layers=80) == 8

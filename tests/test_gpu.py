@@ -9,7 +9,8 @@ from conftest import PARAMS, ROOT, new_model, random_weights, torchrun
 from reference import logits, relative_error
 from torch import Tensor
 
-from llama import Llama
+from llama import Llama, memory
+from llama.model import Span
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,3 +67,28 @@ def test_one_rank_under_torchrun(folder: Path, tmp_path: Path) -> None:
     assert device == "cuda:0"
     llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cpu")
     assert tokens == llm.generate([[7, 20]], 8, temperature=0)[0]
+
+
+def test_huggingface_files_load_on_the_device(stories: Path) -> None:
+    results = []
+    for layout, device in (("native", "cpu"), ("hf-tied", "cuda")):
+        llm = Llama.build(str(stories / layout), dtype="float32", device=device)
+        results.append(llm.generate([[1], [1, 403]], 30, temperature=0)[0])
+    assert results[0] == results[1]
+    assert llm.model.output.weight.data_ptr() == llm.model.tok_embeddings.weight.data_ptr()
+
+
+def test_a_pass_stays_in_its_plan() -> None:
+    params = PARAMS | {"dim": 1024, "vocab_size": 1024}
+    weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
+    model = new_model(params, weights, max_batch_size=4, max_seq_len=2048).to("cuda")
+    plan = memory.plan(model.params, 1, torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    tokens = torch.randint(0, 1024, (4 * 2048,), device="cuda")
+    model.hidden(tokens, [Span(row, 0, 2048) for row in range(4)])
+    assert torch.cuda.max_memory_allocated() <= plan.total
+
+
+def test_too_large_a_cache_is_refused(folder: Path) -> None:
+    with pytest.raises(MemoryError, match=r"cuda:?0? has \d+\.\d\d GiB free"):
+        Llama.build(str(folder), max_seq_len=8192, max_batch_size=10**7, device="cuda")

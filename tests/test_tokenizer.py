@@ -573,7 +573,7 @@ FIRST = list(CONFIG["model"]["vocab"])[256]
         (changed(vocab={"a": "0"}), "vocab is no object"),
         (lambda c: c["model"]["vocab"].update({LAST: 9999}), "the id 9999, expected 767"),
         (lambda c: c["model"]["vocab"].update({LAST: 5}), "the id 5, expected 6"),
-        (lambda c: c["model"]["vocab"].update({"a b": 768}), "'a b', expected letters"),
+        (lambda c: c["model"]["vocab"].update({"a b": 768}), "'a b', expected 1 to 1024 letters"),
         (changed(vocab={"a": 0, "b": 1}), "254 of the 256 single bytes are missing"),
         (changed(merges=None), "merges are None, expected a list of pairs"),
         (lambda c: c["model"]["merges"].insert(3, "ab"), "is damaged: merge 3 is 'ab'"),
