@@ -113,8 +113,10 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
         raise FileExistsError(f"{str(target)!r} is there already: give --force to replace it")
     if target.resolve() in source.resolve().parents:
         raise FileExistsError(f"{str(target)!r} holds the source: it cannot be replaced")
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
-    if names and not names & {"params.json", "config.json"}:
+    is_folder = target.is_dir() and not target.is_symlink()
+    names = {path.name for path in target.iterdir()} if is_folder else set()
+    is_checkpoint = not names.isdisjoint({"params.json", "config.json"})
+    if not is_folder or (names and not is_checkpoint):
         raise FileExistsError(
             f"{str(target)!r} is no checkpoint folder and is not replaced: give another name, or "
             "move it away"

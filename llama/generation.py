@@ -230,8 +230,13 @@ class Llama:
         if seed is not None:
             generator = torch.Generator(self._device).manual_seed(seed)
         model = self.model
-        dtype = model.output.weight.dtype
-        planned = memory.plan(model.params, parallel.model_parallel_size(), dtype)
+        output, embedding = model.output.weight, model.tok_embeddings.weight
+        planned = memory.plan(
+            model.params,
+            parallel.model_parallel_size(),
+            output.dtype,
+            tied=output.data_ptr() == embedding.data_ptr(),
+        )
 
         def steps() -> Iterator[list[TokenEvent]]:
             batch_size = model.params.max_batch_size

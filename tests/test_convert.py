@@ -165,6 +165,9 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, folder: Path) -> N
     shutil.copytree(folder, target / "inner")
     assert "holds the source" in cli("convert", target / "inner", target, "--force", code=1)
     assert (target / "precious").read_text() == "keep"
+    (tmp_path / "link").symlink_to(target)
+    assert "is no checkpoint folder" in cli("convert", folder, tmp_path / "link", "--force", code=1)
+    (tmp_path / "link").unlink()
     cli("convert", folder, target, "--force")
     assert not (target / "precious").exists()
     cli("convert", target, target, "--mp", "2", "--force")  # in its own place
