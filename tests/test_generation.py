@@ -176,6 +176,7 @@ class Scripted(nn.Module):
     def __init__(self, llm: Llama, texts: list[list[int]]) -> None:
         super().__init__()
         self.params, self.output = llm.model.params, llm.model.output
+        self.tok_embeddings = llm.model.tok_embeddings
         self.texts, self.step = texts, -1
 
     def hidden(self, tokens: Tensor, spans: list[Any]) -> Tensor:
