@@ -6,20 +6,18 @@ import math
 import numbers
 import operator
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama import checkpoint, memory, parallel
+from llama import checkpoint, fast, memory, parallel
 from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
-from llama.model import Span, Transformer
+from llama.model import Places, Span, Transformer
 from llama.sampling import next_tokens, sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -117,6 +115,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         quiet_ranks: bool = True,
         rope_scaling_factor: float | None = None,
+        compile: bool = False,
     ) -> "Llama":
         """Load a checkpoint folder, Meta's or Hugging Face's, of any text Llama from 2 to 3.3.
 
@@ -136,6 +135,8 @@ class Llama:
             quiet_ranks: send the stdout of every rank but the first to the null device, so that
                 scripts print once.
             rope_scaling_factor: instead of the checkpoint's own, for Llama 3.1 and later.
+            compile: run the decoding step through torch.compile. It takes up to a minute at the
+                first step with one row, and again with more than one.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -145,7 +146,7 @@ class Llama:
                 impossible; the message says what was found and what to do.
         """
         start = time.time()
-        torch_device = _resolve_device(device)
+        torch_device = resolve_device(device)
         torch_dtype = _resolve_dtype(dtype, torch_device)
         parallel.initialize(torch_device, model_parallel_size)
         n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
@@ -159,7 +160,8 @@ class Llama:
             )
             tokenizer.stop_tokens |= found.stop_tokens
             args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
-            needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied)
+            packed = fast.packs_weights(torch_device, torch_dtype)
+            needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied, packed=packed)
             free = memory.free_bytes(torch_device, parallel.n_local_processes())
             memory.check(needed, free, torch_device)
             with torch.device("meta"):
@@ -177,7 +179,7 @@ class Llama:
             model.load_state_dict(tensors, assign=True)
         if first_process:
             print(f"Loaded in {time.time() - start:.2f} seconds")
-        return Llama(model, tokenizer, seed=seed)
+        return Llama(model, tokenizer, seed=seed, compile=compile)
 
     def __init__(
         self,
@@ -185,12 +187,14 @@ class Llama:
         tokenizer: Tokenizer | SentencePieceTokenizer,
         *,
         seed: int = 1,
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter: ChatFormat | Llama2ChatFormat = chat_format(tokenizer)
         self._device = model.output.weight.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._step = fast.accelerate(model, compile=compile)
 
     def stream(
         self,
@@ -236,6 +240,7 @@ class Llama:
             parallel.model_parallel_size(),
             output.dtype,
             tied=output.data_ptr() == embedding.data_ptr(),
+            packed=fast.packs_weights(output.device, output.dtype),
         )
 
         def steps() -> Iterator[list[TokenEvent]]:
@@ -379,6 +384,7 @@ class Llama:
             every_row[i::n_replicas] = part
         return every_row
 
+    @torch.inference_mode()
     def _run(
         self,
         prompts: list[list[int]],
@@ -407,17 +413,17 @@ class Llama:
             return
 
         assert hidden is not None
-        ends = torch.tensor([len(prompt) for prompt in prompts], device=self._device).cumsum(0) - 1
-        logits = self.model.logits(hidden[ends])  # [B, V]
+        lengths = [len(prompt) for prompt in prompts]
+        positions = torch.tensor(lengths, device=self._device)  # [B], of the next tokens
+        logits = self.model.logits(hidden[positions.cumsum(0) - 1])  # [B, V]
         del hidden
-        # A row that has ended stays in the batch, at its last position, until all have ended: the
-        # published sampler draws for it too, and the draws of the others depend on that.
-        positions = [min(len(prompt), max_seq_len - 1) for prompt in prompts]
+        # A row that has ended stays in the batch until all have ended: the published sampler draws
+        # for it too, and the draws of the others depend on that.
         left = limits
         while True:
-            tokens, token_scores = self._choose(logits, temperature, top_p, generator, logprobs)
+            tokens, ids, token_scores = self._choose(logits, temperature, top_p, generator)
             events = []
-            for row, token in enumerate(tokens.tolist()):
+            for row, token in enumerate(ids):
                 if left[row] == 0:
                     continue
                 left[row] -= 1
@@ -427,7 +433,7 @@ class Llama:
                 elif left[row] == 0:
                     reason = "length"
                 text = decoders[row].add(token, reason)
-                score = token_scores[row] if token_scores is not None else None
+                score = token_scores[row] if logprobs else None
                 events.append(TokenEvent(row, token, text, score, reason))
             yield events
             if not any(left):
@@ -437,8 +443,11 @@ class Llama:
                     "another generation has used this model since: finish a stream before you "
                     "start the next, or give each its own model"
                 )
-            logits = self._decode(tokens, positions)
-            positions = [p + 1 if n > 0 else p for p, n in zip(positions, left, strict=True)]
+            positions = positions.clamp(max=max_seq_len - 1)  # of rows that have ended
+            lengths = [min(length + 1, max_seq_len) for length in lengths]
+            ragged = len(set(lengths)) > 1
+            logits = self._step(tokens, positions, max(lengths), masked=ragged)
+            positions = positions + 1
 
     def _starts_text(self, prompt: list[int]) -> bool:
         """Whether what follows the prompt is a text of its own and no continuation."""
@@ -449,39 +458,30 @@ class Llama:
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Hidden states [T, dim] of all prompts, packed one behind the other."""
         packed = [token for prompt in prompts for token in prompt]
-        spans = [Span(row, 0, len(prompt)) for row, prompt in enumerate(prompts)]
-        return self.model.hidden(torch.tensor(packed, device=self._device), spans)
-
-    def _decode(self, tokens: Tensor, positions: list[int]) -> Tensor:
-        """Logits [B, V] after ``tokens`` [B], each at its row's position."""
-        spans = [Span(row, position, 1) for row, position in enumerate(positions)]
-        return self.model.logits(self.model.hidden(tokens, spans))
+        places = Places.of_spans([Span(0, len(prompt)) for prompt in prompts], self._device)
+        return self.model.hidden(torch.tensor(packed, device=self._device), places)
 
     def _choose(
-        self,
-        logits: Tensor,
-        temperature: float,
-        top_p: float,
-        generator: torch.Generator,
-        logprobs: bool,
-    ) -> tuple[Tensor, list[float] | None]:
-        """Next tokens [B] on every rank, and their log-probabilities if asked for."""
+        self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
+    ) -> tuple[Tensor, list[int], list[float]]:
+        """Next tokens [B] on every rank, the same as a list, and their log-probabilities."""
         log_total = torch.logsumexp(logits, dim=-1)  # [B]
-        if not torch.isfinite(log_total).all():
-            dtype = self.model.output.weight.dtype
-            raise FloatingPointError(
-                f"the logits are not finite: the weights are damaged, or {dtype} overflows for "
-                "this model (build it with dtype='bfloat16' or 'float32')"
-            )
         if parallel.model_parallel_rank() == 0:
             tokens = next_tokens(logits, temperature, top_p, generator)
         else:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         parallel.broadcast_from_first(tokens)
-        if not logprobs:
-            return tokens, None
         scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
-        return tokens, scores.tolist()
+        # in one piece, the only time in a step that the host waits for the device; the ids are
+        # exact: a vocabulary is below 2^24
+        ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
+        if not all(map(math.isfinite, totals)):
+            dtype = self.model.output.weight.dtype
+            raise FloatingPointError(
+                f"the logits are not finite: the weights are damaged, or {dtype} overflows for "
+                "this model (build it with dtype='bfloat16' or 'float32')"
+            )
+        return tokens, [int(token) for token in ids], logprobs
 
     def _score(self, prompts: list[list[int]], hidden: Tensor) -> list[list[float]]:
         """Log-probability of every prompt token given those before it; 0.0 for the first."""
@@ -593,7 +593,7 @@ def _prompt_events(
     return events
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
@@ -656,12 +656,4 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
-    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether the processor has bfloat16 matrix instructions, by Linux's list of its features."""
-    if platform.system() != "Linux":
-        return False
-    features = Path("/proc/cpuinfo").read_text().split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features)
+    return torch.bfloat16 if fast.cpu_computes_bfloat16() else torch.float32

@@ -20,7 +20,9 @@ class Plan:
 
     Attributes:
         tied: the embedding is the output layer too and is held once.
-        weights: the parameters.
+        packed: the linear layers are held twice, once as they are and once as a processor without
+            AMX wants them (``fast.packs_weights``).
+        weights: the parameters, and their packed copies.
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: what a pass over as many prompt tokens holds beside them at its peak.
     """
@@ -29,6 +31,7 @@ class Plan:
     n_ranks: int
     dtype: torch.dtype
     tied: bool
+    packed: bool
     weights: int
     cache: int
     workspace: int
@@ -47,16 +50,25 @@ class Plan:
         )
 
 
-def plan(args: ModelArgs, n_ranks: int, dtype: torch.dtype, *, tied: bool = False) -> Plan:
+def plan(
+    args: ModelArgs, n_ranks: int, dtype: torch.dtype, *, tied: bool = False, packed: bool = False
+) -> Plan:
     """What each of ``n_ranks`` needs. Nothing is allocated, whatever the size."""
     cuts = checkpoint.cuts(args)
     if tied:
         del cuts["output.weight"]
     weights = sum(checkpoint.n_bytes(cut, n_ranks, dtype) for cut in cuts.values())
+    if packed:
+        weights += sum(
+            checkpoint.n_bytes(cut, n_ranks, dtype)
+            for key, cut in checkpoint.cuts(args).items()
+            if len(cut.sizes) == 2 and not key.startswith("tok_embeddings")
+        )
     positions = args.max_batch_size * args.max_seq_len
     kv_width = args.kv_heads_of(n_ranks) * args.head_dim
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
-    return Plan(args, n_ranks, dtype, tied, weights, cache, _workspace(args, n_ranks, dtype))
+    workspace = _workspace(args, n_ranks, dtype)
+    return Plan(args, n_ranks, dtype, tied, packed, weights, cache, workspace)
 
 
 def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
@@ -73,12 +85,12 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
     residual = 2 * args.dim * size
     per_token = max(
         residual + 3 * args.dim * single,  # RMSNorm in float32
-        residual + args.dim * size + (heads + 2 * kv) * size + 4 * heads * single,  # RoPE
-        residual + args.dim * size + (6 * heads + 2 * kv) * size,  # attention
-        residual + args.dim * size + 3 * ffn * size,  # SwiGLU
+        residual + args.dim * size + (2 * heads + 2 * kv) * size + 2 * heads * single,  # RoPE
+        residual + args.dim * size + (4 * heads + 2 * kv) * size,  # attention
+        residual + args.dim * size + 2 * ffn * size,  # SwiGLU
     )
     angles = args.head_dim * single  # cos and sin, gathered for every token
-    indices = 2 * 8 + 2 * 36  # rows and positions, as Python numbers first
+    indices = 4 * 8 + 36  # rows, positions and ids, the latter as Python numbers first
     table = args.max_seq_len * args.head_dim * single
     sampling = args.max_batch_size * args.vocab_size * (8 * single + 2 * 8)
     tensors = n_tokens * (per_token + angles + indices) + table + sampling
@@ -145,7 +157,10 @@ def _what_fits(needed: Plan, free: int) -> str:
 
     def fits(batch: int, length: int) -> bool:
         smaller = dataclasses.replace(args, max_batch_size=batch, max_seq_len=length)
-        return plan(smaller, needed.n_ranks, needed.dtype, tied=needed.tied).total <= free
+        smaller_plan = plan(
+            smaller, needed.n_ranks, needed.dtype, tied=needed.tied, packed=needed.packed
+        )
+        return smaller_plan.total <= free
 
     batch, length = args.max_batch_size, args.max_seq_len
     if not fits(1, 1):

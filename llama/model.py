@@ -8,6 +8,8 @@ of this rank, D their size; L positions in the cache that are looked at; V vocab
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -125,9 +127,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def precompute_freqs_cis(
@@ -167,12 +167,10 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
         xq, xk: [..., S, H, D] and [..., S, K, D].
         freqs_cis: complex64 [S, D / 2], the rows of ``precompute_freqs_cis`` for these positions.
     """
-    cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)  # [S, 1, D / 2] each
 
     def rotate(x: Tensor) -> Tensor:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return turned.flatten(-2).to(x.dtype)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., S, H, D / 2]
+        return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).to(x.dtype)
 
     return rotate(xq), rotate(xk)
 
@@ -187,12 +185,15 @@ class KVCache:
         self.v = _zeros(shape, like)
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     """Zeros with the dtype and on the device of ``like``. Zeros, because a masked position still
     counts as 0 x value, and 0 x NaN is NaN. On the CPU a page takes memory once it is written to;
-    torch.zeros would write to all of them. Private, so that a forked process has its own."""
+    torch.zeros would write to all of them. Private, so that a forked process has its own. Other
+    devices have the heads of a position side by side in memory, as their kernels want them."""
     if like.device.type != "cpu":
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        n_rows, n_heads, n_positions, head_dim = shape
+        shape = (n_rows, n_positions, n_heads, head_dim)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
     n_bytes = math.prod(shape) * like.element_size()
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
@@ -201,34 +202,64 @@ def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 class Span(NamedTuple):
     """Consecutive tokens of one row: ``length`` of them, the first at position ``start``."""
 
-    row: int
     start: int
     length: int
 
 
+@dataclasses.dataclass
 class Places:
     """Where the T tokens of one pass stand: the cache row and the position of each.
 
     Attributes:
         rows, positions: int64 [T].
-        spans: the tokens as spans; None if they are one token for each of the first B rows.
-        length: L, one more than the last position.
+        spans: the tokens as spans of rows 0, 1, ...; None if they are one token of each row.
+        length: L, the positions that are looked at.
         mask: without spans: bool [B, 1, 1, L], true where a row may look; None if everywhere.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        self.rows = torch.tensor([s.row for s in spans for _ in range(s.length)], device=device)
-        self.positions = torch.tensor(
-            [s.start + i for s in spans for i in range(s.length)], device=device
-        )
-        self.length = max(s.start + s.length for s in spans)
-        # one token for each of the first B rows: all of them attend in one call
-        together = all(s.length == 1 and s.row == i for i, s in enumerate(spans))
-        self.spans = None if together else spans
-        self.mask = None
-        if together and any(s.start + 1 < self.length for s in spans):
-            everywhere = torch.arange(self.length, device=device)  # [L]
-            self.mask = (everywhere <= self.positions[:, None])[:, None, None]
+    rows: Tensor
+    positions: Tensor
+    spans: Sequence[Span] | None
+    length: int
+    mask: Tensor | None = None
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """int32 [B + 1]: where the tokens of each row begin, for kernels that take them packed."""
+        if self.spans is None:
+            return torch.arange(len(self.rows) + 1, dtype=torch.int32, device=self.rows.device)
+        starts = itertools.accumulate((s.length for s in self.spans), initial=0)
+        return torch.tensor(list(starts), dtype=torch.int32, device=self.rows.device)
+
+    @functools.cached_property
+    def used(self) -> Tensor:
+        """int32 [B]: how many positions of each row are in use, for such kernels."""
+        if self.spans is None:
+            return (self.positions + 1).int()
+        ends = [s.start + s.length for s in self.spans]
+        return torch.tensor(ends, dtype=torch.int32, device=self.rows.device)
+
+    @staticmethod
+    def of_spans(spans: Sequence[Span], device: torch.device) -> "Places":
+        """Prompts, or pieces of them: one span for each of the first rows."""
+        rows = [torch.full((s.length,), row, device=device) for row, s in enumerate(spans)]
+        positions = [torch.arange(s.start, s.start + s.length, device=device) for s in spans]
+        length = max(s.start + s.length for s in spans)
+        return Places(torch.cat(rows), torch.cat(positions), spans, length)
+
+    @staticmethod
+    def of_step(positions: Tensor, length: int, *, masked: bool) -> "Places":
+        """One token for each of the first B rows, at ``positions`` int64 [B] below ``length``.
+
+        Args:
+            masked: not all of them are at ``length`` - 1.
+        """
+        rows = torch.arange(len(positions), device=positions.device)
+        mask = None
+        if masked:
+            everywhere = torch.arange(length, device=positions.device)  # [L]
+            mask = (everywhere <= positions[:, None])[:, None, None]
+        return Places(rows, positions, None, length, mask)
 
 
 def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places) -> Tensor:
@@ -249,19 +280,20 @@ def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places
         v = cache.v[:n_rows, :, : places.length]
         return _grouped_attention(xq[:, :, None], k, v, places.mask).squeeze(2)
     outputs = []
-    for span, q in zip(places.spans, xq.split([s.length for s in places.spans]), strict=True):
-        q = q.transpose(0, 1)[None]  # [1, H, S, D]
+    for row, (span, q) in enumerate(
+        zip(places.spans, xq.split([s.length for s in places.spans]), strict=True)
+    ):
+        q = q.transpose(0, 1)  # [H, S, D]
         end = span.start + span.length
-        k = cache.k[None, span.row, :, :end]  # [1, K, L, D]
-        v = cache.v[None, span.row, :, :end]
+        k, v = cache.k[row, :, :end], cache.v[row, :, :end]  # [K, L, D]
         if span.start == 0:
-            n_shared = q.shape[1] // k.shape[1]
-            k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))  # [1, H, S, D]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            q = q.unflatten(0, (len(k), -1))  # [K, H / K, S, D]
+            k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(0, 1)
         else:  # is_causal would let the first of S tokens look at position 0 only
             mask = torch.ones(span.length, end, dtype=torch.bool, device=q.device)
-            y = _grouped_attention(q, k, v, mask.tril(span.start))
-        outputs.append(y[0].transpose(0, 1))  # [S, H, D]
+            y = _grouped_attention(q[None], k[None], v[None], mask.tril(span.start))[0]
+        outputs.append(y.transpose(0, 1))  # [S, H, D]
     return torch.cat(outputs)
 
 
@@ -280,6 +312,11 @@ def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
+    # what fast.py may exchange for the same in another form
+    rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotate = staticmethod(apply_rotary_emb)
+    attend: Callable[[Tensor, Tensor, Tensor, KVCache, Places], Tensor] = staticmethod(attention)
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
@@ -294,8 +331,8 @@ class Attention(nn.Module):
         xq = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [T, H, D]
         xk = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
         xv = self.wv(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
-        return self.wo(attention(xq, xk, xv, cache, places).flatten(1))  # [T, dim]
+        xq, xk = self.rotate(xq, xk, freqs_cis)
+        return self.wo(self.attend(xq, xk, xv, cache, places).flatten(1))  # [T, dim]
 
 
 class FeedForward(nn.Module):
@@ -308,7 +345,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        # w2(silu(w1(x)) * w3(x)), in place: on a CPU new memory costs more than the arithmetic
+        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -352,6 +390,7 @@ class Transformer(nn.Module):
         self.cache: list[KVCache] | None = None
         self.cache_user: object = None  # whose content the cache holds; None: forward's
 
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         """Logits of ``tokens`` at positions ``start_pos`` on, after what earlier calls wrote.
 
@@ -377,21 +416,27 @@ class Transformer(nn.Module):
                 f"{args.max_seq_len - 1} (max_seq_len {args.max_seq_len})"
             )
         self.cache_user = None
-        spans = [Span(row, start_pos, n_tokens) for row in range(n_rows)]
-        return self.logits(self.hidden(tokens.flatten(), spans)).view(n_rows, n_tokens, -1)
+        if n_tokens == 1:
+            positions = torch.full((n_rows,), start_pos, device=tokens.device)
+            return self.step(tokens[:, 0], positions, start_pos + 1, masked=False)[:, None]
+        places = Places.of_spans([Span(start_pos, n_tokens)] * n_rows, tokens.device)
+        return self.logits(self.hidden(tokens.flatten(), places)).view(n_rows, n_tokens, -1)
+
+    def step(self, tokens: Tensor, positions: Tensor, length: int, *, masked: bool) -> Tensor:
+        """Float32 logits [B, V] after one more token for each of the first B rows; the arguments
+        are those of ``Places.of_step``."""
+        return self.logits(self.hidden(tokens, Places.of_step(positions, length, masked=masked)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         self.cache = None  # model.to(...) changes device or dtype: the next pass allocates anew
         return super()._apply(fn, recurse)
 
-    @torch.inference_mode()
-    def hidden(self, tokens: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``spans``."""
+    def hidden(self, tokens: Tensor, places: Places) -> Tensor:
+        """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``places``."""
         h = self.tok_embeddings(tokens)  # [T, dim]
         if self.cache is None:
             self.cache = [KVCache(self.params, like=h) for _ in self.layers]
             self.freqs_cis = self.freqs_cis.to(h.device)
-        places = Places(spans, h.device)
         # gathered as real numbers: not every device gathers complex ones
         turns = torch.view_as_real(self.freqs_cis)[places.positions]  # [T, D / 2, 2]
         freqs_cis = torch.view_as_complex(turns)
@@ -399,7 +444,6 @@ class Transformer(nn.Module):
             h = layer(h, freqs_cis, cache, places)
         return self.norm(h)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [T, V] of final hidden states [T, dim]."""
         return self.output(hidden).float()

@@ -16,7 +16,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -173,7 +173,8 @@ def _all_gather_last_dim(x: torch.Tensor) -> torch.Tensor:
 
 # --- Layers -----------------------------------------------------------------------------------
 # The constructors skip fairscale's on purpose: it ignores the default device (so nothing can be
-# built on "meta") and, with several ranks, fills a full-size master weight.
+# built on "meta") and, with several ranks, fills a full-size master weight. ``linear`` is what
+# fast.py may exchange for the same in another form.
 
 
 def _weight(rows: int, columns: int) -> nn.Parameter:
@@ -182,6 +183,8 @@ def _weight(rows: int, columns: int) -> nn.Parameter:
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """x @ W.T with the rows of W (the outputs) split over the ranks."""
+
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = staticmethod(F.linear)
 
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
@@ -194,12 +197,14 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        y = F.linear(input_, self.weight)
+        y = self.linear(input_, self.weight)
         return _all_gather_last_dim(y) if self.gather_output else y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """x @ W.T with the columns of W (the inputs, split already) over the ranks; sums the parts."""
+
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = staticmethod(F.linear)
 
     def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
@@ -212,7 +217,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return _all_reduce(F.linear(input_, self.weight))
+        return _all_reduce(self.linear(input_, self.weight))
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):

@@ -10,7 +10,7 @@ from reference import logits, relative_error
 from torch import Tensor
 
 from llama import Llama, memory
-from llama.model import Span
+from llama.model import Places, Span
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +85,7 @@ def test_a_pass_stays_in_its_plan() -> None:
     plan = memory.plan(model.params, 1, torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     tokens = torch.randint(0, 1024, (4 * 2048,), device="cuda")
-    model.hidden(tokens, [Span(row, 0, 2048) for row in range(4)])
+    model.hidden(tokens, Places.of_spans([Span(0, 2048)] * 4, tokens.device))
     assert torch.cuda.max_memory_allocated() <= plan.total
 
 

@@ -162,9 +162,9 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-from llama.model import Span
-spans = [Span(row, 0, args.max_seq_len) for row in range(4)]
-h = model.hidden(tokens.flatten(), spans)
+from llama.model import Places, Span
+places = Places.of_spans([Span(0, args.max_seq_len)] * 4, tokens.device)
+h = model.hidden(tokens.flatten(), places)
 done = True
 thread.join()
 plan = memory.plan(args, 1, dtype)

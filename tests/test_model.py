@@ -183,8 +183,9 @@ def test_rows_at_their_own_positions(model: Transformer) -> None:
     lengths = [3, 10]
     with torch.inference_mode():
         packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])
-        prefill = model.logits(model.hidden(packed, [Span(0, 0, 3), Span(1, 0, 10)]))
-        step = model.logits(model.hidden(torch.tensor([7, 8]), [Span(0, 3, 1), Span(1, 10, 1)]))
+        places = Places.of_spans([Span(0, 3), Span(0, 10)], packed.device)
+        prefill = model.logits(model.hidden(packed, places))
+        step = model.step(torch.tensor([7, 8]), torch.tensor(lengths), 11, masked=True)
     for row, (token, rows) in enumerate(zip((7, 8), (slice(0, 3), slice(3, 13)), strict=True)):
         n = lengths[row]
         alone = model.forward(TOKENS[row : row + 1, :n], 0)[0]
@@ -244,12 +245,17 @@ def test_untouched_cache_takes_no_memory_and_a_fork_has_its_own() -> None:
     assert same == "True"
 
 
-def test_rows_at_one_position_need_no_mask() -> None:
-    device = torch.device("cpu")
-    assert Places([Span(0, 4, 1), Span(1, 4, 1)], device).mask is None
-    ragged = Places([Span(0, 1, 1), Span(1, 2, 1)], device)
-    assert ragged.mask is not None
-    assert ragged.mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
+def test_places_of_spans_and_steps() -> None:
+    prompts = Places.of_spans([Span(0, 2), Span(3, 1)], torch.device("cpu"))
+    assert (prompts.rows.tolist(), prompts.positions.tolist()) == ([0, 0, 1], [0, 1, 3])
+    assert (prompts.length, prompts.mask) == (4, None)
+    assert (prompts.starts.tolist(), prompts.used.tolist()) == ([0, 2, 3], [2, 4])
+    step = Places.of_step(torch.tensor([1, 2]), 3, masked=True)
+    assert step.mask is not None
+    assert step.mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
+    assert (step.rows.tolist(), step.starts.tolist()) == ([0, 1], [0, 1, 2])
+    assert step.used.tolist() == [2, 3]
+    assert Places.of_step(torch.tensor([4, 4]), 5, masked=False).mask is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ LAYERS = [
     "sampling",
     "memory",
     "convert",
+    "fast",
     "generation",
     "__main__",
 ]

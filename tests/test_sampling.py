@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama import sampling
 from llama.generation import sample_top_p
 from llama.sampling import next_tokens
 
@@ -38,6 +39,43 @@ def test_draws_equal_the_published_rule(dtype: torch.dtype, n_rows: int) -> None
         for logits in steps:
             expected = direct(logits, temperature=0.8, p=0.9)
             assert torch.equal(next_tokens(logits, 0.8, 0.9, ours), expected)
+
+
+def full_sort(probs: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """The published rule over the whole vocabulary, drawn by torch.multinomial."""
+    ranked, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    nucleus = ranked.masked_fill(torch.cumsum(ranked, dim=-1) - ranked > p, 0.0)
+    nucleus /= nucleus.sum(dim=-1, keepdim=True)
+    return ids.gather(-1, torch.multinomial(nucleus, 1, generator=generator))
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_a_large_vocabulary_gives_the_draws_of_a_full_sort(
+    n_rows: int, dtype: torch.dtype
+) -> None:
+    """100 seeds; at 1.0 the nucleus ends within the first 1024 tokens, at 4.0 it does not."""
+    source = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(n_rows, 128256, generator=source)).to(dtype).float()
+    for temperature, headed in ((1.0, True), (4.0, False)):
+        probs = torch.softmax(logits / temperature, dim=-1)
+        assert (sampling._ranked_head(probs, 0.9) is not None) == headed
+        for seed in range(100 if headed else 10):
+            generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+            ours = sample_top_p(probs, 0.9, generator=generators[0])
+            assert torch.equal(ours, full_sort(probs, 0.9, generators[1]))
+            assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_equals_at_the_end_of_the_head() -> None:
+    """Which of the equals topk returns is not known, so they must not be in the nucleus."""
+    probs = torch.full((1, 4096), 0.5 / 4095)
+    probs[0, 7] = 0.5
+    assert sampling._ranked_head(probs, 0.4) is not None
+    assert sampling._ranked_head(probs, 0.5) is None
+    drawn = {int(sample_top_p(probs, 0.5001)) for _ in range(100)}
+    assert drawn <= {7, 0, 1}
+    assert 7 in drawn
 
 
 def test_ties_keep_ascending_ids() -> None:

@@ -1,0 +1,229 @@
+"""What is measured: this library and its peers, each in a process of its own.
+
+``python -m benchmarks.engines NAME ...`` loads a model and then answers requests, one JSON line
+each, on stdin and stdout: {"prompts": [[id, ...], ...], "n_new": N} gives {"first_s": seconds to
+the first new token of every prompt, "step_s": seconds of each further step}. Decoding is greedy and
+no token stops it. The peers are driven by the shortest loop that is right, which leaves out what
+their own ``generate`` adds.
+"""
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Engine:
+    """A peer's model behind one method."""
+
+    def __init__(self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int):
+        raise NotImplementedError
+
+    def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
+        """Yield when the next token of every prompt is known on the host, ``n_new`` times."""
+        raise NotImplementedError
+
+
+class Ours(Engine):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str,
+        dtype: str,
+        max_seq_len: int,
+        max_batch: int,
+        compile: bool = False,
+    ) -> None:
+        from llama import Llama
+
+        self.llm = Llama.build(
+            str(folder),
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch,
+            device=device,
+            dtype=dtype,
+            **({"compile": True} if compile else {}),
+        )
+        self.llm.tokenizer.stop_tokens = set()
+
+    def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
+        for _ in self.llm.stream(prompts, n_new, temperature=0, logprobs=False):
+            yield
+
+
+class Reference(Engine):
+    """The published code: llama-models' Transformer. Its ``generate`` prefills up to the shortest
+    prompt, then goes on token by token, and takes a prompt's own token while there is one."""
+
+    def __init__(
+        self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int
+    ) -> None:
+        import fairscale.nn.model_parallel.initialize as groups
+        import torch.distributed as dist
+        from llama_models.llama3.args import ModelArgs
+        from llama_models.llama3.model import Transformer
+        from torch._C._distributed_c10d import HashStore
+
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        groups.initialize_model_parallel(1)
+        self.device = torch.device(device)
+        args = ModelArgs(
+            **json.loads((folder / "params.json").read_text()),
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch,
+        )
+        # as its own build does: in the default dtype and on the default device
+        torch.set_default_dtype(getattr(torch, dtype))
+        torch.set_default_device(self.device)
+        weights = torch.load(folder / "consolidated.00.pth", map_location="cpu", weights_only=True)
+        self.model = Transformer(args)
+        self.model.load_state_dict(weights, strict=False)
+
+    @torch.inference_mode()
+    def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        total = longest + n_new
+        tokens = torch.zeros((len(prompts), total), dtype=torch.long, device=self.device)
+        given = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
+            given[row, : len(prompt)] = True
+        start = 0
+        for position in range(shortest, total):
+            logits = self.model.forward(tokens[:, start:position], start)
+            chosen = torch.argmax(logits[:, -1], dim=-1)
+            chosen = torch.where(given[:, position], tokens[:, position], chosen)
+            tokens[:, position] = chosen
+            chosen.tolist()
+            start = position
+            if position >= longest:
+                yield
+
+
+class HuggingFace(Engine):
+    """transformers with SDPA; prompts of a ragged batch are padded on the left."""
+
+    def __init__(
+        self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.device = torch.device(device)
+        self.max_seq_len = max_seq_len
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).to(self.device)
+        self.forward: Any = self.model.forward
+        if self.device.type == "cuda":
+            self.forward = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True)
+
+    @torch.inference_mode()
+    def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
+        from transformers import DynamicCache, StaticCache
+
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        padded = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
+        tokens = torch.tensor(padded, device=self.device)
+        on_cuda = self.device.type == "cuda"
+        cache: Any = (
+            StaticCache(self.model.config, max_cache_len=self.max_seq_len)
+            if on_cuda
+            else DynamicCache(config=self.model.config)
+        )
+        mask = None
+        if any(pads):
+            kept = [[0] * pad + [1] * (longest + n_new - pad) for pad in pads]
+            mask = torch.tensor(kept, device=self.device)
+        places = torch.tensor([[-pad] for pad in pads], device=self.device)
+        forward = self.model.forward  # the prompt is not worth compiling for
+        for i in range(n_new):
+            end = longest + i
+            span = torch.arange(end - tokens.shape[1], end, device=self.device)
+            logits = forward(
+                input_ids=tokens,
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=(span + places).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            tokens = torch.argmax(logits[:, -1:], dim=-1)
+            tokens.tolist()
+            forward = self.forward
+            yield
+
+
+ENGINES: dict[str, type[Engine]] = {"ours": Ours, "reference": Reference, "hf": HuggingFace}
+
+
+def serve(name: str, **options: Any) -> None:
+    """Load an engine, say how long it took and how memory rose, then answer requests."""
+    torch.mm(torch.ones(2, 2), torch.ones(2, 2))  # libraries that load themselves at first use
+    before, start = _resident_bytes(), time.perf_counter()
+    engine = ENGINES[name](**options)
+    _answer(load_s=time.perf_counter() - start, rss_rise=_resident_bytes() - before)
+    for line in sys.stdin:
+        request = json.loads(line)
+        times = [time.perf_counter()]
+        for _ in engine.steps(request["prompts"], request["n_new"]):
+            times.append(time.perf_counter())
+        steps = [b - a for a, b in itertools.pairwise(times)]
+        _answer(first_s=steps[0], step_s=steps[1:], rss_rise=_resident_bytes() - before)
+
+
+def _answer(**values: Any) -> None:
+    print(json.dumps(values), file=sys.__stdout__, flush=True)
+
+
+def _resident_bytes() -> int:
+    """Peak of the resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Process:
+    """An engine that runs in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, **options: Any) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.engines", name, json.dumps(options), str(folder)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        loaded = self._read()
+        self.load_s: float = loaded["load_s"]
+        self.rss_rise: int = loaded["rss_rise"]
+
+    def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps({"prompts": prompts, "n_new": n_new}), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RuntimeError(f"the process of {self.name!r} ended: its message is above")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], folder=Path(sys.argv[3]), **json.loads(sys.argv[2]))

@@ -1,0 +1,107 @@
+"""Named shapes, and random checkpoints of them: speed does not depend on what the weights say."""
+
+import base64
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import ModelArgs, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model as params.json describes it; ``n_ranks`` > 1 means one rank's part of it."""
+
+    params: dict[str, Any]
+    n_ranks: int = 1
+
+
+_LLAMA3 = {"norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256}
+_SHAPE_1B = {
+    "dim": 2048,
+    "n_layers": 16,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "multiple_of": 256,
+    "ffn_dim_multiplier": 1.5,
+}
+_SHAPE_3B = _SHAPE_1B | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0}
+_SHAPE_8B = {
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "multiple_of": 1024,
+    "ffn_dim_multiplier": 1.3,
+}
+_SHAPE_70B = _SHAPE_8B | {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
+# so narrow that nothing but the overhead of the calls is left, with as many layers as 1B
+_SHAPE_TINY = {
+    "dim": 64,
+    "n_layers": 16,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "multiple_of": 64,
+    "vocab_size": 512,
+}
+
+SHAPES = {
+    "tiny": Shape(_LLAMA3 | _SHAPE_TINY),
+    "1B": Shape(_LLAMA3 | _SHAPE_1B),
+    "3B": Shape(_LLAMA3 | _SHAPE_3B),
+    "8B": Shape(_LLAMA3 | _SHAPE_8B),
+    "70B-rank-of-8": Shape(_LLAMA3 | _SHAPE_70B, n_ranks=8),
+}
+
+
+def checkpoint_of(name: str, where: Path) -> Path:
+    """The folder of a random bfloat16 checkpoint of a shape; written if it is not there yet.
+
+    Raises:
+        ValueError: there is no shape of this name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape is {name!r}, expected one of {', '.join(SHAPES)}")
+    folder = where / name
+    if (folder / "params.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    params = SHAPES[name].params
+    torch.save(random_weights(params), folder / "consolidated.00.pth")
+    _write_tokenizer(folder / "tokenizer.model", params["vocab_size"] - 256)
+    partial = folder / ".params.json"
+    partial.write_text(json.dumps(params))
+    os.replace(partial, folder / "params.json")  # last: it says that the rest is there
+    return folder
+
+
+def random_weights(params: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights that keep the size of the activations, as a trained model's do."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.device("meta"):
+        shapes = Transformer(ModelArgs(**params)).state_dict()
+    weights = {}
+    for key, meta in shapes.items():
+        weight = torch.empty(meta.shape, dtype=torch.bfloat16)
+        if weight.dim() == 1:
+            weight.fill_(1)
+        else:
+            std = 1.0 if key.startswith("tok_embeddings") else weight.shape[1] ** -0.5
+            weight.normal_(std=std, generator=generator)
+        weights[key] = weight
+    return weights
+
+
+def _write_tokenizer(path: Path, n_tokens: int) -> None:
+    """A tiktoken vocabulary of every string of one byte, then of two, then of three."""
+    strings = itertools.chain.from_iterable(
+        itertools.product(range(256), repeat=length) for length in (1, 2, 3)
+    )
+    with path.open("wb") as file:
+        for rank, string in zip(range(n_tokens), strings, strict=False):
+            file.write(base64.b64encode(bytes(string)) + b" %d\n" % rank)

@@ -1,0 +1,307 @@
+"""Each fast path gives the numbers of the plain one, and is really taken."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import DEMO, PARAMS, new_model, random_weights, run, torchrun
+from reference import relative_error
+from torch import Tensor, nn
+
+from llama import Llama, Transformer, fast, memory, parallel
+from llama.model import Places, Span, apply_rotary_emb, attention, precompute_freqs_cis
+
+PROMPTS = [[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]]
+
+
+def linears(model: Transformer) -> list[Any]:
+    kinds = parallel.ColumnParallelLinear | parallel.RowParallelLinear
+    return [layer for layer in model.modules() if isinstance(layer, kinds)]
+
+
+# --- Linear layers on the CPU -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 128, 129])
+def test_weight_first_is_linear(n_rows: int) -> None:
+    """bfloat16 products are summed in float32 and rounded once: half a unit in the last place."""
+    x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
+    exact = x.double() @ weight.double().T
+    y = fast.weight_first(x, weight)
+    assert (y.shape, y.dtype, y.is_contiguous()) == ((n_rows, 96), torch.bfloat16, True)
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
+def test_weight_first_takes_any_shape() -> None:
+    x, weight = torch.randn(2, 3, 64), torch.randn(32, 64)
+    torch.testing.assert_close(fast.weight_first(x, weight), nn.functional.linear(x, weight))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 130])
+def test_packed_is_linear(n_rows: int) -> None:
+    x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
+    exact = x.double() @ weight.double().T
+    y = fast.Packed(weight)(x, weight)
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_packed_follows_a_weight_that_changes() -> None:
+    x, weight = torch.ones(1, 64).bfloat16(), torch.ones(32, 64).bfloat16()
+    packed = fast.Packed(weight)
+    weight.mul_(2)
+    assert packed(x, weight).unique().tolist() == [128]
+    other = torch.zeros_like(weight)
+    assert packed(x, other).unique().tolist() == [0]
+
+
+def features(*names: str) -> Callable[[], set[str]]:
+    return lambda: set(names)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize(
+    ("names", "dtype", "expected"),
+    [
+        (("avx512_bf16", "amx_bf16"), torch.bfloat16, "weight_first"),
+        (("avx512_bf16",), torch.bfloat16, "Packed"),
+        (("avx2",), torch.bfloat16, "linear"),
+        (("bf16",), torch.bfloat16, "linear"),  # ARM
+        (("avx512_bf16", "amx_bf16"), torch.float32, "linear"),
+        (("avx512_bf16", "amx_bf16"), torch.float16, "linear"),
+    ],
+)
+def test_the_processor_decides(
+    names: tuple[str, ...], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice for every kind of processor; and logits of bfloat16's accuracy on this one."""
+    monkeypatch.setattr(fast, "cpu_features", features(*names))
+    params = PARAMS | {"dim": 1024, "n_layers": 1, "vocab_size": 2048}
+    weights = random_weights(params)
+    model = new_model(params, {k: w.to(dtype) for k, w in weights.items()}, max_batch_size=4)
+    plain = [model.forward(torch.tensor([p]), 0)[0, -1:] for p in PROMPTS]
+    fast.accelerate(model)
+    chosen = {
+        getattr(layer.linear, "__name__", type(layer.linear).__name__) for layer in linears(model)
+    }
+    assert expected in chosen
+    assert chosen <= {expected, "linear"}
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    for prompt, logits in zip(PROMPTS, plain, strict=True):
+        assert relative_error(model.forward(torch.tensor([prompt]), 0)[0, -1:], logits) < rounding
+    packed = fast.packs_weights(torch.device("cpu"), dtype)
+    assert packed == (expected == "Packed")
+    plans = [memory.plan(model.params, 1, dtype, packed=p).weights for p in (packed, False)]
+    matrices = sum(layer.weight.nbytes for layer in linears(model))
+    assert plans[0] - plans[1] == packed * matrices
+
+
+def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    everything = fast.cpu_features()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert fast.cpu_features() == {f for f in everything if not f.startswith("amx")}
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_amx")
+    assert fast.cpu_features() == everything
+
+
+# --- Attention for CUDA, with its kernel written out ----------------------------------------------
+
+
+def documented_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    seqused_k: Tensor,
+) -> Tensor:
+    """What the flash kernel is documented to compute from packed rows: causal, aligned at the last
+    token, with the first ``seqused_k`` keys of each row."""
+    assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
+    shared = q.shape[1] // k.shape[1]
+    outputs = []
+    for row, used in enumerate(seqused_k.tolist()):
+        rows = q[starts_q[row] : starts_q[row + 1]].double()  # [S, H, D]
+        assert len(rows) <= longest_q
+        assert used <= longest_k
+        keys, values = (
+            x[starts_k[row] : starts_k[row] + used].double().repeat_interleave(shared, 1)
+            for x in (k, v)
+        )
+        scores = torch.einsum("shd,lhd->hsl", rows, keys) / q.shape[-1] ** 0.5
+        allowed = torch.ones(len(rows), used, dtype=torch.bool).tril(used - len(rows))
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hsl,lhd->shd", weights, values))
+    return torch.cat(outputs).to(q.dtype)
+
+
+@pytest.mark.parametrize("case", ["prompts", "pieces", "step"])
+def test_flash_attention_hands_the_kernel_what_attention_computes(
+    case: str, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_flash_kernel", documented_kernel)
+    device = torch.device("cpu")
+    results = []
+    for attend in (attention, fast.flash_attention):
+        model = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
+        for layer in fast._attention_layers(model):
+            layer.attend = attend
+        spans = [Span(0, 3), Span(0, 1), Span(0, 6)]
+        hidden = model.hidden(torch.arange(10), Places.of_spans(spans, device))
+        if case == "pieces":
+            spans = [Span(3, 2), Span(1, 4), Span(6, 1)]
+            hidden = model.hidden(torch.arange(50, 57), Places.of_spans(spans, device))
+        if case == "step":
+            positions = torch.tensor([3, 1, 6])
+            hidden = model.hidden(positions, Places.of_step(positions, 7, masked=True))
+        results.append(hidden)
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
+# --- Steps of few sizes, as CUDA graphs need them -------------------------------------------------
+
+
+def on_cpu(calls: list[None]) -> Callable[[Callable[[], Tensor]], Any]:
+    """Stands for the capture of a CUDA graph: the same function again, into the same tensor."""
+
+    def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        calls.append(None)
+        for _ in range(2):
+            compute()
+        output = compute()
+        return lambda: output.copy_(compute()), output
+
+    return capture
+
+
+@pytest.mark.parametrize("any_length", [True, False])
+def test_static_steps_give_the_same_tokens(
+    any_length: bool, folder: Path, llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {n: llm.generate(PROMPTS[:n], 40, temperature=0, logprobs=True) for n in (1, 2, 3)}
+    static = Llama.build(
+        str(folder), max_seq_len=64, max_batch_size=4, dtype="float32", device="cpu"
+    )
+    model = static.model
+    if any_length:
+        monkeypatch.setattr(fast, "_flash_kernel", documented_kernel)
+        for layer in fast._attention_layers(model):
+            layer.attend = fast.flash_attention
+    captures: list[None] = []
+    static._step = fast.StaticStep(
+        model, model.step, any_length=any_length, capture=on_cpu(captures)
+    )
+    for n in (3, 1, 2, 3):
+        tokens, logprobs = static.generate(PROMPTS[:n], 40, temperature=0, logprobs=True)
+        assert tokens == expected[n][0]
+        for ours, theirs in zip(logprobs or [], expected[n][1] or [], strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
+    assert len(captures) == 3  # 4, 1 and 2 rows, all of one length
+    model.to(torch.float32)  # the cache is allocated anew
+    assert static.generate(PROMPTS, 40, temperature=0)[0] == expected[3][0]
+    assert len(captures) == 4
+
+
+@pytest.mark.parametrize(
+    ("n", "limit", "least", "expected"),
+    [
+        (1, 8, 1, 1),
+        (3, 8, 1, 4),
+        (4, 8, 1, 4),
+        (5, 6, 1, 6),
+        (9, 4096, 256, 256),
+        (257, 300, 256, 300),
+    ],
+)
+def test_sizes_are_rounded_up(n: int, limit: int, least: int, expected: int) -> None:
+    assert fast._round_up(n, limit, least) == expected
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def test_real_rotation_is_the_complex_one() -> None:
+    xq, xk = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
+    freqs_cis = precompute_freqs_cis(16, 5)
+    for ours, theirs in zip(
+        fast.rotate_real(xq, xk, freqs_cis), apply_rotary_emb(xq, xk, freqs_cis), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def compiler() -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm: Llama) -> None:
+    """Once for one row and once for more, whatever the lengths and numbers of rows."""
+    compiled = Llama.build(
+        str(folder), max_seq_len=64, max_batch_size=4, dtype="float32", device="cpu", compile=True
+    )
+    counters = torch._dynamo.utils.counters
+    for n in (1, 2):  # warm-up
+        compiled.generate(PROMPTS[:n], 3, temperature=0)
+    assert counters["stats"]["unique_graphs"] == 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:], [[5] * 30] * 4, [[8] * 20]):
+            expected = llm.generate(prompts, 20, temperature=0)
+            assert compiled.generate(prompts, 20, temperature=0) == expected
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+COMPILED_RANK = """
+import json, sys
+from llama import Llama
+results = []
+for compile in (False, True):
+    llm = Llama.build(sys.argv[1], max_seq_len=64, dtype="float32", device="cpu", compile=compile)
+    results.append(llm.generate([[7, 20, 300], [9]], 10, temperature=0)[0])
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.usefixtures("compiler")
+def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(COMPILED_RANK)
+    result = torchrun(2, script, folder)
+    assert result.returncode == 0, result.stderr
+    plain, compiled = json.loads(result.stdout.splitlines()[-1])
+    assert compiled == plain
+
+
+# --- The packed path, with the instructions it is for ---------------------------------------------
+
+
+PACKED = """
+import json, sys
+from llama import Llama, fast
+llm = Llama.build(sys.argv[1], max_seq_len=256, dtype="bfloat16", device="cpu")
+print(json.dumps([type(llm.model.output.linear).__name__,
+    llm.chat_completion([[{"role": "user", "content": "What is 23 + 45?"}]], temperature=0)[0]
+    ["generation"]["content"]]))
+"""
+
+
+@pytest.mark.skipif("avx512_bf16" not in fast.cpu_features(), reason="needs AVX512-BF16")
+def test_a_processor_without_amx_answers_too() -> None:
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    result = run(sys.executable, "-c", PACKED, DEMO, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == ["Packed", "23 + 45 = 68."]
