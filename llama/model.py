@@ -313,9 +313,8 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
     # what fast.py may exchange for the same in another form
-    rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    rotate = staticmethod(apply_rotary_emb)
-    attend: Callable[[Tensor, Tensor, Tensor, KVCache, Places], Tensor] = staticmethod(attention)
+    rotate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(apply_rotary_emb)
+    attend: Callable[..., Tensor] = staticmethod(attention)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
