@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Engine:
-    """A peer's model behind one method."""
+    """A model behind one method.
 
-    def __init__(self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int):
+    Args:
+        folder: a native checkpoint; for Hugging Face's a folder in its layout.
+        n_ranks: the folder holds the first of so many ranks' parts. The others are imagined, and
+            communication takes no time.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_ranks: int,
+        device: str,
+        dtype: str,
+        max_seq_len: int,
+        max_batch: int,
+        compile: bool,
+    ) -> None:
         raise NotImplementedError
 
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
@@ -38,27 +54,75 @@ class Ours(Engine):
         self,
         folder: Path,
         *,
+        n_ranks: int,
         device: str,
         dtype: str,
         max_seq_len: int,
         max_batch: int,
-        compile: bool = False,
+        compile: bool,
     ) -> None:
-        from llama import Llama
+        from llama import Llama, ModelArgs, Tokenizer, Transformer
 
-        self.llm = Llama.build(
-            str(folder),
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch,
-            device=device,
-            dtype=dtype,
-            **({"compile": True} if compile else {}),
-        )
+        if n_ranks == 1:
+            self.llm = Llama.build(
+                str(folder),
+                max_seq_len=max_seq_len,
+                max_batch_size=max_batch,
+                device=device,
+                dtype=dtype,
+                compile=compile,
+            )
+        else:
+            _imagine_ranks(n_ranks)
+            params = json.loads((folder / "params.json").read_text())
+            args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch)
+            with torch.device("meta"):
+                model = Transformer(args)
+            weights = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+            model.load_state_dict(weights, assign=True)
+            model.to(device=device, dtype=getattr(torch, dtype))
+            tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+            self.llm = Llama(model, tokenizer, compile=compile)
         self.llm.tokenizer.stop_tokens = set()
 
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
         for _ in self.llm.stream(prompts, n_new, temperature=0, logprobs=False):
             yield
+
+    def paths(self) -> dict[str, Any]:
+        """Which ways were chosen: the linear layers' functions, the form of a step, and the
+        attention kernels that run in prefill and in decoding."""
+        from llama import parallel
+
+        kinds = (parallel.ColumnParallelLinear, parallel.RowParallelLinear)
+        functions = [m.linear for m in self.llm.model.modules() if isinstance(m, kinds)]
+        prompts = [[5] * 300, [6] * 200]
+        return {
+            "linear": sorted({getattr(f, "__name__", type(f).__name__) for f in functions}),
+            "step": getattr(self.llm._step, "__qualname__", type(self.llm._step).__name__),
+            "prefill": _attention_kernels(lambda: list(self.steps(prompts, 1))),
+            "prefill and decoding": _attention_kernels(lambda: list(self.steps(prompts, 3))),
+        }
+
+
+def _attention_kernels(run: Callable[[], object]) -> list[str]:
+    """Names of the operators and CUDA kernels with "attention", "flash" or "fmha" in them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+    names = {event.key[:120] for event in profile.key_averages()}
+    return sorted(n for n in names if any(w in n for w in ("attention", "flash", "fmha")))
+
+
+def _imagine_ranks(n_ranks: int) -> None:
+    import fairscale.nn.model_parallel.initialize as groups
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    groups.initialize_model_parallel(n_ranks)
 
 
 class Reference(Engine):
@@ -66,8 +130,17 @@ class Reference(Engine):
     prompt, then goes on token by token, and takes a prompt's own token while there is one."""
 
     def __init__(
-        self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int
+        self,
+        folder: Path,
+        *,
+        n_ranks: int,
+        device: str,
+        dtype: str,
+        max_seq_len: int,
+        max_batch: int,
+        compile: bool,
     ) -> None:
+        assert n_ranks == 1
         import fairscale.nn.model_parallel.initialize as groups
         import torch.distributed as dist
         from llama_models.llama3.args import ModelArgs
@@ -114,8 +187,17 @@ class HuggingFace(Engine):
     """transformers with SDPA; prompts of a ragged batch are padded on the left."""
 
     def __init__(
-        self, folder: Path, *, device: str, dtype: str, max_seq_len: int, max_batch: int
+        self,
+        folder: Path,
+        *,
+        n_ranks: int,
+        device: str,
+        dtype: str,
+        max_seq_len: int,
+        max_batch: int,
+        compile: bool,
     ) -> None:
+        assert n_ranks == 1
         from transformers import AutoModelForCausalLM
 
         self.device = torch.device(device)
@@ -175,6 +257,10 @@ def serve(name: str, **options: Any) -> None:
     _answer(load_s=time.perf_counter() - start, rss_rise=_resident_bytes() - before)
     for line in sys.stdin:
         request = json.loads(line)
+        if "paths" in request:
+            assert isinstance(engine, Ours)
+            _answer(**engine.paths())
+            continue
         times = [time.perf_counter()]
         for _ in engine.steps(request["prompts"], request["n_new"]):
             times.append(time.perf_counter())
@@ -188,7 +274,11 @@ def _answer(**values: Any) -> None:
 
 def _resident_bytes() -> int:
     """Peak of the resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss begins with that of the parent
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Process:
@@ -210,6 +300,11 @@ class Process:
     def generate(self, prompts: list[list[int]], n_new: int) -> dict[str, Any]:
         assert self.process.stdin is not None
         print(json.dumps({"prompts": prompts, "n_new": n_new}), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def paths(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print('{"paths": true}', file=self.process.stdin, flush=True)
         return self._read()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama import ModelArgs, Transformer
+from llama import ModelArgs, checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def checkpoint_of(name: str, where: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     params = SHAPES[name].params
-    torch.save(random_weights(params), folder / "consolidated.00.pth")
+    torch.save(random_weights(SHAPES[name]), folder / "consolidated.00.pth")
     _write_tokenizer(folder / "tokenizer.model", params["vocab_size"] - 256)
     partial = folder / ".params.json"
     partial.write_text(json.dumps(params))
@@ -80,20 +80,16 @@ def checkpoint_of(name: str, where: Path) -> Path:
     return folder
 
 
-def random_weights(params: dict[str, Any]) -> dict[str, torch.Tensor]:
+def random_weights(shape: Shape) -> dict[str, torch.Tensor]:
     """Weights that keep the size of the activations, as a trained model's do."""
     generator = torch.Generator().manual_seed(1)
-    with torch.device("meta"):
-        shapes = Transformer(ModelArgs(**params)).state_dict()
     weights = {}
-    for key, meta in shapes.items():
-        weight = torch.empty(meta.shape, dtype=torch.bfloat16)
-        if weight.dim() == 1:
-            weight.fill_(1)
-        else:
-            std = 1.0 if key.startswith("tok_embeddings") else weight.shape[1] ** -0.5
-            weight.normal_(std=std, generator=generator)
-        weights[key] = weight
+    for key, cut in checkpoint.cuts(ModelArgs(**shape.params)).items():
+        sizes = [stop - start for start, stop in checkpoint.box(cut, shape.n_ranks, 0)]
+        weights[key] = torch.ones(sizes, dtype=torch.bfloat16)
+        if len(sizes) == 2:
+            std = 1.0 if key.startswith("tok_embeddings") else cut.sizes[1] ** -0.5
+            weights[key].normal_(std=std, generator=generator)
     return weights
 
 

@@ -434,8 +434,9 @@ class Transformer(nn.Module):
         """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``places``."""
         h = self.tok_embeddings(tokens)  # [T, dim]
         if self.cache is None:
-            self.cache = [KVCache(self.params, like=h) for _ in self.layers]
-            self.freqs_cis = self.freqs_cis.to(h.device)
+            with torch.inference_mode(False):  # else no pass outside of it could write to them
+                self.cache = [KVCache(self.params, like=h) for _ in self.layers]
+                self.freqs_cis = self.freqs_cis.to(h.device)
         # gathered as real numbers: not every device gathers complex ones
         turns = torch.view_as_real(self.freqs_cis)[places.positions]  # [T, D / 2, 2]
         freqs_cis = torch.view_as_complex(turns)

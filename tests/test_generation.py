@@ -177,17 +177,20 @@ class Scripted(nn.Module):
         super().__init__()
         self.params, self.output = llm.model.params, llm.model.output
         self.tok_embeddings = llm.model.tok_embeddings
-        self.texts, self.step = texts, -1
+        self.texts, self.said = texts, 0
 
-    def hidden(self, tokens: Tensor, spans: list[Any]) -> Tensor:
-        self.step += 1
+    def hidden(self, tokens: Tensor, places: Any) -> Tensor:
         return torch.zeros(len(tokens), 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores = torch.zeros(len(hidden), self.params.vocab_size)
         for row, text in enumerate(self.texts):
-            scores[row, text[min(self.step, len(text) - 1)]] = 9.0
+            scores[row, text[min(self.said, len(text) - 1)]] = 9.0
+        self.said += 1
         return scores
+
+    def step(self, tokens: Tensor, positions: Tensor, length: int, *, masked: bool) -> Tensor:
+        return self.logits(tokens)
 
 
 def scripted(llm: Llama, *texts: str, cut: int = 0) -> Llama:

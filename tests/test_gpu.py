@@ -1,4 +1,4 @@
-"""The same on a CUDA device: parity, generation, and NCCL with one rank."""
+"""The same on a CUDA device: parity, generation, its fast paths, and NCCL with one rank."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,11 @@ import torch
 from conftest import PARAMS, ROOT, new_model, random_weights, torchrun
 from reference import logits, relative_error
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama import Llama, memory
-from llama.model import Places, Span
+from llama import Llama, fast, memory
+from llama.model import Places, Span, attention
+from llama.sampling import next_tokens, sample_top_p
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +89,96 @@ def test_a_pass_stays_in_its_plan() -> None:
     tokens = torch.randint(0, 1024, (4 * 2048,), device="cuda")
     model.hidden(tokens, Places.of_spans([Span(0, 2048)] * 4, tokens.device))
     assert torch.cuda.max_memory_allocated() <= plan.total
+
+
+PROMPTS = [[7, 20, 300], [9], [500, 2, 600, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_graphs_give_what_single_steps_give(folder: Path, dtype: str, compile: bool) -> None:
+    """bfloat16 logits of other kernels differ in their last bits, so its tokens may part."""
+    llm = Llama.build(
+        str(folder), max_seq_len=64, max_batch_size=4, dtype=dtype, device="cuda", compile=compile
+    )
+    assert isinstance(llm._step, fast.StaticStep)
+    for n in (3, 1, 2, 3):
+        graphed = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
+        step, llm._step = llm._step, llm.model.step
+        plain = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
+        llm._step = step
+        if dtype == "float32":
+            assert graphed[0] == plain[0]
+        assert graphed[1] is not None
+        assert plain[1] is not None
+        for ours, theirs in zip(graphed[1], plain[1], strict=True):
+            assert abs(ours[0] - theirs[0]) < (1e-4 if dtype == "float32" else 0.1)
+    assert len(step._captured) == 3
+
+
+def test_flash_attention_is_attention() -> None:
+    params = PARAMS | {"dim": 1024}
+    weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
+    places = Places.of_spans([Span(0, 300), Span(0, 1), Span(0, 77)], torch.device("cuda"))
+    after = torch.tensor([300, 1, 77], device="cuda")
+    results = []
+    for attend in (attention, fast.flash_attention):
+        model = new_model(params, weights, max_batch_size=4, max_seq_len=512).to("cuda")
+        for layer in fast._attention_layers(model):
+            layer.attend = attend
+        with torch.inference_mode():
+            prefill = model.hidden(torch.arange(378, device="cuda"), places)
+            step = model.hidden(after, Places.of_step(after, 301, masked=True))
+        results.append(torch.cat((prefill, step)).double().cpu())
+    assert relative_error(results[1], results[0]) < 0.05
+
+
+def test_attention_runs_in_the_flash_kernel(folder: Path) -> None:
+    llm = Llama.build(str(folder), max_seq_len=64, device="cuda", dtype="bfloat16")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        llm.generate(PROMPTS, 3, temperature=0)
+    kernels = {event.key for event in profile.key_averages()}
+    assert any("flash" in kernel for kernel in kernels), kernels
+    assert not any("softmax_warp" in kernel for kernel in kernels), kernels
+
+
+def test_float32_prefill_is_not_the_math_kernel() -> None:
+    model = new_model(PARAMS, random_weights(PARAMS), max_batch_size=1, max_seq_len=64).to("cuda")
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(backends):  # an error where neither can do it
+        model.forward(torch.arange(40, device="cuda")[None], 0)
+        model.forward(torch.tensor([[5]], device="cuda"), 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+    weights = {key: w.to(dtype) for key, w in random_weights(PARAMS).items()}
+    model = new_model(PARAMS, weights, max_batch_size=2, max_seq_len=64).to("cuda")
+    step = fast.accelerate(model)
+    model.forward(torch.arange(20, device="cuda").view(2, 10), 0)
+    tokens, positions = torch.tensor([[3, 4], [10, 10]], device="cuda")
+    generator = torch.Generator("cuda")
+    with torch.inference_mode():
+        step(tokens, positions, 11, masked=False)  # captures
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            next_tokens(step(tokens, positions, 11, masked=False), 0.6, 0.9, generator)
+            model.step(tokens, positions, 11, masked=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_draws_are_multinomials() -> None:
+    probs = torch.softmax(4 * torch.randn(3, 128256, device="cuda"), dim=-1)
+    ranked, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    nucleus = ranked.masked_fill(torch.cumsum(ranked, dim=-1) - ranked > 0.9, 0.0)
+    nucleus /= nucleus.sum(dim=-1, keepdim=True)
+    for seed in range(50):
+        expected = torch.multinomial(
+            nucleus, 1, generator=torch.Generator("cuda").manual_seed(seed)
+        )
+        drawn = sample_top_p(probs, 0.9, generator=torch.Generator("cuda").manual_seed(seed))
+        assert torch.equal(drawn, ids.gather(-1, expected))
 
 
 def test_too_large_a_cache_is_refused(folder: Path) -> None:

@@ -1,0 +1,149 @@
+"""What a step must read, compute and send: formulas of docs/performance.md.
+
+    python benchmarks/cost.py
+
+prints the table of expected speeds there.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from llama import ModelArgs  # noqa: E402
+
+
+def linear_parameters(args: ModelArgs) -> int:
+    """Weights that every token is multiplied with, but for the output layer."""
+    kv = args.kv_heads * args.head_dim
+    layer = 2 * args.dim * (args.dim + kv) + 3 * args.dim * args.ffn_hidden_dim
+    return args.n_layers * layer
+
+
+def weight_bytes(args: ModelArgs, n_ranks: int, size: int) -> float:
+    """Weights of ``size`` bytes that one rank reads in a step (one row of the embedding is
+    nothing)."""
+    return size * (linear_parameters(args) + args.vocab_size * args.dim) / n_ranks
+
+
+def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
+    """Keys and values of one position on one rank."""
+    return 2 * args.n_layers * args.kv_heads_of(n_ranks) * args.head_dim * size
+
+
+def step_bytes(args: ModelArgs, n_ranks: int, size: int, batch: int, context: int) -> float:
+    """What one rank reads to decode a token for each of ``batch`` rows."""
+    return weight_bytes(args, n_ranks, size) + batch * context * cache_bytes(args, n_ranks, size)
+
+
+def step_flops(args: ModelArgs, n_ranks: int, batch: int, context: int) -> float:
+    """A multiplication and an addition per weight, and per number of the keys and the values of
+    every query head."""
+    weights = linear_parameters(args) + args.vocab_size * args.dim
+    attention = 2 * args.n_layers * args.dim * context
+    return 2 * batch * (weights + attention) / n_ranks
+
+
+def prefill_flops(args: ModelArgs, n_ranks: int, length: int) -> float:
+    """The same for a prompt: attention below the diagonal, logits of one token."""
+    weights = linear_parameters(args) * length + args.vocab_size * args.dim
+    attention = args.n_layers * args.dim * length**2
+    return 2 * (weights + attention) / n_ranks
+
+
+def sent_bytes(args: ModelArgs, n_ranks: int, size: int, n_tokens: int) -> float:
+    """What one rank sends: two all-reduces per layer and one behind the embedding, each of which
+    moves 2 (N - 1) / N times its size in a ring."""
+    size_of_one = n_tokens * args.dim * size
+    return (2 * args.n_layers + 1) * size_of_one * 2 * (n_ranks - 1) / n_ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What devices reach, not what their data sheets say.
+
+    Attributes:
+        bandwidth: bytes per second from memory.
+        rate: bfloat16 operations per second of large products.
+        link: bytes per second that one device sends to the others.
+        latency: seconds of the smallest all-reduce.
+    """
+
+    bandwidth: float
+    rate: float
+    link: float
+    latency: float
+
+
+# 3.35 TB/s and 989 TFLOP/s on paper
+H100_NODE = Hardware(bandwidth=3.0e12, rate=6.5e14, link=3.5e11, latency=1.2e-5)
+H100_TWO_NODES = Hardware(bandwidth=3.0e12, rate=6.5e14, link=4.5e10, latency=3.5e-5)
+
+
+def _communication(args: ModelArgs, n_ranks: int, n_tokens: int, hardware: Hardware) -> float:
+    if n_ranks == 1:
+        return 0.0
+    sent = sent_bytes(args, n_ranks, 2, n_tokens)
+    return sent / hardware.link + (2 * args.n_layers + 1) * hardware.latency
+
+
+def step_seconds(
+    args: ModelArgs, n_ranks: int, batch: int, context: int, hardware: Hardware
+) -> float:
+    """The slower of reading and computing, and then what is sent; in bfloat16."""
+    read = step_bytes(args, n_ranks, 2, batch, context) / hardware.bandwidth
+    computed = step_flops(args, n_ranks, batch, context) / hardware.rate
+    return max(read, computed) + _communication(args, n_ranks, batch, hardware)
+
+
+def prefill_seconds(args: ModelArgs, n_ranks: int, length: int, hardware: Hardware) -> float:
+    computed = prefill_flops(args, n_ranks, length) / hardware.rate
+    return computed + _communication(args, n_ranks, length, hardware)
+
+
+SHAPE_405B = {
+    "dim": 16384,
+    "n_layers": 126,
+    "n_heads": 128,
+    "n_kv_heads": 8,
+    "multiple_of": 4096,
+    "ffn_dim_multiplier": 1.2,
+    "vocab_size": 128256,
+}
+
+
+def table() -> list[str]:
+    """The expected speeds as rows of a Markdown table."""
+    from benchmarks.shapes import SHAPES
+
+    shapes = {
+        "8B": ModelArgs(**SHAPES["8B"].params),
+        "70B": ModelArgs(**SHAPES["70B-rank-of-8"].params),
+        "405B": ModelArgs(**SHAPE_405B),
+    }
+    rows = [
+        "| Model | GPUs | weights per GPU | batch 1 | batch 32 | batch 128 | prefill of 8192 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, args in shapes.items():
+        for n_ranks in (1, 8, 16):
+            weights = (
+                weight_bytes(args, n_ranks, 2) + 2 * args.vocab_size * args.dim / n_ranks
+            ) / 1e9
+            cells = [f"{weights:.0f} GB"]
+            if weights > 76:
+                cells += ["does not fit"] + ["-"] * 3
+            else:
+                hardware = H100_TWO_NODES if n_ranks > 8 else H100_NODE
+                for batch in (1, 32, 128):
+                    rate = batch / step_seconds(args, n_ranks, batch, 1024, hardware)
+                    cells.append(f"{rate:.0f} tokens/s")
+                rate = 8192 / prefill_seconds(args, n_ranks, 8192, hardware)
+                cells.append(f"{rate:.0f} tokens/s")
+            rows.append(f"| {name} | {n_ranks} | {' | '.join(cells)} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -1,0 +1,417 @@
+"""Measure this library against the machine's limits, and against its peers: see README.md here.
+
+python benchmarks/run.py --shape 1B --vs reference,hf
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.engines import ENGINES, Process  # noqa: E402
+from benchmarks.probes import Machine  # noqa: E402
+from benchmarks.shapes import SHAPES, checkpoint_of  # noqa: E402
+from llama import ModelArgs, fast, sampling  # noqa: E402
+
+FIGURES = ("load", "prefill", "decode", "ragged", "sampling", "overhead")
+PREFILL_LENGTHS = (128, 512, 2048, 8192)
+DECODE_BATCHES = (1, 8, 32)
+DECODE_CONTEXTS = (128, 2048, 4096, 8192)
+RAGGED_LENGTHS, RAGGED_NEW = (16, 64, 256, 512), 16
+NEW = 32  # steps of a decoding sample; its figure is their median
+
+
+def main(
+    shape: str = "1B",
+    vs: str | tuple[str, ...] = (),
+    figures: str | tuple[str, ...] = FIGURES,
+    device: str | None = None,
+    dtype: str = "bfloat16",
+    compile: bool = False,
+    repeats: int = 3,
+    plot: bool = False,
+    models: str = str(ROOT / "benchmarks" / "models"),
+    results: str = str(ROOT / "benchmarks" / "results"),
+) -> None:
+    """Measure, and write a JSON line per figure and a table.
+
+    Args:
+        shape: tiny, 1B, 3B, 8B or 70B-rank-of-8; random weights are written once.
+        vs: peers to run in turn with this library: reference, hf.
+        figures: load, prefill, decode, ragged, sampling, overhead.
+        device: default cuda where there is one, else cpu.
+        dtype: of the weights.
+        compile: build with compile=True.
+        repeats: samples of each figure, and pairs of each comparison.
+        plot: write the decoding rates as PNG files (needs matplotlib, the extra [bench]).
+        models: folder of the random checkpoints.
+        results: folder of the JSON lines and the plots.
+    """
+    if vs and shape in SHAPES and SHAPES[shape].n_ranks > 1:
+        raise SystemExit(f"--vs needs a whole model, not {shape}")
+    peers = _listed("vs", vs, tuple(name for name in ENGINES if name != "ours"))
+    chosen = _listed("figures", figures, FIGURES)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Benchmark(shape, device, dtype, compile, repeats, Path(models), Path(results))
+    for name in chosen:
+        getattr(bench, name)()
+    for peer in peers:
+        bench.compare(peer)
+    bench.table()
+    if plot:
+        bench.plot()
+
+
+def _listed(name: str, given: str | tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """``--name a,b`` as a tuple (fire makes a tuple of it, or a string of a single one)."""
+    names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"--{name} has {', '.join(map(str, unknown))}, expected {known}")
+    return names
+
+
+class Benchmark:
+    def __init__(
+        self,
+        shape: str,
+        device: str,
+        dtype: str,
+        compile: bool,
+        repeats: int,
+        models: Path,
+        results: Path,
+    ) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.compile, self.repeats, self.models = compile, repeats, models
+        self.folder = checkpoint_of(shape, models)
+        self.args = ModelArgs(**SHAPES[shape].params)
+        self.n_ranks = SHAPES[shape].n_ranks
+        self.machine = Machine(torch.device(device), getattr(torch, dtype))
+        self.random = random.Random(1)
+        self.records: list[dict[str, Any]] = []
+        results.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+        self.path = results / f"{shape}-{device}-{dtype}-{now}"
+        self._record("configuration", **self._configuration())
+
+    # --- The figures ----------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Seconds until ``build`` returns, and how the peak of the resident memory rose."""
+        weights = self._weight_bytes(embedding=True)
+        seconds, rises = [], []
+        for _ in range(self.repeats):
+            with self._engine("ours", 512, 1) as engine:
+                seconds.append(engine.load_s)
+                rises.append(engine.rss_rise / weights)
+        self._record("load", unit="s", **_summary(seconds))
+        self._record("load: peak RSS", unit="x the weights", **_summary(rises))
+
+    def prefill(self) -> None:
+        """Tokens of one prompt per second, to the first new token."""
+        with self._engine("ours", max(PREFILL_LENGTHS) + 64, 1) as engine:
+            for length in PREFILL_LENGTHS:
+                self._prefill(engine, length)
+
+    def decode(self) -> None:
+        """Tokens per second while decoding: over batches, then over contexts."""
+        batches = DECODE_BATCHES + ((128,) if self.device == "cuda" else ())
+        with self._engine("ours", 256, max(batches)) as engine:
+            for batch in batches:
+                self._decode(engine, batch, 128)
+        with self._engine("ours", max(DECODE_CONTEXTS) + 64, 1) as engine:
+            for context in DECODE_CONTEXTS[1:]:
+                self._decode(engine, 1, context)
+
+    def ragged(self) -> None:
+        """Seconds for a batch of prompts of unequal length."""
+        with self._engine("ours", 1024, 8) as engine:
+            samples = [self._ragged_sample(engine) for _ in range(self.repeats + 1)][1:]
+        self._record(
+            "ragged", lengths=RAGGED_LENGTHS, n_new=RAGGED_NEW, unit="s", **_summary(samples)
+        )
+
+    def sampling(self) -> None:
+        """Milliseconds to draw a token per row with temperature and top_p, and for a full sort."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        for batch in (1, 8):
+            logits = 3 * torch.randn(batch, 128256, device=self.device, generator=generator)
+            probs = torch.softmax(logits / 0.6, dim=-1)
+            for name, run in {
+                "sampling, top_p 0.9": lambda logits=logits: sampling.next_tokens(
+                    logits, 0.6, 0.9, generator
+                ),
+                "sorting all tokens": lambda probs=probs: torch.sort(
+                    probs, dim=-1, descending=True, stable=True
+                ),
+            }.items():
+                times = [1000 * _seconds(run, self.device) for _ in range(20)][5:]
+                self._record(name, batch=batch, unit="ms", **_summary(times))
+
+    def overhead(self) -> None:
+        """Milliseconds per token of a model so small that only the calls cost time."""
+        folder = checkpoint_of("tiny", self.models)
+        with self._engine("ours", 512, 1, folder=folder) as engine:
+            times = []
+            for _ in range(self.repeats + 1):
+                steps = engine.generate([self._prompt(128, 256)], NEW + 1)["step_s"]
+                times.append(1000 * statistics.median(steps))
+        self._record("overhead, 16 layers", unit="ms per token", **_summary(times[1:]))
+
+    # --- With peers -----------------------------------------------------------------------------
+
+    def compare(self, peer: str) -> None:
+        """Ours and a peer in turn: the ratio of every pair."""
+        folder = self._huggingface_folder() if peer == "hf" else self.folder
+        with (
+            self._engine("ours", 1024, 8) as ours,
+            self._engine(peer, 1024, 8, folder=folder) as theirs,
+        ):
+            cases: dict[str, Callable[[Process], float]] = {
+                "decode, batch 1": lambda e: self._decode_sample(e, 1, 128),
+                "decode, batch 8": lambda e: self._decode_sample(e, 8, 128),
+                "prefill 512": lambda e: self._prefill_sample(e, 512),
+                "ragged": self._ragged_sample,
+            }
+            for name, sample in cases.items():
+                slow = name == "ragged" and peer == "reference"
+                for engine in (ours, theirs)[: 1 if slow else 2]:
+                    sample(engine)  # warm-up
+                pairs = []
+                for _ in range(1 if slow else self.repeats):
+                    before = self.machine.bandwidth()
+                    pair = [sample(ours), sample(theirs)]
+                    pairs.append([*pair, pair[1] / pair[0], before, self.machine.bandwidth()])
+                self._record(
+                    f"{name}: times faster than {peer}",
+                    unit="x",
+                    pairs=[
+                        {
+                            "ours_s": a,
+                            "theirs_s": b,
+                            "ratio": ratio,
+                            "probes_gb_s": [before / 1e9, after / 1e9],
+                        }
+                        for a, b, ratio, before, after in pairs
+                    ],
+                    **_summary([pair[2] for pair in pairs]),
+                )
+        self._record(f"load: {peer}", unit="s", **_summary([theirs.load_s]))
+
+    # --- Samples, in seconds --------------------------------------------------------------------
+
+    def _decode_sample(self, engine: Process, batch: int, context: int) -> float:
+        prompts = [self._prompt(context) for _ in range(batch)]
+        return statistics.median(engine.generate(prompts, NEW + 1)["step_s"])
+
+    def _prefill_sample(self, engine: Process, length: int) -> float:
+        return float(engine.generate([self._prompt(length)], 1)["first_s"])
+
+    def _ragged_sample(self, engine: Process) -> float:
+        answer = engine.generate([self._prompt(n) for n in RAGGED_LENGTHS], RAGGED_NEW)
+        return float(answer["first_s"] + sum(answer["step_s"]))
+
+    def _prompt(self, length: int, vocab_size: int | None = None) -> list[int]:
+        vocab_size = vocab_size or self.args.vocab_size
+        return [self.random.randrange(vocab_size) for _ in range(length)]
+
+    # --- Against the limits ---------------------------------------------------------------------
+
+    def _decode(self, engine: Process, batch: int, context: int) -> None:
+        self._decode_sample(engine, batch, context)  # warm-up
+        rates, limits = [], []
+        for _ in range(self.repeats):
+            before = self.machine.bandwidth()
+            seconds = self._decode_sample(engine, batch, context)
+            bandwidth = (before + self.machine.bandwidth()) / 2
+            rates.append(batch / seconds)
+            limits.append(batch * bandwidth / self._step_bytes(batch, context + NEW // 2))
+        fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+        self._record(
+            "decode",
+            batch=batch,
+            context=context,
+            unit="tokens/s",
+            **_summary(rates),
+            limit=statistics.median(limits),
+            of_limit=statistics.median(fractions),
+        )
+
+    def _prefill(self, engine: Process, length: int) -> None:
+        self._prefill_sample(engine, length)  # warm-up
+        rates, limits = [], []
+        for _ in range(self.repeats):
+            before = self.machine.matrix_rate()
+            seconds = self._prefill_sample(engine, length)
+            flops = (before + self.machine.matrix_rate()) / 2
+            rates.append(length / seconds)
+            limits.append(length * flops / self._prefill_flops(length))
+        fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+        self._record(
+            "prefill",
+            length=length,
+            unit="tokens/s",
+            **_summary(rates),
+            first_token_s=length / statistics.median(rates),
+            limit=statistics.median(limits),
+            of_limit=statistics.median(fractions),
+        )
+
+    def _weight_bytes(self, *, embedding: bool) -> int:
+        """All weights, or those that a step reads: of the embedding it is one row."""
+        args = self.args
+        size = getattr(torch, self.dtype).itemsize
+        kv = args.kv_heads * args.head_dim
+        layer = 2 * args.dim * (args.dim + kv) + 3 * args.dim * args.ffn_hidden_dim + 2 * args.dim
+        vocabulary = args.vocab_size * args.dim
+        numbers = args.n_layers * layer + args.dim + vocabulary * (2 if embedding else 1)
+        return size * numbers // self.n_ranks
+
+    def _step_bytes(self, batch: int, context: int) -> float:
+        """What one decoding step must read: the weights, and keys and values of every row."""
+        args = self.args
+        size = getattr(torch, self.dtype).itemsize
+        kv = 2 * args.n_layers * args.kv_heads_of(self.n_ranks) * args.head_dim * size
+        return self._weight_bytes(embedding=False) + batch * context * kv
+
+    def _prefill_flops(self, length: int) -> float:
+        """What a prompt must compute: a multiplication and an addition per weight and token, the
+        attention below the diagonal, and one row of logits."""
+        args, size = self.args, getattr(torch, self.dtype).itemsize
+        output = args.vocab_size * args.dim // self.n_ranks
+        weights = self._weight_bytes(embedding=False) / size - output
+        attention = args.n_layers * 2 * length**2 * args.dim / self.n_ranks
+        return 2 * weights * length + attention + 2 * output
+
+    # --- Processes, records, tables -------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _engine(
+        self, name: str, max_seq_len: int, max_batch: int, folder: Path | None = None
+    ) -> Iterator[Process]:
+        engine = Process(
+            name,
+            folder or self.folder,
+            n_ranks=self.n_ranks,
+            device=self.device,
+            dtype=self.dtype,
+            max_seq_len=max_seq_len,
+            max_batch=max_batch,
+            compile=self.compile,
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+    def _huggingface_folder(self) -> Path:
+        folder = self.folder.with_name(self.folder.name + "-hf")
+        if not folder.exists():
+            command = [sys.executable, "-m", "llama", "convert", self.folder, folder]
+            subprocess.run([*map(str, command), "--format", "hf"], cwd=ROOT, check=True)
+        return folder
+
+    def _configuration(self) -> dict[str, Any]:
+        features = fast.cpu_features()
+        with self._engine("ours", 512, 2) as engine:
+            paths = engine.paths()
+        shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}
+        return {
+            "shape": self.shape,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "dtype": self.dtype,
+            "compile": self.compile,
+            "repeats": self.repeats,
+            "machine": platform.machine(),
+            "features": sorted(shown & features),
+            "threads": torch.get_num_threads(),
+            "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "bandwidth_gb_s": self.machine.bandwidth() / 1e9,
+            "matrix_gflop_s": self.machine.matrix_rate() / 1e9,
+            "paths": paths,
+        }
+
+    def _record(self, figure: str, **values: Any) -> None:
+        record = {"figure": figure, **values}
+        self.records.append(record)
+        line = json.dumps(record)
+        print(line, flush=True)
+        with self.path.with_suffix(".jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def table(self) -> None:
+        print("\n| figure | median | low - high | limit | of the limit |")
+        print("|---|---|---|---|---|")
+        for record in self.records[1:]:
+            where = [
+                f"{key} {record[key]}" for key in ("batch", "context", "length") if key in record
+            ]
+            limit = f"{record['limit']:.4g}" if "limit" in record else ""
+            share = f"{100 * record['of_limit']:.0f} %" if "of_limit" in record else ""
+            print(
+                f"| {', '.join([record['figure'], *where])} "
+                f"| {record['median']:.3g} {record['unit']} "
+                f"| {record['low']:.3g} - {record['high']:.3g} | {limit} | {share} |"
+            )
+
+    def plot(self) -> None:
+        """Decoding rate and its limit over the batch and over the context."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        decoded = [record for record in self.records if record["figure"] == "decode"]
+        for axis, fixed, value in (("batch", "context", 128), ("context", "batch", 1)):
+            points = [record for record in decoded if record[fixed] == value]
+            if len(points) < 2:
+                continue
+            x = [point[axis] for point in points]
+            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+            axes.plot(x, [p["limit"] for p in points], "k--", label="limit: bytes / read bandwidth")
+            spread = [[abs(p["median"] - p[k]) for p in points] for k in ("low", "high")]
+            axes.errorbar(x, [p["median"] for p in points], spread, marker="o", label="measured")
+            axes.set(
+                xscale="log",
+                xlabel=f"{axis} ({fixed} {value})",
+                ylabel="tokens/s",
+                title=f"Decoding, {self.shape}, {self.device}, {self.dtype}",
+                ylim=(0, None),
+            )
+            axes.set_xticks(x, [str(n) for n in x])
+            axes.legend()
+            figure.savefig(f"{self.path}-{axis}.png", dpi=150)
+            print(f"{self.path}-{axis}.png")
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
