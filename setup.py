@@ -32,6 +32,7 @@ setup(
     extras_require={
         "llama2": LLAMA2,
         "hf": HF,
+        "bench": [*HF, "matplotlib>=3.8", "llama-models==0.3.0", "transformers>=5"],
         "demo": ["transformers>=5", "tokenizers>=0.20"],
         "test": TEST,
     },

@@ -8,10 +8,11 @@ prints the table of expected speeds there.
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from llama import ModelArgs  # noqa: E402
+from llama import ModelArgs
 
 
 def linear_parameters(args: ModelArgs) -> int:
@@ -102,7 +103,7 @@ def prefill_seconds(args: ModelArgs, n_ranks: int, length: int, hardware: Hardwa
     return computed + _communication(args, n_ranks, length, hardware)
 
 
-SHAPE_405B = {
+SHAPE_405B: dict[str, Any] = {
     "dim": 16384,
     "n_layers": 126,
     "n_heads": 128,

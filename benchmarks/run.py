@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import cost  # noqa: E402
 from benchmarks.engines import ENGINES, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of  # noqa: E402
@@ -100,7 +101,7 @@ class Benchmark:
         self.compile, self.repeats, self.models = compile, repeats, models
         self.folder = checkpoint_of(shape, models)
         self.args = ModelArgs(**SHAPES[shape].params)
-        self.n_ranks = SHAPES[shape].n_ranks
+        self.n_ranks, self.size = SHAPES[shape].n_ranks, getattr(torch, dtype).itemsize
         self.machine = Machine(torch.device(device), getattr(torch, dtype))
         self.random = random.Random(1)
         self.records: list[dict[str, Any]] = []
@@ -113,7 +114,7 @@ class Benchmark:
 
     def load(self) -> None:
         """Seconds until ``build`` returns, and how the peak of the resident memory rose."""
-        weights = self._weight_bytes(embedding=True)
+        weights = sum(file.stat().st_size for file in self.folder.glob("*.pth"))
         seconds, rises = [], []
         for _ in range(self.repeats):
             with self._engine("ours", 512, 1) as engine:
@@ -240,7 +241,8 @@ class Benchmark:
             seconds = self._decode_sample(engine, batch, context)
             bandwidth = (before + self.machine.bandwidth()) / 2
             rates.append(batch / seconds)
-            limits.append(batch * bandwidth / self._step_bytes(batch, context + NEW // 2))
+            read = cost.step_bytes(self.args, self.n_ranks, self.size, batch, context + NEW // 2)
+            limits.append(batch * bandwidth / read)
         fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
         self._record(
             "decode",
@@ -260,7 +262,7 @@ class Benchmark:
             seconds = self._prefill_sample(engine, length)
             flops = (before + self.machine.matrix_rate()) / 2
             rates.append(length / seconds)
-            limits.append(length * flops / self._prefill_flops(length))
+            limits.append(length * flops / cost.prefill_flops(self.args, self.n_ranks, length))
         fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
         self._record(
             "prefill",
@@ -271,32 +273,6 @@ class Benchmark:
             limit=statistics.median(limits),
             of_limit=statistics.median(fractions),
         )
-
-    def _weight_bytes(self, *, embedding: bool) -> int:
-        """All weights, or those that a step reads: of the embedding it is one row."""
-        args = self.args
-        size = getattr(torch, self.dtype).itemsize
-        kv = args.kv_heads * args.head_dim
-        layer = 2 * args.dim * (args.dim + kv) + 3 * args.dim * args.ffn_hidden_dim + 2 * args.dim
-        vocabulary = args.vocab_size * args.dim
-        numbers = args.n_layers * layer + args.dim + vocabulary * (2 if embedding else 1)
-        return size * numbers // self.n_ranks
-
-    def _step_bytes(self, batch: int, context: int) -> float:
-        """What one decoding step must read: the weights, and keys and values of every row."""
-        args = self.args
-        size = getattr(torch, self.dtype).itemsize
-        kv = 2 * args.n_layers * args.kv_heads_of(self.n_ranks) * args.head_dim * size
-        return self._weight_bytes(embedding=False) + batch * context * kv
-
-    def _prefill_flops(self, length: int) -> float:
-        """What a prompt must compute: a multiplication and an addition per weight and token, the
-        attention below the diagonal, and one row of logits."""
-        args, size = self.args, getattr(torch, self.dtype).itemsize
-        output = args.vocab_size * args.dim // self.n_ranks
-        weights = self._weight_bytes(embedding=False) / size - output
-        attention = args.n_layers * 2 * length**2 * args.dim / self.n_ranks
-        return 2 * weights * length + attention + 2 * output
 
     # --- Processes, records, tables -------------------------------------------------------------
 

@@ -21,7 +21,12 @@ class Shape:
     n_ranks: int = 1
 
 
-_LLAMA3 = {"norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256}
+_LLAMA3 = {
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "vocab_size": 128256,
+}
 _SHAPE_1B = {
     "dim": 2048,
     "n_layers": 16,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import fire
 import torch
 
-from llama import checkpoint, convert, fast, generation, memory
+from llama import checkpoint, convert, generation, memory
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.tokenizer import Message
@@ -77,9 +77,8 @@ def info(
     if not faults:
         dtypes = {t.dtype for i in range(found.n_shards) for t in weights.shard(i).values()}
         stored = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    torch_dtype = generation.dtype_of(dtype)
-    packed = fast.packs_weights(generation.resolve_device(None), torch_dtype)
-    plan = memory.plan(args, n_ranks, torch_dtype, tied=found.tied, packed=packed)
+    device = generation.resolve_device(None)
+    plan = memory.plan(args, n_ranks, generation.dtype_of(dtype), device, tied=found.tied)
     rows = {
         "folder": f"{ckpt_dir} ({'Meta' if found.layout == 'native' else 'Hugging Face'} layout)",
         "family": _family(args),

@@ -160,8 +160,7 @@ class Llama:
             )
             tokenizer.stop_tokens |= found.stop_tokens
             args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
-            packed = fast.packs_weights(torch_device, torch_dtype)
-            needed = memory.plan(args, n_ranks, torch_dtype, tied=found.tied, packed=packed)
+            needed = memory.plan(args, n_ranks, torch_dtype, torch_device, tied=found.tied)
             free = memory.free_bytes(torch_device, parallel.n_local_processes())
             memory.check(needed, free, torch_device)
             with torch.device("meta"):
@@ -239,8 +238,8 @@ class Llama:
             model.params,
             parallel.model_parallel_size(),
             output.dtype,
+            output.device,
             tied=output.data_ptr() == embedding.data_ptr(),
-            packed=fast.packs_weights(output.device, output.dtype),
         )
 
         def steps() -> Iterator[list[TokenEvent]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def test_the_processor_decides(
         assert relative_error(model.forward(torch.tensor([prompt]), 0)[0, -1:], logits) < rounding
     packed = fast.packs_weights(torch.device("cpu"), dtype)
     assert packed == (expected == "Packed")
-    plans = [memory.plan(model.params, 1, dtype, packed=p).weights for p in (packed, False)]
+    plans = [memory.plan(model.params, 1, dtype, d).weights for d in (torch.device("cpu"), None)]
     matrices = sum(layer.weight.nbytes for layer in linears(model))
     assert plans[0] - plans[1] == packed * matrices
 
@@ -111,6 +112,59 @@ def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch
     assert fast.cpu_features() == {f for f in everything if not f.startswith("amx")}
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_amx")
     assert fast.cpu_features() == everything
+
+
+KEPT = """
+import resource, sys, torch
+from llama import fast
+if sys.argv[1] == "kept": assert fast.keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(20): torch.ones(2**20); torch.ones(2**21)  # 4 and 8 MiB
+work()
+before = faults()
+work()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    """The 240 MiB that are asked for again come without new pages (61,440 of 4 KiB)."""
+    counts = {}
+    for case in ("kept", "given back"):
+        environment = {"MALLOC_MMAP_THRESHOLD_": "131072"} if case == "given back" else {}
+        result = run(sys.executable, "-c", KEPT, case, env=environment)
+        assert result.returncode == 0, result.stderr
+        counts[case] = int(result.stdout)
+    assert counts["kept"] < 100
+    assert counts["given back"] > 10000
+
+
+PAGES = """
+import sys
+from pathlib import Path
+from llama import Llama
+llm = Llama.build(sys.argv[1], device="cpu", dtype="bfloat16")
+address = llm.model.output.weight.data_ptr()
+inside = False
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    word = line.split()[0]
+    if "-" in word and not word.endswith(":"):
+        start, stop = (int(x, 16) for x in word.split("-"))
+        inside = start <= address < stop
+    elif inside and word == "VmFlags:":
+        print("hg" in line.split())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_pages_are_asked_for() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has none")
+    result = run(sys.executable, "-c", PAGES, DEMO)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "True"
 
 
 # --- Attention for CUDA, with its kernel written out ----------------------------------------------

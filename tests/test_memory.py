@@ -142,7 +142,7 @@ WORKSPACE = """
 import resource, sys, threading, time
 from pathlib import Path
 import torch
-from llama import ModelArgs, Transformer, memory
+from llama import ModelArgs, Transformer, fast, memory
 
 def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -152,6 +152,7 @@ dtype = getattr(torch, sys.argv[1])
 model = Transformer(args)
 for p in model.parameters(): p.fill_(0.01)
 model = model.to(dtype)
+if sys.argv[3] == "kept": fast.keep_freed_memory()
 tokens = torch.randint(0, 1024, (4, args.max_seq_len))
 model.forward(tokens[:1, :8], 0)
 peak, done, before = 0, False, rss()
@@ -167,18 +168,19 @@ places = Places.of_spans([Span(0, args.max_seq_len)] * 4, tokens.device)
 h = model.hidden(tokens.flatten(), places)
 done = True
 thread.join()
-plan = memory.plan(args, 1, dtype)
+plan = memory.plan(args, 1, dtype, tokens.device if sys.argv[3] == "kept" else None)
 print((peak - before) / (plan.cache + plan.workspace))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("freed", ["kept", "given back"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_pass_stays_in_its_workspace(dtype: str) -> None:
-    # glibc keeps freed blocks below a threshold: give them back, to see the tensors alone
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = run(sys.executable, "-c", WORKSPACE, dtype, "2048", env=environment)
+def test_a_pass_stays_in_its_workspace(dtype: str, freed: str) -> None:
+    # without gaps of freed blocks, to see the tensors alone; and with them, as after build
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"} if freed == "given back" else {}
+    result = run(sys.executable, "-c", WORKSPACE, dtype, "2048", freed, env=environment)
     assert result.returncode == 0, result.stderr
     ratio = float(result.stdout)
     print(f"{dtype}: cache and workspace measured / planned {ratio:.2f}")
-    assert 0.7 < ratio <= 1
+    assert 0.5 < ratio <= 1
