@@ -77,7 +77,7 @@ def cpu_computes_bfloat16() -> bool:
 
 
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the linear layers will be held twice."""
+    """Whether the linear layers (but for small ones) will be held twice."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False
     features = cpu_features()
@@ -90,11 +90,10 @@ def _choose_linear(model: Transformer) -> None:
     if not packs and (dtype != torch.bfloat16 or "amx_bf16" not in cpu_features()):
         return
     for layer in model.modules():
-        if isinstance(layer, parallel.ColumnParallelLinear | parallel.RowParallelLinear):
-            if packs:
-                layer.linear = Packed(layer.weight)
-            elif layer.weight.nbytes >= _MIN_WEIGHT_BYTES:
-                layer.linear = weight_first
+        if not isinstance(layer, parallel.ColumnParallelLinear | parallel.RowParallelLinear):
+            continue
+        if layer.weight.nbytes >= _MIN_WEIGHT_BYTES:
+            layer.linear = Packed(layer.weight) if packs else weight_first
 
 
 # --- CPU: memory --------------------------------------------------------------------------------
