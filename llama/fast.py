@@ -51,13 +51,18 @@ class Packed:
     """``F.linear`` with a second copy of the weight in the layout that oneDNN wants."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.source, self.version = weight, weight._version
+        self.source, self.version = weight, _version(weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight is not self.source or weight._version != self.version:
+        if weight is not self.source or _version(weight) != self.version:
             return F.linear(x, weight)  # it was changed or moved since
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def _version(weight: Tensor) -> int:
+    """Changes when the numbers do; tensors of inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def cpu_features() -> set[str]:
@@ -181,7 +186,7 @@ def accelerate(model: Transformer, *, compile: bool = False) -> Step:
     step.
 
     Args:
-        compile: run the step through torch.compile, which takes a minute at first use.
+        compile: run the step through torch.compile, which takes up to a minute at first use.
     """
     device, dtype = model.output.weight.device, model.output.weight.dtype
     if device.type == "cpu":

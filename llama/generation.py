@@ -176,9 +176,10 @@ class Llama:
                 progress=first_process,
             )
             model.load_state_dict(tensors, assign=True)
+            llm = Llama(model, tokenizer, seed=seed, compile=compile)
         if first_process:
             print(f"Loaded in {time.time() - start:.2f} seconds")
-        return Llama(model, tokenizer, seed=seed, compile=compile)
+        return llm
 
     def __init__(
         self,
@@ -593,6 +594,11 @@ def _prompt_events(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device that ``build`` takes.
+
+    Raises:
+        ValueError: there is no such device, or none for this rank.
+    """
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"

@@ -62,6 +62,9 @@ def test_packed_follows_a_weight_that_changes() -> None:
     assert packed(x, weight).unique().tolist() == [128]
     other = torch.zeros_like(weight)
     assert packed(x, other).unique().tolist() == [0]
+    with torch.inference_mode():  # its tensors count no versions
+        weight = torch.ones(32, 64).bfloat16()
+        assert fast.Packed(weight)(x, weight).unique().tolist() == [64]
 
 
 def features(*names: str) -> Callable[[], set[str]]:
