@@ -92,12 +92,15 @@ class Ours(Engine):
     def paths(self) -> dict[str, Any]:
         """Which ways were chosen: the linear layers' functions, the form of a step, and the
         attention kernels that run in prefill and in decoding."""
-        from llama import parallel
+        from llama import model, parallel
 
         kinds = (parallel.ColumnParallelLinear, parallel.RowParallelLinear)
-        functions = [m.linear for m in self.llm.model.modules() if isinstance(m, kinds)]
+        modules = list(self.llm.model.modules())
+        functions = [m.linear for m in modules if isinstance(m, kinds)]
+        ffn = {m.compute.__name__ for m in modules if isinstance(m, model.FeedForward)}
         prompts = [[5] * 300, [6] * 200]
         return {
+            "feed_forward": sorted(ffn),
             "linear": sorted({getattr(f, "__name__", type(f).__name__) for f in functions}),
             "step": getattr(self.llm._step, "__qualname__", type(self.llm._step).__name__),
             "prefill": _attention_kernels(lambda: list(self.steps(prompts, 1))),

@@ -19,14 +19,16 @@ import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import parallel
-from llama.model import Attention, KVCache, Places, Transformer
+from llama.model import Attention, FeedForward, KVCache, Places, Transformer, swiglu
+from llama.parallel import ColumnParallelLinear, RowParallelLinear, all_reduce
+
+_M = TypeVar("_M", bound=nn.Module)
 
 # --- CPU: linear layers -------------------------------------------------------------------------
 
@@ -34,6 +36,7 @@ from llama.model import Attention, KVCache, Places, Transformer
 # weight there. In decoding that costs a third of the time.
 
 _MAX_ROWS = 128  # with more, the result's transposition costs more than the weight's new layout
+_MAX_FFN_ROWS = 256  # so many at a time: what is between the products stays in the caches
 _MIN_WEIGHT_BYTES = 2**20  # smaller ones stay in the caches, and F.linear starts sooner
 
 
@@ -43,8 +46,26 @@ def weight_first(x: Tensor, weight: Tensor) -> Tensor:
     n_rows = len(x)
     if x.dim() != 2 or n_rows > _MAX_ROWS:
         return F.linear(x, weight)
-    columns = x.t() if n_rows > 1 else x.t().expand(-1, 2)
-    return torch.mm(weight, columns).t()[:n_rows].contiguous()
+    return torch.mm(weight, _columns(x)).t()[:n_rows].contiguous()
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.t() if len(x) > 1 else x.t().expand(-1, 2)
+
+
+def swiglu_weight_first(
+    x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
+) -> Tensor:
+    """``model.swiglu`` with all three weights first. What is between them stays transposed, so that
+    only the result has to be turned round, and this pays for any number of rows."""
+    if x.dim() != 2:
+        return swiglu(x, w1, w2, w3)
+    results = []
+    for rows in x.split(_MAX_FFN_ROWS):
+        columns = _columns(rows)  # [dim, T]
+        h = F.silu(torch.mm(w1.weight, columns), inplace=True).mul_(torch.mm(w3.weight, columns))
+        results.append(torch.mm(w2.weight, h).t()[: len(rows)])
+    return all_reduce(torch.cat(results).contiguous())
 
 
 class Packed:
@@ -95,10 +116,13 @@ def _choose_linear(model: Transformer) -> None:
     if not packs and (dtype != torch.bfloat16 or "amx_bf16" not in cpu_features()):
         return
     for layer in model.modules():
-        if not isinstance(layer, parallel.ColumnParallelLinear | parallel.RowParallelLinear):
+        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
         if layer.weight.nbytes >= _MIN_WEIGHT_BYTES:
             layer.linear = Packed(layer.weight) if packs else weight_first
+    for ffn in _modules(model, FeedForward):
+        if not packs and ffn.w1.weight.nbytes >= _MIN_WEIGHT_BYTES:
+            ffn.compute = swiglu_weight_first
 
 
 # --- CPU: memory --------------------------------------------------------------------------------
@@ -196,7 +220,7 @@ def accelerate(model: Transformer, *, compile: bool = False) -> Step:
     flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
     if flash:
-        for layer in _attention_layers(model):
+        for layer in _modules(model, Attention):
             layer.attend = flash_attention
     step: Step = model.step
     if compile:
@@ -206,8 +230,8 @@ def accelerate(model: Transformer, *, compile: bool = False) -> Step:
     return step
 
 
-def _attention_layers(model: Transformer) -> list[Attention]:
-    return [layer for layer in model.modules() if isinstance(layer, Attention)]
+def _modules(model: Transformer, kind: type[_M]) -> list[_M]:
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def rotate_real(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +249,7 @@ def rotate_real(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tens
 def _compiled(model: Transformer) -> Step:
     """One program for a single row, tuned for it, and one for every other number of rows; both for
     every length."""
-    for layer in _attention_layers(model):
+    for layer in _modules(model, Attention):
         layer.rotate = rotate_real
     # what is complex is the table alone, and only seen as pairs of real numbers
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")

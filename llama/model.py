@@ -334,8 +334,16 @@ class Attention(nn.Module):
         return self.wo(self.attend(xq, xk, xv, cache, places).flatten(1))  # [T, dim]
 
 
+def swiglu(
+    x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
+) -> Tensor:
+    """w2(silu(w1(x)) * w3(x)) (Shazeer, 2020)."""
+    # in place: on a CPU new memory costs more than the arithmetic
+    return w2(F.silu(w1(x), inplace=True).mul_(w3(x)))
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    compute: Callable[..., Tensor] = staticmethod(swiglu)  # as in Attention
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -344,8 +352,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # w2(silu(w1(x)) * w3(x)), in place: on a CPU new memory costs more than the arithmetic
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
+        return self.compute(x, self.w1, self.w2, self.w3)
 
 
 class TransformerBlock(nn.Module):

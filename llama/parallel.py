@@ -156,7 +156,8 @@ def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _all_reduce(x: torch.Tensor) -> torch.Tensor:
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the model-parallel group, in place."""
     if model_parallel_size() > 1:
         dist.all_reduce(x, group=groups.get_model_parallel_group())
     return x
@@ -217,7 +218,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return _all_reduce(self.linear(input_, self.weight))
+        return all_reduce(self.linear(input_, self.weight))
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
@@ -240,4 +241,4 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         y = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return _all_reduce(y.masked_fill(elsewhere[..., None], 0))
+        return all_reduce(y.masked_fill(elsewhere[..., None], 0))

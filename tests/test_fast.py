@@ -17,7 +17,16 @@ from reference import relative_error
 from torch import Tensor, nn
 
 from llama import Llama, Transformer, fast, memory, parallel
-from llama.model import Places, Span, apply_rotary_emb, attention, precompute_freqs_cis
+from llama.model import (
+    Attention,
+    FeedForward,
+    Places,
+    Span,
+    apply_rotary_emb,
+    attention,
+    precompute_freqs_cis,
+    swiglu,
+)
 
 PROMPTS = [[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]]
 
@@ -43,6 +52,19 @@ def test_weight_first_is_linear(n_rows: int) -> None:
 def test_weight_first_takes_any_shape() -> None:
     x, weight = torch.randn(2, 3, 64), torch.randn(32, 64)
     torch.testing.assert_close(fast.weight_first(x, weight), nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)])
+def test_swiglu_weight_first_is_swiglu(shape: tuple[int, ...]) -> None:
+    """In float32, where nothing is rounded but the sums; rows that are cut into parts included."""
+    x = torch.randn(shape)
+    w1, w3 = parallel.ColumnParallelLinear(64, 96), parallel.ColumnParallelLinear(64, 96)
+    w2 = parallel.RowParallelLinear(96, 64)
+    for layer in (w1, w2, w3):
+        layer.weight.copy_(torch.randn(layer.weight.shape) / 8)
+    y = fast.swiglu_weight_first(x, w1, w2, w3)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, swiglu(x, w1, w2, w3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -98,6 +120,8 @@ def test_the_processor_decides(
     }
     assert expected in chosen
     assert chosen <= {expected, "linear"}
+    ffn = {layer.compute.__name__ for layer in model.modules() if isinstance(layer, FeedForward)}
+    assert ffn == {"swiglu_weight_first" if expected == "weight_first" else "swiglu"}
     rounding = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
     for prompt, logits in zip(PROMPTS, plain, strict=True):
         assert relative_error(model.forward(torch.tensor([prompt]), 0)[0, -1:], logits) < rounding
@@ -212,7 +236,7 @@ def test_flash_attention_hands_the_kernel_what_attention_computes(
     results = []
     for attend in (attention, fast.flash_attention):
         model = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
-        for layer in fast._attention_layers(model):
+        for layer in fast._modules(model, Attention):
             layer.attend = attend
         spans = [Span(0, 3), Span(0, 1), Span(0, 6)]
         hidden = model.hidden(torch.arange(10), Places.of_spans(spans, device))
@@ -253,7 +277,7 @@ def test_static_steps_give_the_same_tokens(
     model = static.model
     if any_length:
         monkeypatch.setattr(fast, "_flash_kernel", documented_kernel)
-        for layer in fast._attention_layers(model):
+        for layer in fast._modules(model, Attention):
             layer.attend = fast.flash_attention
     captures: list[None] = []
     static._step = fast.StaticStep(

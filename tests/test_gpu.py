@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama import Llama, fast, memory
-from llama.model import Places, Span, attention
+from llama.model import Attention, Places, Span, attention
 from llama.sampling import next_tokens, sample_top_p
 
 pytestmark = [
@@ -124,7 +124,7 @@ def test_flash_attention_is_attention() -> None:
     results = []
     for attend in (attention, fast.flash_attention):
         model = new_model(params, weights, max_batch_size=4, max_seq_len=512).to("cuda")
-        for layer in fast._attention_layers(model):
+        for layer in fast._modules(model, Attention):
             layer.attend = attend
         with torch.inference_mode():
             prefill = model.hidden(torch.arange(378, device="cuda"), places)
