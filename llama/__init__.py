@@ -6,6 +6,7 @@ Reading order: model.py, parallel.py, generation.py, sampling.py, tokenizer.py, 
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, TokenEvent
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
+from llama.watch import RankError
 
 __all__ = [
     "ChatFormat",
@@ -15,6 +16,7 @@ __all__ = [
     "Llama",
     "Message",
     "ModelArgs",
+    "RankError",
     "Role",
     "TokenEvent",
     "Tokenizer",

@@ -1,6 +1,7 @@
 """Llama: build a model from files, generate from it. Everything folds over ``Llama.stream``."""
 
 import codecs
+import contextlib
 import dataclasses
 import math
 import numbers
@@ -116,6 +117,7 @@ class Llama:
         quiet_ranks: bool = True,
         rope_scaling_factor: float | None = None,
         compile: bool = False,
+        rank_timeout: float = 60.0,
     ) -> "Llama":
         """Load a checkpoint folder, Meta's or Hugging Face's, of any text Llama from 2 to 3.3.
 
@@ -137,6 +139,9 @@ class Llama:
             rope_scaling_factor: instead of the checkpoint's own, for Llama 3.1 and later.
             compile: run the decoding step through torch.compile. It takes up to a minute at the
                 first step with one row, and again with more than one.
+            rank_timeout: under torchrun, seconds after which all ranks end because one has given no
+                sign of life: it is stopped or hangs. Loading, computing and waiting for a user
+                give signs of life, however long they take; math.inf waits for ever.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -144,16 +149,19 @@ class Llama:
             MemoryError: it will not fit; the message says what would.
             ValueError: a file is damaged or does not go with the others, or an argument is
                 impossible; the message says what was found and what to do.
+            RankError: another rank has failed or is gone.
         """
         start = time.time()
         torch_device = resolve_device(device)
         torch_dtype = _resolve_dtype(dtype, torch_device)
-        parallel.initialize(torch_device, model_parallel_size)
+        if not rank_timeout > 0:
+            raise ValueError(f"rank_timeout is {rank_timeout}, expected a positive number")
+        parallel.initialize(torch_device, model_parallel_size, rank_timeout)
         n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
         first_process = not dist.is_initialized() or dist.get_rank() == 0
         if quiet_ranks and not first_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
-        with parallel.failing_together(torch_device):
+        with parallel.failing_together():
             found = checkpoint.find(ckpt_dir)
             tokenizer = open_tokenizer(
                 tokenizer_path or str(found.tokenizer_path), llama31=found.is_llama31
@@ -165,7 +173,9 @@ class Llama:
             memory.check(needed, free, torch_device)
             with torch.device("meta"):
                 model = Transformer(args)
-        with parallel.failing_together(torch_device), memory.explained(needed):
+        chosen = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
+        parallel.agree("Llama.build", dataclasses.asdict(args) | chosen, everyone=True)
+        with parallel.failing_together(), memory.explained(needed):
             tensors = checkpoint.load(
                 found,
                 args,
@@ -228,6 +238,7 @@ class Llama:
             TypeError: an argument is of another type.
             ValueError: an argument is out of its range; the message gives the limit and the value.
             RuntimeError: while iterating, if another generation has taken the cache since.
+            RankError: while iterating, if another rank has failed or is gone.
         """
         prompts, max_gen_len = self._checked(prompt_tokens, max_gen_len, temperature, top_p)
         generator = self._generator
@@ -243,9 +254,19 @@ class Llama:
             tied=output.data_ptr() == embedding.data_ptr(),
         )
 
+        call = parallel.one_call(
+            "Llama.stream",
+            prompt_tokens=prompts,
+            max_gen_len=max_gen_len,
+            temperature=float(temperature),
+            top_p=float(top_p),
+            logprobs=logprobs,
+            echo=echo,
+        )
+
         def steps() -> Iterator[list[TokenEvent]]:
             batch_size = model.params.max_batch_size
-            with memory.explained(planned):
+            with call, memory.explained(planned):
                 for first in range(0, len(prompts), batch_size):
                     batch = prompts[first : first + batch_size]
                     for events in self._run(
@@ -363,24 +384,17 @@ class Llama:
                 draw = torch.empty((), dtype=torch.int64, device=self._device)
                 seed = int(draw.random_(generator=self._generator))
             seed = (seed + replica) % 2**63
+            parallel.agree("Llama.generate", {"prompt_tokens": prompts}, everyone=True)
         share = prompts[replica::n_replicas]
         rows = [_Generated() for _ in share]
-        failure = None
-        try:
+        with parallel.failing_together() if n_replicas > 1 else contextlib.nullcontext():
             for events in self.stream(
                 share, max_gen_len, temperature, top_p, logprobs=logprobs, echo=echo, seed=seed
             ):
                 for event in events:
                     rows[event.row].add(event)
-        except Exception as error:
-            failure = error
-        parts = parallel.gather_from_replicas(rows if failure is None else None)
-        if failure is not None:
-            raise failure
         every_row: list[_Generated] = [_Generated()] * len(prompts)
-        for i, part in enumerate(parts):
-            if part is None:
-                raise RuntimeError("another replica failed: its own message says why")
+        for i, part in enumerate(parallel.gather_from_replicas(rows)):
             every_row[i::n_replicas] = part
         return every_row
 
@@ -402,12 +416,14 @@ class Llama:
             _TextDecoder(self.tokenizer, starts_text=echo or self._starts_text(prompt))
             for prompt in prompts
         ]
-        hidden = None
-        if any(limits) or (echo and logprobs):
-            hidden = self._prefill(prompts)  # [T, dim]
+        hidden = scores = None
+        with parallel.computing():
+            if any(limits) or (echo and logprobs):
+                hidden = self._prefill(prompts)  # [T, dim]
+            if echo and logprobs and hidden is not None:
+                scores = self._score(prompts, hidden)
         user = self.model.cache_user = object()
         if echo:
-            scores = self._score(prompts, hidden) if logprobs and hidden is not None else None
             yield _prompt_events(prompts, limits, decoders, scores)
         if not any(limits):
             return
@@ -415,13 +431,15 @@ class Llama:
         assert hidden is not None
         lengths = [len(prompt) for prompt in prompts]
         positions = torch.tensor(lengths, device=self._device)  # [B], of the next tokens
-        logits = self.model.logits(hidden[positions.cumsum(0) - 1])  # [B, V]
+        with parallel.computing():
+            logits = self.model.logits(hidden[positions.cumsum(0) - 1])  # [B, V]
         del hidden
         # A row that has ended stays in the batch until all have ended: the published sampler draws
         # for it too, and the draws of the others depend on that.
         left = limits
         while True:
-            tokens, ids, token_scores = self._choose(logits, temperature, top_p, generator)
+            with parallel.computing():
+                tokens, ids, token_scores = self._choose(logits, temperature, top_p, generator)
             events = []
             for row, token in enumerate(ids):
                 if left[row] == 0:
@@ -446,7 +464,8 @@ class Llama:
             positions = positions.clamp(max=max_seq_len - 1)  # of rows that have ended
             lengths = [min(length + 1, max_seq_len) for length in lengths]
             ragged = len(set(lengths)) > 1
-            logits = self._step(tokens, positions, max(lengths), masked=ragged)
+            with parallel.computing():
+                logits = self._step(tokens, positions, max(lengths), masked=ragged)
             positions = positions + 1
 
     def _starts_text(self, prompt: list[int]) -> bool:

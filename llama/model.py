@@ -23,7 +23,9 @@ from llama.parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    computing,
     model_parallel_size,
+    one_call,
 )
 
 # Llama 3.1's scaling of RoPE; only its factor differs between models.
@@ -422,11 +424,12 @@ class Transformer(nn.Module):
                 f"{args.max_seq_len - 1} (max_seq_len {args.max_seq_len})"
             )
         self.cache_user = None
-        if n_tokens == 1:
-            positions = torch.full((n_rows,), start_pos, device=tokens.device)
-            return self.step(tokens[:, 0], positions, start_pos + 1, masked=False)[:, None]
-        places = Places.of_spans([Span(start_pos, n_tokens)] * n_rows, tokens.device)
-        return self.logits(self.hidden(tokens.flatten(), places)).view(n_rows, n_tokens, -1)
+        with one_call("Transformer.forward", tokens=tokens, start_pos=start_pos), computing():
+            if n_tokens == 1:
+                positions = torch.full((n_rows,), start_pos, device=tokens.device)
+                return self.step(tokens[:, 0], positions, start_pos + 1, masked=False)[:, None]
+            places = Places.of_spans([Span(start_pos, n_tokens)] * n_rows, tokens.device)
+            return self.logits(self.hidden(tokens.flatten(), places)).view(n_rows, n_tokens, -1)
 
     def step(self, tokens: Tensor, positions: Tensor, length: int, *, masked: bool) -> Tensor:
         """Float32 logits [B, V] after one more token for each of the first B rows; the arguments

@@ -1,0 +1,274 @@
+"""What happens to the other ranks when one fails: real torchrun processes and real signals. All
+end, with an exit code and one message that says which rank it was and why."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PARAMS, ROOT, torchrun, write_checkpoint
+from torch import Tensor
+
+# FOLDER VICTIM PLACE ACTION: rank VICTIM does it when it comes to the place.
+SCRIPT = """
+import os, signal, sys, time
+from llama import Llama, checkpoint
+from llama.model import Transformer
+
+folder, victim, place, action = sys.argv[1:]
+passes, hidden, load = 0, Transformer.hidden, checkpoint.load
+
+def reach(*names):
+    if os.environ["RANK"] == victim and place in names:
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            raise KeyError("the fault")
+
+def loading(*args, **kwargs):
+    reach("load")
+    return load(*args, **kwargs)
+
+def passing(*args):
+    global passes
+    passes += 1
+    reach({1: "prefill", 5: "decode"}.get(passes))
+    return hidden(*args)
+
+checkpoint.load, Transformer.hidden = loading, passing
+print("process", os.getpid(), flush=True)
+llm = Llama.build(folder, None, 64, 4, dtype="float32", device="cpu", rank_timeout=3)
+reach("between")
+llm.generate([[1, 2, 3], [4]], 20, temperature=0)
+print("finished")
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("shards"), PARAMS, weights, n_shards=2)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def messages(result: Any) -> list[str]:
+    return re.findall(r"^.*llama: (.*)$", result.stderr, re.MULTILINE)
+
+
+def ended(result: Any) -> str:
+    """Check that no process is left; the one message."""
+    assert result.returncode != 0
+    assert "finished" not in result.stdout
+    pids = [int(pid) for pid in re.findall(r"process (\d+)$", result.stdout, re.MULTILINE)]
+    assert pids
+    assert not [pid for pid in pids if is_running(pid)]
+    (message,) = messages(result) or [result.stderr]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "victim", "place"),
+    [(2, 1, "load"), (2, 0, "prefill"), (2, 1, "decode"), (4, 0, "load"), (4, 3, "decode")],
+)
+def test_a_rank_is_killed(
+    script: Path, shards: Path, n_ranks: int, victim: int, place: str
+) -> None:
+    result = torchrun(n_ranks, script, shards, str(victim), place, "kill", timeout=60)
+    assert re.match(rf"rank {victim} \(process \d+\) was killed or has crashed", ended(result))
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "victim", "place"), [(2, 0, "load"), (2, 1, "between"), (4, 2, "decode")]
+)
+def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, place: str) -> None:
+    result = torchrun(n_ranks, script, shards, str(victim), place, "raise", timeout=60)
+    assert ended(result) == f"rank {victim} failed (KeyError: 'the fault'); all ranks end"
+    assert result.stderr.count("Traceback") <= 2  # the rank's, and torchrun's own report
+
+
+@pytest.mark.parametrize(("n_ranks", "victim", "place"), [(2, 0, "load"), (4, 1, "decode")])
+def test_a_rank_is_stopped(
+    script: Path, shards: Path, n_ranks: int, victim: int, place: str
+) -> None:
+    result = torchrun(n_ranks, script, shards, str(victim), place, "stop", timeout=60)
+    message = ended(result)
+    assert message.startswith(f"rank {victim} (process ")
+    assert message.endswith("gave no sign of life for 3 s: it is stopped (SIGSTOP); all ranks end")
+
+
+def test_ranks_that_differ_are_told_so(tmp_path: Path, shards: Path) -> None:
+    """Different arguments are an error on every rank, after which they can go on."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"""
+import os, torch
+from llama import Llama
+rank = int(os.environ["RANK"])
+def failing(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+def build(**arguments):
+    arguments |= {{"dtype": "float32", "device": "cpu", "quiet_ranks": False}}
+    return Llama.build({str(shards)!r}, None, **arguments)
+said = [
+    failing(lambda: build(model_parallel_size=1 + rank)),
+    failing(lambda: build(max_seq_len=64 + rank)),
+]
+llm = build(max_seq_len=64, max_batch_size=4)
+for arguments in (
+    {{"prompt_tokens": [[1, 2 + rank]]}},
+    {{"prompt_tokens": [[1]] * (1 + rank)}},
+    {{"max_gen_len": 3 + rank}},
+    {{"temperature": 0.5 + rank}},
+    {{"echo": bool(rank)}},
+):
+    arguments = {{"prompt_tokens": [[1, 2]], "max_gen_len": 3, **arguments}}
+    said.append(failing(lambda: llm.generate(**arguments)))
+said.append(failing(lambda: llm.model.forward(torch.tensor([[1, 2 + rank]]), 0)))
+said.append(failing(lambda: llm.model.forward(torch.tensor([[1] * (1 + rank)]), 0)))
+print(said)
+print("and then", llm.generate([[1, 2]], 3, temperature=0)[0])
+"""
+    )
+    result = torchrun(2, path, timeout=60)
+    assert result.returncode == 0, result.stderr
+    loaded, *lines = sorted(filter(str.strip, result.stdout.splitlines()))
+    assert loaded.startswith("Loaded in")
+    assert (lines[0], lines[2]) == (lines[1], lines[3])  # both ranks say the same
+    assert lines[2].startswith("and then")
+    names = ["model_parallel_size is 1", "max_seq_len is 64", "prompt_tokens is [[1, 2]]"]
+    names += ["prompt_tokens is [[1]]", "max_gen_len is 3", "temperature is 0.5", "echo is False"]
+    names += ["tokens is [[1, 2]]", "tokens is [[1]]"]
+    said = re.findall(r"(?:Llama|Transformer)\.\w+: .*?same arguments", lines[0])
+    for message, name in zip(said, names, strict=True):
+        assert re.search(rf"{re.escape(name)} on rank 0 and .* on rank 1: every rank", message)
+
+
+def test_a_rank_that_goes_its_own_way(tmp_path: Path, shards: Path) -> None:
+    """One rank leaves a stream half way and begins the next call; the other waits in the first."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"""
+import os
+from llama import Llama
+print("process", os.getpid(), flush=True)
+llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
+for step, events in enumerate(llm.stream([[1, 2]], 20)):
+    if os.environ["RANK"] == "1" and step == 3:
+        break
+llm.generate([[1, 2]], 20)
+print("finished")
+"""
+    )
+    message = ended(torchrun(2, path, timeout=60))
+    assert message.startswith("rank 1 has begun its call 2, but rank 0 is still in call 1: ")
+
+
+def test_a_rank_that_ends_early(tmp_path: Path, shards: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"""
+import os
+from llama import Llama
+print("process", os.getpid(), flush=True)
+llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu")
+if os.environ["RANK"] == "0":
+    llm.generate([[1, 2]], 20)
+    print("finished")
+"""
+    )
+    message = ended(torchrun(2, path, timeout=60))
+    assert message.startswith("rank 1 has ended, and rank 0 still waits for it: ")
+
+
+def test_what_is_slow_does_not_time_out(tmp_path: Path, shards: Path) -> None:
+    """Loading, a pause between two calls and one within a stream, each longer than the time-out;
+    and standard input is closed."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        f"""
+import os, sys, time
+from llama import Llama, checkpoint
+assert sys.stdin is None
+rank, load = int(os.environ["RANK"]), checkpoint.load
+def loading(*args, **kwargs):
+    time.sleep(3 * rank)
+    return load(*args, **kwargs)
+checkpoint.load = loading
+llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=1.5)
+time.sleep(3 * (1 - rank))
+for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
+    time.sleep(3 * rank * (step == 2))
+print("finished")
+"""
+    )
+    result = torchrun(2, path, timeout=60, preexec_fn=lambda: os.close(0))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("finished") == 1
+    assert not messages(result)
+
+
+@pytest.mark.parametrize("how", ["interrupted", "terminated", "killed"])
+def test_torchrun_ends(script: Path, shards: Path, how: str) -> None:
+    """By Ctrl-C and by a scheduler, which are no faults, and when it is gone itself."""
+    path = script.with_name("loop.py")
+    path.write_text(
+        SCRIPT.replace('print("finished")', 'print("running", flush=True)\n')
+        + """
+while True:
+    llm.generate([[1, 2, 3], [4]], 20, temperature=0)
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(path), str(shards), "-1", "", ""]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        while "running\n" not in lines:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        number = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM}
+        process.send_signal(number.get(how, signal.SIGKILL))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    result = subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors)
+    pids = [int(pid) for pid in re.findall(r"process (\d+)$", result.stdout, re.MULTILINE)]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, pids))
+    expected = {
+        "interrupted": ["interrupted; all ranks end"],
+        "terminated": [],
+        "killed": ["torchrun is gone; all ranks end"],
+    }
+    assert messages(result) == expected[how]
