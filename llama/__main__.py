@@ -101,7 +101,7 @@ def info(
 
 
 def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
-    """Check a folder: sums of checklist.chk, archives, and every key, shape and dtype.
+    """Check a folder: sums of checklist.chk, archives, every key, shape, dtype and number.
 
     Args:
         ckpt_dir: checkpoint folder.

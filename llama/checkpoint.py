@@ -11,19 +11,20 @@ only tensors are unpickled, and every key, shape and dtype is checked.
 import ctypes
 import dataclasses
 import mmap
-import pickle
+import pickletools
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from llama import huggingface
+from llama.files import check_regular, read_json, summary, what_to_do
 from llama.model import ModelArgs
 
 # In Llama 2's files, and no parameter: RoPE's frequencies follow from params.json.
@@ -280,7 +281,7 @@ def _check_shard_names(folder: str, shards: list[Path]) -> None:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    found = huggingface.read_json(path)
+    found = read_json(path)
     known = ModelArgs.__dataclass_fields__.keys() - {"max_seq_len", "max_batch_size"}
     if "quantization_args" in found:
         raise ValueError(
@@ -364,12 +365,24 @@ class Weights:
         """The tensors of one shard, checked."""
         if i not in self._shards:
             name, tensors = self._map(i)
-            for fault in self._faults(name, tensors, i):
-                raise ValueError(fault)
+            if faults := list(self._faults(name, tensors, i)):
+                raise ValueError(_listed(faults, "; "))
             self._shards[i] = {key: tensors[key] for key in self.cuts}
             distinct = {id(tensor): tensor for tensor in self._shards[i].values()}.values()
             self._users.update(tensor.untyped_storage().data_ptr() for tensor in distinct)
         return self._shards[i]
+
+    def check_same_model(self) -> None:
+        """Raise ValueError if a shard that was opened repeats other norms than the first one: they
+        come from two models of the same shape."""
+        for i, shard in self._shards.copy().items():
+            for key, cut in self.cuts.items():
+                if cut.axis is None and not torch.equal(shard[key], self.shard(0)[key]):
+                    first, other = self.found.files[0].name, self.found.files[i].name
+                    raise ValueError(
+                        f"{first} and {other} in {str(self.found.folder)!r} are shards of two "
+                        f"models, {key} is not the same: download them again"
+                    )
 
     def pieces(self, key: str, n_ranks: int, rank: int) -> list[tuple[Tensor, Box]]:
         """What makes up a rank's part of a tensor: views of mapped tensors, and where they go."""
@@ -424,19 +437,13 @@ class Weights:
     def _faults(self, name: str, tensors: Mapping[str, Any], shard: int) -> Iterator[str]:
         """Everything in which a shard is not what it must be."""
 
-        def listed(keys: set[str]) -> str:
-            names = sorted(map(str, keys))
-            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
         assert self._stored_cuts is not None
         wanted = self._stored_cuts
         if missing := wanted.keys() - tensors.keys():
-            yield f"{name!r} lacks {listed(missing)}: does {self._says} belong to it?"
+            yield f"{name!r} lacks {_listed(sorted(missing))}: does {self._says} belong to it?"
         if unknown := tensors.keys() - wanted.keys() - IGNORED_KEYS:
-            yield (
-                f"{name!r} has the unknown key(s) {listed(unknown)}: does {self._says} belong to "
-                "it?"
-            )
+            keys = _listed(sorted(map(str, unknown)))
+            yield f"{name!r} has the unknown key(s) {keys}: does {self._says} belong to it?"
         output = tensors.get("output.weight")
         if isinstance(output, Tensor) and output.shape[1:] == (self.args.dim,):
             n_weights = len(output) * self.found.n_shards
@@ -467,6 +474,12 @@ class Weights:
     @property
     def _says(self) -> str:
         return "params.json" if self.found.layout == "native" else "config.json"
+
+
+def _listed(items: list[str], between: str = ", ") -> str:
+    """The first ten, and how many there are more."""
+    more = f"{between}and {len(items) - 10} more" if len(items) > 10 else ""
+    return between.join(items[:10]) + more
 
 
 def load(
@@ -509,6 +522,7 @@ def load(
                 weights.read(key, n_ranks, rank, dtype, device) if twin == key else loaded[twin]
             )
             bar.update(n_bytes(cut, n_ranks, dtype))
+    weights.check_same_model()
     return loaded
 
 
@@ -538,23 +552,42 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
+# --- Native files -------------------------------------------------------------------------------
+
+# What the pickle of a dict of dense tensors names; storages and dtypes beside these. torch's
+# weights_only would let pass more, bytearray(10**11) for one.
+_PICKLED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
+    "torch.storage UntypedStorage",
+}
+_LARGEST_PICKLE = 16 * 2**20
+_LARGEST_DIRECTORY = 16 * 2**20
+
+
+class _Refused(Exception):
+    """The file is not what torch.save makes of a dict of tensors, which no download explains."""
+
+
 def _open(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
+        byte_order = _check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        byte_order = _byte_order(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} holds more than tensors, or is damaged, and was not loaded: compare it "
-            f"with checklist.chk or download it again ({str(error).splitlines()[0]})"
-        ) from error
     except (FileNotFoundError, PermissionError):
         raise
+    except _Refused as error:
+        raise ValueError(
+            f"{str(path)!r} was not loaded: {error}; expected a dict of dense tensors. Compare it "
+            "with checklist.chk, and ask where it came from"
+        ) from None
     except MemoryError as error:
         raise MemoryError(f"{str(path)!r} asks for more memory than there is") from error
     except Exception as error:  # whatever a damaged file makes of the unpickler
         raise ValueError(
-            f"{str(path)!r} is no readable checkpoint (an incomplete download?): compare it with "
-            f"checklist.chk or download it again ({repr(error).splitlines()[0]})"
+            f"{str(path)!r} is no readable checkpoint ({summary(error)}): {what_to_do(path)}"
         ) from error
     if byte_order != sys.byteorder:  # torch would have swapped the pages that we give back
         raise ValueError(
@@ -566,14 +599,59 @@ def _open(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _byte_order(path: Path) -> str:
-    """What torch.save noted in the archive; older files are little-endian."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("/byteorder"):
-                with archive.open(name) as member:
-                    return member.read(16).decode(errors="replace")
-    return "little"
+def _check_archive(path: Path) -> str:
+    """Look through an archive before torch does: nothing in it may be compressed, larger than the
+    file, or named by the pickle but tensors.
+
+    Returns:
+        The byte order; files from before torch noted it are little-endian.
+    """
+    size = path.stat().st_size
+    byte_order = "little"
+    with path.open("rb") as file:
+        if _directory_bytes(file, size) > _LARGEST_DIRECTORY:
+            raise _Refused("the directory of its archive is too long")
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+                if not stored or info.file_size != info.compress_size:
+                    raise _Refused(f"{info.filename!r:.80} in it is compressed or encrypted")
+                if info.file_size > size:
+                    raise _Refused(f"{info.filename!r:.80} in it is larger than the file")
+                name = info.filename.rpartition("/")[2]
+                if name == "data.pkl":
+                    if info.file_size > _LARGEST_PICKLE:
+                        raise _Refused(f"its data.pkl has {info.file_size:,} bytes")
+                    _check_pickle(archive.read(info))
+                elif name == "byteorder":
+                    byte_order = archive.read(info)[:16].decode(errors="replace")
+    return byte_order
+
+
+def _directory_bytes(file: BinaryIO, size: int) -> int:
+    """Size of the central directory of a zip archive (APPNOTE 4.3.14 to 4.3.16), 0 without one."""
+    file.seek(max(0, size - 2**16 - 100))
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    n_bytes = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    if n_bytes == 2**32 - 1:
+        end = tail.rfind(b"PK\6\6")
+        n_bytes = int.from_bytes(tail[end + 40 : end + 48], "little")
+    return n_bytes
+
+
+def _check_pickle(data: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or (
+            opcode.name.startswith("EXT")
+        ):
+            raise _Refused(f"it holds a Python object ({opcode.name})")
+        if opcode.name != "GLOBAL" or argument in _PICKLED:
+            continue
+        module, _, name = str(argument).partition(" ")
+        found = getattr(torch, name, None) if module == "torch" else None
+        if not isinstance(found, torch.dtype) and not (found and name.endswith("Storage")):
+            raise _Refused(f"it holds {module}.{name}".rstrip("."))
 
 
 def _release_pages(tensor: Tensor) -> None:

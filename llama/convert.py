@@ -323,8 +323,8 @@ def _write_huggingface(
 
 
 def verify(found: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
-    """Faults of a folder: files that are not the listed ones, damaged archives, and tensors that
-    are missing, unknown, or of a wrong shape or dtype."""
+    """Faults of a folder: files that are not the listed ones, damaged archives, tensors that are
+    missing, unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
     faults = []
     listed = _checklist(found.folder)
     archives = found.files if found.layout == "native" else []
@@ -344,9 +344,26 @@ def verify(found: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
         for path in archives:
             faults += _archive_faults(path, bar.update)
     weights = Weights(found, args)
-    for i in range(found.n_shards):
-        faults += weights.faults(i)
-    return faults
+    of_shards = [fault for i in range(found.n_shards) for fault in weights.faults(i)]
+    if not of_shards:
+        of_shards = list(_wrong_numbers(weights))
+    return faults + of_shards
+
+
+def _wrong_numbers(weights: Weights) -> Iterator[str]:
+    for i in range(weights.found.n_shards):
+        name = weights.found.files[i] if weights.found.layout == "native" else weights.found.folder
+        for key, tensor in weights.shard(i).items():
+            n_wrong = 0
+            for start, stop in checkpoint.chunks(tensor):
+                n_wrong += int((~torch.isfinite(tensor[start:stop])).sum())
+                weights.release(tensor[start:stop])
+            if n_wrong:
+                yield f"{key} in {str(name)!r} has {n_wrong} values that are not finite"
+    try:
+        weights.check_same_model()
+    except ValueError as error:
+        yield str(error)
 
 
 def _checklist(folder: Path) -> dict[str, str]:

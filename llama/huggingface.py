@@ -6,7 +6,6 @@ and wk stand in another order; and a token embedding that may be the output laye
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.files import check_regular, read_json, summary, what_to_do
 from llama.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 INDEX = "model.safetensors.index.json"
@@ -117,24 +117,6 @@ def weight_files(folder: Path) -> list[Path]:
             f"{str(folder)!r} lacks {', '.join(missing[:4])}, which {INDEX} names: download them"
         )
     return [folder / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file that holds a JSON object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{str(path)!r} is missing: download it again") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} is {found!r:.60}, expected a JSON object")
-    return found
 
 
 class Config(NamedTuple):
@@ -280,14 +262,15 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
         try:
+            check_regular(path)
             with safetensors.safe_open(str(path), framework="pt") as file:
                 found = {native_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, PermissionError, MemoryError):
             raise
         except Exception as error:  # whatever a damaged file makes of the library
             raise ValueError(
-                f"{str(path)!r} is no readable safetensors file (an incomplete download?): "
-                f"download it again ({error})"
+                f"{str(path)!r} is no readable safetensors file ({summary(error)}): "
+                f"{what_to_do(path)}"
             ) from error
         if twice := sorted(found.keys() & tensors.keys()):
             raise ValueError(f"{twice[0]} is in {str(path)!r} and in another file of the folder")

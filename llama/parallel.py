@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.utils import VocabUtility, divide_and_check_no_remainder
 from torch import nn
 
-from llama.watch import RankError, Watch, summary
+from llama.files import summary
+from llama.watch import RankError, Watch
 
 _T = TypeVar("_T")
 

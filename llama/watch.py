@@ -29,6 +29,8 @@ from typing import NoReturn
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from llama.files import summary
+
 _INTERVAL = 0.5  # seconds between two signs of life
 _LEFT = "left"  # the last sign of a process that ends of itself
 # How long the reason of a broken connection is looked for: it shows before its process has ended.
@@ -272,12 +274,6 @@ class Watch:
             if reason := self._killed():
                 self._tell(reason)
         self._exit(128 + signal.SIGTERM)
-
-
-def summary(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
 
 
 def _state(pid: int) -> str:

@@ -317,9 +317,10 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     part["norm.weight"] = part["norm.weight"].bfloat16()
     part["layers.0.ffn_norm.weight"] = torch.ones(1).expand(128)
     torch.save(part, folder / "consolidated.00.pth")
+    found = cli("verify", folder, code=1)
     with zipfile.ZipFile(folder / "consolidated.01.pth", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/more", bytes(1000))
-    found = cli("verify", folder, code=1)
+    found += cli("verify", folder, code=1)
     assert "torch.float32, but torch.bfloat16 in another shard" in found
     assert "layers.0.ffn_norm.weight in" in found
     assert "archive/more is compressed or encrypted" in found

@@ -13,6 +13,7 @@ from llama import ModelArgs
 
 # Each module may import those before it (generation the lot).
 LAYERS = [
+    "files",
     "watch",
     "parallel",
     "model",
