@@ -5,6 +5,7 @@ torchrun --nproc_per_node 1 example_chat_completion.py Meta-Llama-3-8B-Instruct
 torchrun --nproc_per_node 8 example_chat_completion.py Meta-Llama-3-70B-Instruct
 """
 
+import sys
 from typing import Any
 
 import fire
@@ -107,5 +108,9 @@ def main(
 
 
 if __name__ == "__main__":
-    # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
-    main(**fire.Fire(arguments, serialize=lambda _: None))
+    try:
+        # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
+        main(**fire.Fire(arguments, serialize=lambda _: None))
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        sys.exit(130)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import fire
 import torch
 
-from llama import checkpoint, convert, generation, memory
+from llama import checkpoint, convert, generation, memory, parallel
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.tokenizer import Message
@@ -294,7 +294,12 @@ def main() -> None:
         FloatingPointError,
         torch.OutOfMemoryError,
     ) as error:
+        if parallel.n_processes() > 1:
+            raise  # one of the ranks will say it
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -262,12 +262,28 @@ def find(folder: str) -> Checkpoint:
         stops = huggingface.stop_tokens(path)
         return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
     present = sorted(p.name for p in path.iterdir())
-    inner = " (look into original)" if "original" in present else ""
     raise FileNotFoundError(
         f"{folder!r} holds no consolidated.00.pth, and no config.json with safetensors files, but "
-        f"{', '.join(present[:8]) or 'nothing'}{', ...' if len(present) > 8 else ''}{inner}: "
-        "expected a folder in Meta's native or in Hugging Face's layout"
+        f"{_listed(present) or 'nothing'}: {_what_is_missing(path, present)}"
     )
+
+
+def _what_is_missing(folder: Path, present: list[str]) -> str:
+    endings = {name.rpartition(".")[2] for name in present}
+    if "original" in present:
+        return f"Meta's files are in {str(folder / 'original')!r}"
+    if "config.json" in present and endings & {"bin", "pt", "h5", "msgpack"}:
+        return "these are older Hugging Face weights: download the safetensors files"
+    if "config.json" in present:
+        return "download the weights too (model*.safetensors)"
+    if "safetensors" in endings:
+        return "download Hugging Face's config.json too"
+    if "gguf" in endings:
+        return "llama.cpp's GGUF is not supported: download Meta's or Hugging Face's files"
+    inner = [name for name in present if (folder / name / "params.json").is_file()]
+    if inner:
+        return f"give one of the folders in it, {_listed(inner)}"
+    return "expected a folder in Meta's native or in Hugging Face's layout"
 
 
 def _check_shard_names(folder: str, shards: list[Path]) -> None:

@@ -23,26 +23,27 @@ def what_to_do(path: str | Path) -> str:
             start, size = file.read(512), os.fstat(file.fileno()).st_size
     except OSError:  # not on this machine
         return "download it again"
+    return seems(start) or (
+        f"it has {size:,} bytes, which may be an interrupted download: compare it with "
+        "checklist.chk (python -m llama verify) or download it again"
+    )
+
+
+def seems(start: bytes) -> str | None:
+    """What a file that begins like this is, and what to do, if it is a well-known mistake."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if size == 0:
+    if not start:
         return "it is empty, the download did not start or the disk was full: download it again"
     if start.startswith(b"version https://git-lfs."):
-        return (
-            "it is a Git LFS pointer, not the file itself: run 'git lfs pull' where it was cloned"
-        )
+        return "it is a Git LFS pointer, not the file: run 'git lfs pull' where it was cloned"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
         return (
             "it is a web page or an error message of the server: the link has expired, or needs a "
             "login; download it again"
         )
     if start.startswith(b"GGUF"):
-        return (
-            "it is a GGUF file of llama.cpp: download the model in Meta's or Hugging Face's layout"
-        )
-    return (
-        f"it has {size:,} bytes, which may be an interrupted download: compare it with "
-        "checklist.chk (python -m llama verify) or download it again"
-    )
+        return "it is llama.cpp's (GGUF): download the model in Meta's or Hugging Face's layout"
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

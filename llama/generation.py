@@ -3,12 +3,14 @@
 import codecs
 import contextlib
 import dataclasses
+import itertools
 import math
 import numbers
 import operator
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, TypedDict
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from llama import checkpoint, fast, memory, parallel
 from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
-from llama.model import Places, Span, Transformer
+from llama.model import ModelArgs, Places, Span, Transformer
 from llama.sampling import next_tokens, sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -168,6 +170,7 @@ class Llama:
             )
             tokenizer.stop_tokens |= found.stop_tokens
             args = found.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
+            _check_ranks(n_ranks, args, found)
             needed = memory.plan(args, n_ranks, torch_dtype, torch_device, tied=found.tied)
             free = memory.free_bytes(torch_device, parallel.n_local_processes())
             memory.check(needed, free, torch_device)
@@ -216,6 +219,7 @@ class Llama:
         logprobs: bool = True,
         echo: bool = False,
         seed: int | None = None,
+        truncate: bool = False,
     ) -> Iterator[list[TokenEvent]]:
         """Generate step by step: each step gives the new token of every row that still runs.
 
@@ -233,6 +237,9 @@ class Llama:
             logprobs: compute log-probabilities (of a whole prompt too, with ``echo``).
             echo: give the prompts' own tokens as a step of their own before the others.
             seed: draw from a new generator; default the one that was seeded by ``build``.
+            truncate: of a prompt that is longer than ``max_seq_len``, leave out what follows the
+                begin-of-text token, until the rest leaves room for ``max_gen_len`` tokens, or for
+                half of ``max_seq_len`` if that is less. By default it is an error.
 
         Raises:
             TypeError: an argument is of another type.
@@ -240,7 +247,9 @@ class Llama:
             RuntimeError: while iterating, if another generation has taken the cache since.
             RankError: while iterating, if another rank has failed or is gone.
         """
-        prompts, max_gen_len = self._checked(prompt_tokens, max_gen_len, temperature, top_p)
+        prompts, max_gen_len = self._checked(
+            prompt_tokens, max_gen_len, temperature, top_p, truncate
+        )
         generator = self._generator
         if seed is not None:
             generator = torch.Generator(self._device).manual_seed(seed)
@@ -269,10 +278,9 @@ class Llama:
             with call, memory.explained(planned):
                 for first in range(0, len(prompts), batch_size):
                     batch = prompts[first : first + batch_size]
-                    for events in self._run(
-                        batch, max_gen_len, temperature, top_p, logprobs, echo, generator
-                    ):
-                        yield [event._replace(row=first + event.row) for event in events]
+                    yield from self._run(
+                        batch, first, max_gen_len, temperature, top_p, logprobs, echo, generator
+                    )
 
         return steps()
 
@@ -286,6 +294,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
+        truncate: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generated ids of every prompt, and with ``logprobs`` a log-probability for each.
 
@@ -293,7 +302,14 @@ class Llama:
         ``stream``'s.
         """
         rows = self._complete(
-            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=echo, seed=seed
+            prompt_tokens,
+            max_gen_len,
+            temperature,
+            top_p,
+            logprobs,
+            echo=echo,
+            seed=seed,
+            truncate=truncate,
         )
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
@@ -307,6 +323,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
+        truncate: bool = False,
     ) -> list[CompletionPrediction]:
         """Continue each text.
 
@@ -317,7 +334,14 @@ class Llama:
             raise TypeError("prompts is a str, expected a list of them: write [prompt]")
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         rows = self._complete(
-            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=echo, seed=seed
+            prompt_tokens,
+            max_gen_len,
+            temperature,
+            top_p,
+            logprobs,
+            echo=echo,
+            seed=seed,
+            truncate=truncate,
         )
         predictions = []
         for row in rows:
@@ -374,10 +398,13 @@ class Llama:
         *,
         echo: bool = False,
         seed: int | None,
+        truncate: bool = False,
     ) -> list[_Generated]:
         """The prompts' rows. They are divided over the copies of the weights, if there are several,
         and put together again on every rank."""
-        prompts, max_gen_len = self._checked(prompt_tokens, max_gen_len, temperature, top_p)
+        prompts, max_gen_len = self._checked(
+            prompt_tokens, max_gen_len, temperature, top_p, truncate
+        )
         n_replicas, replica = parallel.n_replicas(), parallel.replica()
         if n_replicas > 1:  # with one seed, equal prompts would get equal samples everywhere
             if seed is None:
@@ -402,6 +429,7 @@ class Llama:
     def _run(
         self,
         prompts: list[list[int]],
+        first: int,
         max_gen_len: int,
         temperature: float,
         top_p: float,
@@ -409,7 +437,7 @@ class Llama:
         echo: bool,
         generator: torch.Generator,
     ) -> Iterator[list[TokenEvent]]:
-        """The steps of one batch; its rows count from 0."""
+        """The steps of one batch; its rows count from ``first``."""
         max_seq_len = self.model.params.max_seq_len
         limits = [min(max_gen_len, max_seq_len - len(prompt)) for prompt in prompts]
         decoders = [
@@ -421,10 +449,10 @@ class Llama:
             if any(limits) or (echo and logprobs):
                 hidden = self._prefill(prompts)  # [T, dim]
             if echo and logprobs and hidden is not None:
-                scores = self._score(prompts, hidden)
+                scores = self._score(prompts, hidden, first)
         user = self.model.cache_user = object()
         if echo:
-            yield _prompt_events(prompts, limits, decoders, scores)
+            yield _prompt_events(prompts, first, limits, decoders, scores)
         if not any(limits):
             return
 
@@ -437,9 +465,14 @@ class Llama:
         # A row that has ended stays in the batch until all have ended: the published sampler draws
         # for it too, and the draws of the others depend on that.
         left = limits
-        while True:
+        for step in itertools.count():
             with parallel.computing():
-                tokens, ids, token_scores = self._choose(logits, temperature, top_p, generator)
+                tokens, ids, totals, token_scores = self._choose(
+                    logits, temperature, top_p, generator
+                )
+            for row, total in enumerate(totals):
+                if left[row] and not math.isfinite(total):
+                    raise self._not_finite(f"token {step} of prompt {first + row}")
             events = []
             for row, token in enumerate(ids):
                 if left[row] == 0:
@@ -452,7 +485,7 @@ class Llama:
                     reason = "length"
                 text = decoders[row].add(token, reason)
                 score = token_scores[row] if logprobs else None
-                events.append(TokenEvent(row, token, text, score, reason))
+                events.append(TokenEvent(first + row, token, text, score, reason))
             yield events
             if not any(left):
                 return
@@ -482,8 +515,9 @@ class Llama:
 
     def _choose(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
-    ) -> tuple[Tensor, list[int], list[float]]:
-        """Next tokens [B] on every rank, the same as a list, and their log-probabilities."""
+    ) -> tuple[Tensor, list[int], list[float], list[float]]:
+        """Next tokens [B] on every rank, the same as a list, the logarithms of the probabilities'
+        sums, and of the tokens' own."""
         log_total = torch.logsumexp(logits, dim=-1)  # [B]
         if parallel.model_parallel_rank() == 0:
             tokens = next_tokens(logits, temperature, top_p, generator)
@@ -494,15 +528,17 @@ class Llama:
         # in one piece, the only time in a step that the host waits for the device; the ids are
         # exact: a vocabulary is below 2^24
         ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
-        if not all(map(math.isfinite, totals)):
-            dtype = self.model.output.weight.dtype
-            raise FloatingPointError(
-                f"the logits are not finite: the weights are damaged, or {dtype} overflows for "
-                "this model (build it with dtype='bfloat16' or 'float32')"
-            )
-        return tokens, [int(token) for token in ids], logprobs
+        return tokens, [int(token) for token in ids], totals, logprobs
 
-    def _score(self, prompts: list[list[int]], hidden: Tensor) -> list[list[float]]:
+    def _not_finite(self, where: str) -> FloatingPointError:
+        dtype = str(self.model.output.weight.dtype).removeprefix("torch.")
+        return FloatingPointError(
+            f"the logits of {where} are not finite (computed in {dtype}): the weights are damaged "
+            "(python -m llama verify finds it), or the model needs a wider range: build it with "
+            "dtype='bfloat16' or 'float32'"
+        )
+
+    def _score(self, prompts: list[list[int]], hidden: Tensor, first: int) -> list[list[float]]:
         """Log-probability of every prompt token given those before it; 0.0 for the first."""
         following = [token for prompt in prompts for token in [*prompt[1:], 0]]
         targets = torch.tensor(following, device=self._device)  # [T]
@@ -511,9 +547,13 @@ class Llama:
         for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = self.model.logits(h)  # [chunk, V]
             chosen = logits.gather(-1, target[:, None])[:, 0]
-            scores += (chosen - torch.logsumexp(logits, dim=-1)).tolist()
+            log_total = torch.logsumexp(logits, dim=-1)
+            # a prompt token's logit may be -inf; a sum of all can not
+            scores += (chosen - log_total).masked_fill(~log_total.isfinite(), math.nan).tolist()
         rows, start = [], 0
-        for prompt in prompts:
+        for row, prompt in enumerate(prompts, start=first):
+            if any(map(math.isnan, scores[start : start + len(prompt)])):
+                raise self._not_finite(f"prompt {row}")
             rows.append([0.0, *scores[start : start + len(prompt) - 1]])
             start += len(prompt)
         return rows
@@ -524,6 +564,7 @@ class Llama:
         max_gen_len: int | None,
         temperature: float,
         top_p: float,
+        truncate: bool,
     ) -> tuple[list[list[int]], int]:
         """The prompts as lists, and how many tokens may be generated."""
         prompts = _token_lists(prompt_tokens)
@@ -548,10 +589,11 @@ class Llama:
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} has no tokens, expected at least one (bos_id, say)")
-            if len(prompt) > args.max_seq_len:
+            if len(prompt) > args.max_seq_len and not truncate:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {args.max_seq_len}: "
-                    "shorten it or build with a larger max_seq_len"
+                    "shorten it, build with a larger max_seq_len, or let truncate=True keep the "
+                    "end of a text"
                 )
             for token in prompt:
                 if not 0 <= token < args.vocab_size:
@@ -559,7 +601,15 @@ class Llama:
                         f"prompt {i} has the token id {token}, but the vocabulary is 0 to "
                         f"{args.vocab_size - 1}"
                     )
-        return prompts, max_gen_len
+        room = min(max_gen_len, args.max_seq_len // 2)
+        return [self._shortened(prompt, args.max_seq_len - room) for prompt in prompts], max_gen_len
+
+    def _shortened(self, prompt: list[int], length: int) -> list[int]:
+        """A prompt that fits, or the last ``length`` tokens of it."""
+        if len(prompt) <= self.model.params.max_seq_len:
+            return prompt
+        start = prompt[:1] if prompt[0] == self.tokenizer.bos_id and length > 1 else []
+        return start + prompt[len(prompt) - length + len(start) :]
 
 
 def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -572,6 +622,18 @@ def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
                 f"prompt {i} is {prompt!r:.60}, expected a list of token ids ({error})"
             ) from None
     return prompts
+
+
+def _check_ranks(n_ranks: int, args: ModelArgs, found: checkpoint.Checkpoint) -> None:
+    if n_ranks in args.rank_counts:
+        return
+    shards = f" (cut into {found.n_shards} shards)" if found.layout == "native" else ""
+    best = min(args.rank_counts, key=lambda n: abs(n - found.n_shards))
+    counts = ", ".join(map(str, args.rank_counts))
+    raise ValueError(
+        f"{str(found.folder)!r}{shards} does not divide by {n_ranks} ranks, but by {counts}; start "
+        f"it with\n    {parallel.torchrun_line(best)}"
+    )
 
 
 class _TextDecoder:
@@ -598,6 +660,7 @@ class _TextDecoder:
 
 def _prompt_events(
     prompts: list[list[int]],
+    first: int,
     limits: list[int],
     decoders: list[_TextDecoder],
     scores: list[list[float]] | None,
@@ -608,7 +671,8 @@ def _prompt_events(
             last = i == len(prompt) - 1 and limits[row] == 0
             reason: Literal["length"] | None = "length" if last else None
             text = decoders[row].add(token, reason)
-            events.append(TokenEvent(row, token, text, scores[row][i] if scores else None, reason))
+            score = scores[row][i] if scores else None
+            events.append(TokenEvent(first + row, token, text, score, reason))
     return events
 
 
@@ -618,8 +682,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: there is no such device, or none for this rank.
     """
+    no_nccl = parallel.n_processes() > 1 and not dist.is_nccl_available()
     if device is None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and no_nccl:
+            warnings.warn(
+                "this build of torch has no NCCL, by which CUDA devices communicate: the "
+                f"{parallel.n_processes()} processes run on the CPU",
+                stacklevel=3,
+            )
+            device = "cpu"
+        elif torch.cuda.is_available():
             device = "cuda"
         elif torch.backends.mps.is_available() and parallel.n_processes() == 1:
             device = "mps"
@@ -636,27 +708,48 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     }
     if not available.get(resolved.type, False):
         usable = " or ".join(repr(name) for name, there in available.items() if there)
-        raise ValueError(f"device is {str(device)!r}, but this machine has {usable}")
+        why = ""
+        if resolved.type == "cuda":
+            why = f" (torch {torch.__version__} finds no CUDA driver or device)"
+            if torch.version.cuda is None:
+                why = (
+                    f" (torch {torch.__version__} is built without CUDA: install another build, "
+                    "see https://pytorch.org/get-started)"
+                )
+        raise ValueError(f"device is {str(device)!r}, but this machine has {usable}{why}")
     if resolved.type != "cuda":
         return resolved
+    if no_nccl:
+        raise ValueError(
+            f"device is {str(device)!r}, but this build of torch has no NCCL, by which the "
+            f"{parallel.n_processes()} processes would communicate: give device='cpu'"
+        )
+    return _cuda_device(resolved)
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    """This process's CUDA device: under torchrun, LOCAL_RANK's."""
     n_devices = torch.cuda.device_count()
-    if resolved.index is not None and resolved.index >= n_devices:
+    if device.index is not None and device.index >= n_devices:
         raise ValueError(f"device is {str(device)!r}, but this machine has {n_devices} of them")
-    if dist.is_torchelastic_launched():
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if resolved.index not in (None, local_rank):
-            raise ValueError(
-                f"device is {str(device)!r}, but under torchrun this rank's is cuda:{local_rank}: "
-                "give device='cuda'"
-            )
-        if local_rank >= n_devices:
-            raise ValueError(
-                f"torchrun started more processes on this machine than it has CUDA devices "
-                f"({n_devices}): lower --nproc_per_node or give device='cpu'"
-            )
-        resolved = torch.device("cuda", local_rank)
-        torch.cuda.set_device(resolved)
-    return resolved
+    if not dist.is_torchelastic_launched():
+        return device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.index not in (None, local_rank):
+        raise ValueError(
+            f"device is {str(device)!r}, but under torchrun this rank's is cuda:{local_rank}: "
+            "give device='cuda'"
+        )
+    if local_rank >= n_devices:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limited = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        raise ValueError(
+            f"torchrun started {parallel.n_local_processes()} processes on this machine, which has "
+            f"{n_devices} CUDA devices{limited}: give --nproc_per_node {n_devices}, or device='cpu'"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:

@@ -6,11 +6,16 @@ A rank is both the id of a token and its place in line when pairs are merged.
 import base64
 import binascii
 import json
+import os
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import blobfile
+
+from llama.files import check_regular, seems
+
+_LARGEST = 128 * 2**20  # bytes; Llama 3's tokenizer.json has 17 million
 
 # How Llama 3 cuts text before byte-pair merging: contractions, words with at most one leading
 # character that is neither letter, digit nor newline, groups of up to three digits, punctuation,
@@ -34,15 +39,23 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is not the file but what a download left instead, or far too long.
     """
     try:
+        if os.path.exists(path) and not os.path.isdir(path):  # else blobfile may find it in a cloud
+            check_regular(path)
         with blobfile.BlobFile(path, "rb") as file:
-            return bytes(file.read(size))
+            data = bytes(file.read(min(size % 2**63, _LARGEST + 1)))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
             f"no tokenizer at {path!r}: give tokenizer_path, the tokenizer.model file that was "
             "downloaded with the weights"
         ) from error
+    if len(data) > _LARGEST:
+        raise ValueError(f"{path!r} has more than {_LARGEST:,} bytes: no vocabulary is that large")
+    if mistake := seems(data[:512]):
+        raise ValueError(f"{path!r} is no vocabulary: {mistake}")
+    return data
 
 
 def is_sentencepiece(data: bytes) -> bool:

@@ -276,7 +276,7 @@ def test_missing_and_wrong_files(tmp_path: Path) -> None:
         SentencePieceTokenizer(path)
     assert path in str(error.value)
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="is no SentencePiece vocabulary"):
+    with pytest.raises(ValueError, match="is no vocabulary: it is empty"):
         SentencePieceTokenizer(str(tmp_path / "empty"))
 
 

@@ -361,8 +361,8 @@ BYTES = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)]
         (b"".join([*BYTES, b"YWI= x\n"]), "line 257"),
         (b"".join([*BYTES, b"YWI= 300\n"]), "line 257 has rank 300, expected .* rank 256"),
         (b"".join([*BYTES, b"AA== 256\n"]), "line 257 repeats a token"),
-        (b"<!DOCTYPE html>\n", "line 1"),
-        (b"", "256 of the 256"),
+        (b"<!DOCTYPE html>\n", "is no vocabulary: it is a web page"),
+        (b"", "is no vocabulary: it is empty"),
         (codecs.BOM_UTF8 + b"".join(BYTES), "line 1"),
     ],
 )

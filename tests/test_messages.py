@@ -1,0 +1,289 @@
+"""What a user reads after a mistake: the real situation, and the message's values and advice.
+
+Those of damaged files are in test_hostile.py, those of failing ranks in test_faults.py, the others
+beside the tests of what they are about.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DEMO, PARAMS, ROOT, new_model, random_weights, run, torchrun, write_checkpoint
+from torch import Tensor
+
+from llama import Llama, Tokenizer, generation
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# --- Devices and processes ----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_build_of_torch_without_cuda() -> None:
+    version = re.escape(torch.__version__)
+    words = f"device is 'cuda', but this machine has 'cpu' .torch {version} is built without CUDA: "
+    with pytest.raises(ValueError, match=words):
+        Llama.build(str(DEMO), device="cuda")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that says it has two CUDA devices, where torchrun has started the fourth of four
+    processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    return monkeypatch
+
+
+def test_more_processes_than_devices(two_gpus: pytest.MonkeyPatch) -> None:
+    two_gpus.setattr(dist, "is_nccl_available", lambda: True)
+    two_gpus.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    words = "started 4 processes on this machine, which has 2 CUDA devices .CUDA_VISIBLE_DEVICES "
+    with pytest.raises(ValueError, match=words + "is '4,5'.: give --nproc_per_node 2"):
+        generation.resolve_device(None)
+
+
+def test_no_nccl(two_gpus: pytest.MonkeyPatch) -> None:
+    two_gpus.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"no NCCL.* the 4 processes run on the CPU"):
+        assert generation.resolve_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"no NCCL.*give device='cpu'"):
+        generation.resolve_device("cuda")
+
+
+def environment(port: int, world_size: int) -> dict[str, str]:
+    """What torchrun sets for the first process; ours hosts the store, as with old launchers."""
+    return {
+        "TORCHELASTIC_RUN_ID": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+
+
+def build(folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    script = f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')"
+    return run(sys.executable, "-c", script, env=env)
+
+
+def test_a_port_in_use(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = build(folder, **environment(port, 1))
+    assert result.returncode == 1
+    assert f"RuntimeError: the 1 processes cannot meet at 127.0.0.1:{port}" in result.stderr
+    assert "another --master_port, or --standalone" in result.stderr
+
+
+def test_a_rank_is_missing_in_the_environment(folder: Path) -> None:
+    env = environment(1, 2)
+    del env["RANK"]
+    result = build(folder, **env)
+    assert "RuntimeError: the 2 processes cannot meet" in result.stderr
+    assert "RANK expected, but not set" in result.stderr
+
+
+def test_a_group_that_was_started_with_another_size(folder: Path, one_process_group: None) -> None:
+    with pytest.raises(ValueError, match="model_parallel_size is 2, but 1 process") as error:
+        Llama.build(str(folder), model_parallel_size=2, device="cpu")
+    assert "torchrun --nproc_per_node 2 " in str(error.value)
+
+
+def test_a_number_of_ranks_that_does_not_divide(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=4)
+    path = tmp_path / "script.py"
+    path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
+    result = torchrun(3, path)
+    assert result.returncode == 1
+    assert "(cut into 4 shards) does not divide by 3 ranks, but by 1, 2, 4, 8, 16" in result.stderr
+    assert f"torchrun --nproc_per_node 4 {path}" in result.stderr
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_rank_timeout_that_is_no_time(folder: Path, timeout: float) -> None:
+    with pytest.raises(ValueError, match=r"rank_timeout is .*, expected a positive number"):
+        Llama.build(str(folder), device="cpu", rank_timeout=timeout)
+
+
+# --- Folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        ([], "but nothing: expected a folder"),
+        (["config.json", "pytorch_model.bin"], "older Hugging Face weights: download the safe"),
+        (["config.json"], r"download the weights too \(model"),
+        (["model.safetensors"], r"download Hugging Face's config\.json too"),
+        (["llama.Q4.gguf"], "GGUF is not supported"),
+        (["original/params.json", "config.json"], "Meta's files are in '.*original'"),
+        (["8B/params.json", "70B/params.json"], "give one of the folders in it, 70B, 8B"),
+        ([f"{i:02d}.txt" for i in range(12)], r"00\.txt, .*, 09\.txt, and 2 more: "),
+    ],
+)
+def test_a_folder_without_a_checkpoint(tmp_path: Path, names: list[str], advice: str) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(FileNotFoundError, match=rf"'{folder}' holds no consolidated.*{advice}"):
+        Llama.build(str(folder))
+
+
+def test_shards_of_two_models(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    folder = write_checkpoint(tmp_path / "one", PARAMS, weights, n_shards=2)
+    other = write_checkpoint(tmp_path / "two", PARAMS, random_weights(PARAMS, seed=1), n_shards=2)
+    shutil.copy(other / "consolidated.01.pth", folder)
+    words = r"consolidated\.00\.pth and consolidated\.01\.pth .* are shards of two models, norm"
+    with pytest.raises(ValueError, match=words):
+        Llama.build(str(folder), device="cpu")
+    result = run(sys.executable, "-m", "llama", "verify", folder)
+    assert result.returncode == 1
+    assert "are shards of two models" in result.stdout
+    # each rank opens one of them
+    path = tmp_path / "script.py"
+    path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
+    assert "are shards of two models" in torchrun(2, path).stderr
+
+
+def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> None:
+    """At most ten, then a count."""
+    wrong = {key: torch.ones(3) for key in weights if key.startswith("layers.0.")}
+    torch.save(weights | wrong, copy / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"wq\.weight .* \(3,\), expected \(128, 128\)") as error:
+        Llama.build(str(copy), device="cpu")
+    for key in wrong:
+        assert key in str(error.value)
+    params = PARAMS | {"n_layers": 4}
+    (copy / "params.json").write_text(json.dumps(params))
+    torch.save(weights, copy / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="lacks layers") as error:
+        Llama.build(str(copy), device="cpu")
+    assert str(error.value).count("layers.") == 10
+    assert "and 8 more" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_verify_finds_numbers_that_are_not_finite(
+    copy: Path, weights: dict[str, Tensor], value: float
+) -> None:
+    wrong = weights["layers.1.feed_forward.w2.weight"].clone()
+    wrong[5, 7:9] = value
+    contents = weights | {"layers.1.feed_forward.w2.weight": wrong}
+    torch.save(contents, copy / "consolidated.00.pth")
+    result = run(sys.executable, "-m", "llama", "verify", copy)
+    assert result.returncode == 1
+    assert "layers.1.feed_forward.w2.weight in " in result.stdout
+    assert "has 2 values that are not finite" in result.stdout
+
+
+# --- Generation ---------------------------------------------------------------------------------
+
+
+def test_logits_that_are_not_finite(tokenizer: Tokenizer) -> None:
+    """The step and the row, also behind the first batch; a row that has ended does not count."""
+    weights = random_weights(PARAMS)
+    llm = Llama(new_model(PARAMS, weights, max_seq_len=64, max_batch_size=2), tokenizer)
+    llm.tokenizer.stop_tokens = set()
+    embedding = llm.model.tok_embeddings.weight
+    (token,) = llm.generate([[5]], 1, temperature=0)[0][0]
+    (second,) = llm.generate([[5, token]], 1, temperature=0)[0][0]
+    embedding[second] = float("nan")
+    words = "the logits of token 2 of prompt 3 are not finite .computed in float32.*verify"
+    for temperature in (0.0, 1e-9):
+        with pytest.raises(FloatingPointError, match=words):
+            llm.generate([[9], [9], [9], [5]], 4, temperature=temperature)
+    assert llm.generate([[5]], 2, temperature=0)[0] == [[token, second]]
+    with pytest.raises(FloatingPointError, match="the logits of prompt 0 are not finite"):
+        llm.generate([[5, second]], 0, echo=True, logprobs=True)
+
+
+def test_truncation_is_asked_for(llm: Llama) -> None:
+    bos, length = llm.tokenizer.bos_id, llm.model.params.max_seq_len
+    prompt = [bos, *range(100)]
+    with pytest.raises(
+        ValueError,
+        match=rf"prompt 1 has 101 tokens, but max_seq_len is {length}.*"
+        "truncate=True",
+    ):
+        llm.generate([[1], prompt], 4)
+    (row,) = llm.generate([prompt], 4, temperature=0, echo=True, truncate=True)[0]
+    kept = [bos, *prompt[-(length - 5) :]]
+    assert row[: len(kept)] == kept
+    assert len(row) <= length
+    assert llm.generate([kept], 4, temperature=0)[0] == [row[len(kept) :]]
+    # half of the cache at most is left empty, and what fits is left alone
+    (row,) = llm.generate([prompt[1:]], 1000, temperature=0, echo=True, truncate=True)[0]
+    assert row[: length // 2] == prompt[-(length // 2) :]
+    (row,) = llm.generate([prompt[:length]], 0, echo=True, truncate=True)[0]
+    assert row == prompt[:length]
+    text = "Once upon a time " * 50
+    assert llm.text_completion([text], max_gen_len=4, truncate=True)[0].keys() == {"generation"}
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["example_text_completion.py"],
+        ["example_chat_completion.py"],
+        ["-m", "llama", "complete", "demo/model", "Once"],
+        [*TORCHRUN, "example_text_completion.py", "--max_gen_len", "400"],
+    ],
+)
+def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:
+    """The weights have been read, and the model computes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, time\n"
+        "from llama.model import Transformer\n"
+        "step = Transformer.step\n"
+        "def slow(*args, **kwargs):\n"
+        "    print('computing', flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "    return step(*args, **kwargs)\n"
+        "Transformer.step = slow\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""},
+    ) as process:
+        assert process.stdout is not None
+        while "computing" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (output + errors).count("interrupted") == 1
+    if "torch.distributed.run" not in command:
+        assert process.returncode == 130
+        assert "Traceback" not in errors
