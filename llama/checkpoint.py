@@ -37,7 +37,7 @@ LLAMA31_CONTEXT = 131072
 CONTEXTS = {10000.0: 4096, 500000.0: 8192}
 # Native folders do not say how far RoPE is stretched: 8, but 32 in Llama 3.2, told by its shapes.
 LLAMA32_SCALING = 32.0
-LLAMA32_SHAPES = {(2048, 16), (3072, 28)}  # dim, n_layers
+LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
 _CHUNK_BYTES = 16 * 2**20
 
 # --- Shapes, and how they are cut -------------------------------------------------------------

@@ -19,9 +19,10 @@ def check_regular(path: str | Path) -> None:
 def what_to_do(path: str | Path) -> str:
     """The likely cause why a file cannot be read and what to do, as the end of a message."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             start, size = file.read(512), os.fstat(file.fileno()).st_size
-    except OSError:  # not on this machine
+    except (OSError, ValueError):  # not on this machine, or no file
         return "download it again"
     return seems(start) or (
         f"it has {size:,} bytes, which may be an interrupted download: compare it with "

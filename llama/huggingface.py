@@ -108,7 +108,8 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", name)
+        for name in weight_map.values()
     ):
         raise ValueError(f"{str(index)!r} has no valid weight_map: download it again")
     names = sorted(set(weight_map.values()))

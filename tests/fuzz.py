@@ -1,0 +1,178 @@
+"""Feed the library damaged files, guided by the coverage of its own code (atheris, libFuzzer).
+
+    pip install atheris
+    PYTHONPATH=. python tests/fuzz.py TARGET CORPUS [libFuzzer's options, -max_total_time=600 say]
+
+TARGET is the file that is replaced: pth, safetensors, params.json, config.json, index, tiktoken,
+sentencepiece or tokenizer.json. Every input must end in a model that generates or in one of the
+library's errors, within 10 seconds and 1 GiB; anything else stops the run, and libFuzzer writes the
+input to crash-... .
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+try:
+    import atheris
+
+    instrumented: Any = atheris.instrument_imports(include=["llama"])
+except ImportError:  # the folders below are test_hostile.py's too
+    instrumented = contextlib.nullcontext()
+with instrumented:
+    from conftest import random_weights
+
+    from llama import Llama, ModelArgs, RankError, huggingface
+
+PARAMS: dict[str, Any] = {
+    "dim": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "vocab_size": 512,
+    "multiple_of": 16,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+# What build says about a file; all of it has a message. An error of the interpreter has not.
+EXPECTED = (ValueError, FileNotFoundError, MemoryError)
+# No message of ours is about these, though they derive from ValueError.
+UNEXPECTED = (UnicodeError, json.JSONDecodeError, RankError)
+
+
+def native_folder(folder: Path) -> None:
+    """A native checkpoint of some KiB, with a vocabulary of the 256 bytes."""
+    torch.save(random_weights(PARAMS), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+    (folder / "tokenizer.model").write_bytes(vocabulary())
+
+
+def vocabulary() -> bytes:
+    import base64
+
+    lines = (base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    return b"".join(lines)
+
+
+def huggingface_folder(folder: Path) -> None:
+    """The same in Hugging Face's layout, in one file."""
+    weights = random_weights(PARAMS)
+    tensors = {huggingface.huggingface_key(key): w for key, w in weights.items()}
+    args = ModelArgs(**PARAMS)
+    config = huggingface.write_config(args, 8192, torch.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    (folder / "tokenizer.model").write_bytes(vocabulary())
+
+
+def sentencepiece_folder(folder: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "né à Lyon, 1998"] * 20),
+        model_writer=model,
+        vocab_size=290,
+        byte_fallback=True,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    params = PARAMS | {"vocab_size": 290}
+    torch.save(random_weights(params), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(params))
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def tokenizer_json_folder(folder: Path) -> None:
+    huggingface_folder(folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+
+
+def tokenizer_json() -> dict[str, Any]:
+    from llama.tokenizer import special_tokens
+    from llama.vocabulary import _BYTE_OF_LETTER, SPLIT_PATTERN
+
+    letters = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated"}
+    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    cut = [{**split, "invert": False}, {**bytelevel, "use_regex": False}]
+    added = [{"id": i, "content": name, "special": True} for name, i in special_tokens(256).items()]
+    return {
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": {letters[i]: i for i in range(256)},
+            "merges": [],
+        },
+    }
+
+
+TARGETS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pth": (native_folder, "consolidated.00.pth"),
+    "params.json": (native_folder, "params.json"),
+    "tiktoken": (native_folder, "tokenizer.model"),
+    "sentencepiece": (sentencepiece_folder, "tokenizer.model"),
+    "safetensors": (huggingface_folder, "model.safetensors"),
+    "config.json": (huggingface_folder, "config.json"),
+    "index": (huggingface_folder, huggingface.INDEX),
+    "tokenizer.json": (tokenizer_json_folder, "tokenizer.json"),
+}
+
+
+def outcome(folder: Path) -> str:
+    """Build and use what is in a folder: "built", or the type of one of the library's errors."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            llm = Llama.build(str(folder), max_seq_len=16, max_batch_size=1, device="cpu")
+        llm.text_completion(["a b"], temperature=0, max_gen_len=2)
+    except UNEXPECTED:
+        raise
+    except FloatingPointError:  # numbers that are not finite are found when they are met
+        return "FloatingPointError"
+    except EXPECTED as error:
+        return type(error).__name__ if str(error) else "an error without a message"
+    return "built"
+
+
+def main() -> None:
+    target, corpus, *options = sys.argv[1:]
+    make, name = TARGETS[target]
+    folder = Path(tempfile.mkdtemp())
+    make(folder)
+    Path(corpus).mkdir(exist_ok=True)
+    shutil.copy(folder / name, Path(corpus) / "intact")
+    assert outcome(folder) == "built"
+    counts: dict[str, int] = {}
+
+    def one_input(data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        result = outcome(folder)
+        if " " in result:
+            raise AssertionError(result)
+        counts[result] = counts.get(result, 0) + 1
+        if sum(counts.values()) % 1000 == 0:
+            print(target, sum(counts.values()), counts, flush=True)
+
+    largest = str(2 * (folder / name).stat().st_size)
+    limits = ["-timeout=10", "-rss_limit_mb=1536", f"-max_len={largest}"]  # torch has 0.5 GiB
+    atheris.Setup([sys.argv[0], corpus, *limits, *options], one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
