@@ -158,6 +158,7 @@ def test_entries_larger_than_the_file(tmp_path: Path, field: str) -> None:
         ({"n_layers": 4095, "dim": 2**22, "n_heads": 2**21}, MemoryError, "the weights leave no"),
         ({"dim": 2**40}, ValueError, "dim is 1099511627776"),
         ({"multiple_of": 2**23, "ffn_dim_multiplier": 1e11}, ValueError, "feed-forward"),
+        ({"dim": {}}, ValueError, "dim is {}, expected a positive integer"),
         ({"norm_eps": 10**400}, ValueError, "norm_eps is 1000"),
     ],
 )
@@ -171,7 +172,8 @@ def test_params_that_ask_for_too_much(
 
 
 @pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "..", "a/../model.safetensors"]
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "..", "a/../model.safetensors", "a" * 300 + ".safetensors"],
 )
 def test_an_index_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     fuzz.huggingface_folder(tmp_path)
