@@ -7,7 +7,10 @@ set -efuo pipefail # -f: no name is ever expanded as a pattern
 export LC_ALL=C    # the tools' output is the same everywhere
 
 TRIES=5                          # requests per file before giving up
-PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2} # seconds before the 2nd request; grows with each one
+PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2}  # seconds before the 2nd request; grows with each one
+STALL=${LLAMA_DOWNLOAD_STALL:-60} # seconds below 1 KiB/s, or of silence, that end a request
+SHARD_KIB=$((40 * 1024 * 1024))   # more than any shard has: a server that does not stop
+OTHER_KIB=$((100 * 1024))         # more than any other file has
 FETCHED=0 PRESENT=0
 USAGE='Usage: ./download.sh [--url URL] [--models "LIST"] [--dir DIR]
        ./download.sh --verify DIR'
@@ -33,6 +36,8 @@ TEXT
 
 LLAMA_DOWNLOAD_PAUSE (environment): seconds before a broken download is tried again;
 twice, three times ... as long before the next tries (default 2).
+LLAMA_DOWNLOAD_STALL (environment): seconds of less than 1 KiB/s (wget: of silence) after
+which a download counts as broken (default 60).
 TEXT
 }
 
@@ -160,24 +165,26 @@ is_right() {
 }
 
 # request PATH PART: one request that continues PART if it is there. Sets STATUS (HTTP, 000 if
-# none came), TYPE (content type) and RESULT (done, norange, disk, or the tool's error).
+# none came), TYPE (content type) and RESULT (done, norange, disk, toolong, or the tool's error).
 # The link is given on standard input, through a pipe: arguments show in "ps", and a
-# here-document would be a temporary file.
+# here-document would be a temporary file. Redirections are not followed: the signature is for
+# one server, and where another one leads is not for it to say.
 request() {
-  local args out key value rest rc=0 url=$URL_HEAD$1$URL_TAIL
+  local args out key value rest rc=0 url=$URL_HEAD$1$URL_TAIL kib=$OTHER_KIB
+  [[ $1 != *.pth ]] || kib=$SHARD_KIB
   STATUS='' TYPE='' RESULT=''
   if [[ $FETCHER == curl ]]; then
-    args=(--globoff --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60
+    args=(--globoff --fail --connect-timeout 30 --speed-limit 1024 --speed-time "$STALL"
       --continue-at - --output "$2" --write-out '%{http_code} %{content_type}' --config -)
     if [[ -t 2 ]]; then args+=(--progress-bar); else args+=(--silent --show-error); fi
-    out=$(printf 'url = "%s"\n' "$url" | curl "${args[@]}") || rc=$?
+    out=$(limit_size "$kib" && printf 'url = "%s"\n' "$url" | curl "${args[@]}") || rc=$?
     STATUS=${out%% *} TYPE=${out#* }
     case $rc in 23) RESULT=disk ;; 33) RESULT=norange ;; esac
   else
-    args=(--quiet --server-response --output-file=/dev/stdout --tries=1 --timeout=60
-      --continue --output-document="$2" --input-file=-)
+    args=(--quiet --server-response --output-file=/dev/stdout --tries=1 --timeout="$STALL"
+      --max-redirect=0 --continue --output-document="$2" --input-file=-)
     if [[ -t 2 ]]; then args+=(--show-progress --progress=bar:force:noscroll); fi
-    out=$(printf '%s\n' "$url" | wget "${args[@]}") || rc=$?
+    out=$(limit_size "$kib" && printf '%s\n' "$url" | wget "${args[@]}") || rc=$?
     while read -r key value rest; do
       case $key in
         HTTP/*) STATUS=$value TYPE='' ;;
@@ -189,7 +196,14 @@ request() {
   [[ -n $STATUS ]] || STATUS=000
   [[ -n $RESULT ]] || RESULT="$FETCHER error $rc"
   [[ $rc != 0 ]] || RESULT='done'
+  [[ $RESULT != disk || $(wc -c <"$2" 2>/dev/null || echo 0) -lt $((kib * 1024)) ]] ||
+    RESULT=toolong
   [[ -s $2 ]] || rm -f "$2"
+}
+
+limit_size() { # KIB: files that are written from here on; a write beyond it is an error
+  trap '' XFSZ
+  ulimit -S -f "$1" 2>/dev/null || : # a lower one may be set already
 }
 
 die_page() {
@@ -218,6 +232,10 @@ transfer() {
     request "$path" "$part"
     [[ $RESULT != disk ]] || die "cannot write $part: the disk is full (or writing is not" \
       "allowed there). Make room and run this again; it goes on where it stopped"
+    if [[ $RESULT == toolong ]]; then
+      rm -f "$part"
+      die "the server sends more for $path than any such file has: check the link"
+    fi
     case $STATUS in
       200 | 206)
         if [[ $TYPE == text/html* ]]; then
@@ -227,6 +245,8 @@ transfer() {
         [[ $RESULT != 'done' ]] || return 0
         # No ranges here: start over rather than glue a whole file to a half one
         [[ $RESULT != norange ]] || rm -f "$part" ;;
+      30?) die "the server wants to lead to another address for $path (HTTP $STATUS), which is not" \
+        "followed: check the link, or ask Meta for a new one" ;;
       401 | 403) die "access refused for $path (HTTP $STATUS): the link has expired (after 24" \
         "hours) or is for another model. Ask Meta for a new one and run this again" ;;
       404 | 410) die "the server has no $path (HTTP $STATUS): the link is probably for another" \
@@ -374,6 +394,7 @@ main() {
     shift 2
   done
   [[ $PAUSE =~ ^[1-9]?[0-9]$ ]] || die "LLAMA_DOWNLOAD_PAUSE must be 0 to 99 seconds"
+  [[ $STALL =~ ^[1-9][0-9]{0,3}$ ]] || die "LLAMA_DOWNLOAD_STALL must be 1 to 9999 seconds"
   find_md5
   find_fetcher
   [[ -n $url ]] || { ask "Signed link from Meta's e-mail (with the *): " || :; url=$ANSWER; }

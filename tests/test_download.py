@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
-TOOLS = ("awk", "bash", "cat", "head", "mkdir", "mv", "rm", "sleep", "tr")
+TOOLS = ("awk", "bash", "cat", "head", "mkdir", "mv", "rm", "sleep", "tr", "wc")
 SECRET = "SeCrEt"
 # Characters that curl, wget or a shell could take for more than themselves
 QUERY = f"Policy=eyJ_a-b~c&Signature={SECRET}[1-3]{{a,b}}~'$(id)`id`;!*#0%2B&Key-Pair-Id=K1"
@@ -155,6 +155,14 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             fault = "404"
             data = b""
+        if fault.startswith("to "):
+            self.send_response(int(fault.split()[1]))
+            self.send_header("Location", f"{fault.split()[2]}/{path}?{query}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+        if fault in ("endless", "drip", "renamed"):
+            return self.harm(fault, data)
         if fault.isdigit():
             return self.answer(int(fault), b"<html>error</html>", "text/html")
         if fault == "page":
@@ -178,6 +186,24 @@ class Handler(BaseHTTPRequestHandler):
             self.server.stalled.set()
             self.server.released.wait(30)
         return None
+
+    def harm(self, fault: str, data: bytes) -> None:
+        """A body without an end, one that comes byte by byte, and one under another name."""
+        self.send_response(200)
+        self.send_header("Content-Type", "binary/octet-stream")
+        if fault == "renamed":
+            self.send_header("Content-Disposition", 'attachment; filename="../../evil"')
+            self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close")
+        self.close_connection = True
+        self.end_headers()
+        if fault == "renamed":
+            self.wfile.write(data)
+            return
+        with contextlib.suppress(OSError):  # until the other side has enough
+            while not self.server.released.wait(0.2 if fault == "drip" else 0):
+                self.wfile.write(b"x" if fault == "drip" else bytes(2**20))
+                self.wfile.flush()
 
 
 class Box:
@@ -926,3 +952,52 @@ def test_nothing_newer_than_bash_3_2() -> None:
     )
     found = re.findall(rf".*(?:{newer}).*", SCRIPT.read_text())
     assert not found, found
+
+
+# --- A server that means harm -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("target", ["other", "file"])
+def test_redirections_are_not_followed(box: Box, status: int, target: str) -> None:
+    """Another host would get the signed query."""
+    with Server() as other:
+        thread = threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        to = f"http://127.0.0.1:{other.server_port}" if target == "other" else "file:///etc/passwd"
+        box.server.faults["8b_pre_trained/params.json"] = repeat(f"to {status} {to}")
+        failed(box.get("8B"), "another address for 8b_pre_trained/params.json", str(status))
+        assert other.requests == []
+        other.shutdown()
+        thread.join()
+    assert box.server.paths().count("8b_pre_trained/params.json") == 1
+    assert "Meta-Llama-3-8B/params.json" not in box.files()
+
+
+def test_a_body_without_end(box: Box) -> None:
+    box.server.faults["8b_pre_trained/params.json"] = repeat("endless")
+    failed(box.get("8B"), "sends more for 8b_pre_trained/params.json than any such file has")
+    assert not [name for name in box.files() if "params.json" in name]
+
+
+def test_a_body_that_drips(tmp_path: Path, server: Server) -> None:
+    """Five bytes a second are no download, though there is never silence."""
+    if not usable("curl"):
+        pytest.skip("wget only notices silence")
+    box = Box(tmp_path, server, "curl")
+    box.env["LLAMA_DOWNLOAD_STALL"] = "1"
+    server.faults["LICENSE"] = repeat("drip")
+    failed(box.get("8B"), "gave up on LICENSE after 5 attempts")
+
+
+def test_the_servers_name_for_a_file_does_not_count(box: Box) -> None:
+    box.server.faults[SHARD] = repeat("renamed")
+    assert box.get("8B").returncode == 0
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+    assert not list(box.top.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "99999"])
+def test_a_stall_that_is_no_time(any_box: Box, value: str) -> None:
+    any_box.env["LLAMA_DOWNLOAD_STALL"] = value
+    failed(any_box.get("8B"), "LLAMA_DOWNLOAD_STALL must be 1 to 9999 seconds")
