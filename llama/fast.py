@@ -35,37 +35,60 @@ _M = TypeVar("_M", bound=nn.Module)
 # oneDNN lays the right-hand matrix of a product out anew in every call, and F.linear puts the
 # weight there. In decoding that costs a third of the time.
 
-_MAX_ROWS = 128  # with more, the result's transposition costs more than the weight's new layout
-_MAX_FFN_ROWS = 256  # so many at a time: what is between the products stays in the caches
+_MAX_ROWS = 256  # at a time: what is between two products stays in the caches
 _MIN_WEIGHT_BYTES = 2**20  # smaller ones stay in the caches, and F.linear starts sooner
+
+
+def _in_parts(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """The product for the rows of x [T, dim], some of them at a time, with zeros behind the last.
+
+    oneDNN writes a program for every number of rows, which takes it 5 to 15 ms and up to a megabyte
+    that it never gives back: here it meets 27 numbers.
+    """
+    if len(x) <= 8:
+        return product(x)[: len(x)].contiguous()
+    results = []
+    for rows in x.split(_MAX_ROWS):
+        n_rows = len(rows)
+        missing = -n_rows % (8 if n_rows <= 64 else 16)
+        results.append(product(F.pad(rows, (0, 0, 0, missing)) if missing else rows)[:n_rows])
+    return results[0].contiguous() if len(results) == 1 else torch.cat(results)
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """[dim, T]. One row is taken twice: for a single column torch has another, slower kernel."""
+    return rows.t() if len(rows) > 1 else rows.t().expand(-1, 2)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.linear``, for few numbers of rows."""
+    if x.dim() != 2:
+        return F.linear(x, weight)
+    return _in_parts(x, lambda rows: F.linear(rows, weight))
 
 
 def weight_first(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear`` as weight @ x.T: the weight is the left-hand matrix, which oneDNN reads as it
-    is. One row is computed twice, since for a single column torch takes another, slower kernel."""
-    n_rows = len(x)
-    if x.dim() != 2 or n_rows > _MAX_ROWS:
+    is."""
+    if x.dim() != 2:
         return F.linear(x, weight)
-    return torch.mm(weight, _columns(x)).t()[:n_rows].contiguous()
-
-
-def _columns(x: Tensor) -> Tensor:
-    return x.t() if len(x) > 1 else x.t().expand(-1, 2)
+    return _in_parts(x, lambda rows: torch.mm(weight, _columns(rows)).t())
 
 
 def swiglu_weight_first(
     x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
 ) -> Tensor:
     """``model.swiglu`` with all three weights first. What is between them stays transposed, so that
-    only the result has to be turned round, and this pays for any number of rows."""
+    only the result has to be turned round."""
     if x.dim() != 2:
         return swiglu(x, w1, w2, w3)
-    results = []
-    for rows in x.split(_MAX_FFN_ROWS):
+
+    def product(rows: Tensor) -> Tensor:
         columns = _columns(rows)  # [dim, T]
         h = F.silu(torch.mm(w1.weight, columns), inplace=True).mul_(torch.mm(w3.weight, columns))
-        results.append(torch.mm(w2.weight, h).t()[: len(rows)])
-    return all_reduce(torch.cat(results).contiguous())
+        return torch.mm(w2.weight, h).t()
+
+    return all_reduce(_in_parts(x, product))
 
 
 class Packed:
@@ -77,8 +100,11 @@ class Packed:
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         if weight is not self.source or _version(weight) != self.version:
-            return F.linear(x, weight)  # it was changed or moved since
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            return linear(x, weight)  # it was changed or moved since
+        if x.dim() != 2:
+            return F.linear(x, weight)
+        product = torch.ops.mkldnn._linear_pointwise
+        return _in_parts(x, lambda rows: product(rows, self.packed, None, "none", [], ""))
 
 
 def _version(weight: Tensor) -> int:
@@ -111,14 +137,18 @@ def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _choose_linear(model: Transformer) -> None:
-    device, dtype = model.output.weight.device, model.output.weight.dtype
-    packs = packs_weights(device, dtype)
-    if not packs and (dtype != torch.bfloat16 or "amx_bf16" not in cpu_features()):
+    if model.output.weight.dtype != torch.bfloat16:
+        return
+    features = cpu_features()
+    packs = packs_weights(model.output.weight.device, torch.bfloat16)
+    if not packs and "amx_bf16" not in features:
         return
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
-        if layer.weight.nbytes >= _MIN_WEIGHT_BYTES:
+        if layer.weight.nbytes < _MIN_WEIGHT_BYTES:
+            layer.linear = linear
+        else:
             layer.linear = Packed(layer.weight) if packs else weight_first
     for ffn in _modules(model, FeedForward):
         if not packs and ffn.w1.weight.nbytes >= _MIN_WEIGHT_BYTES:

@@ -9,6 +9,7 @@ import numbers
 import operator
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,8 @@ class Llama:
         self._device = model.output.weight.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._step = fast.accelerate(model, compile=compile)
+        # held while the cache is in use: calls from several threads follow one another
+        self._lock = threading.RLock()
 
     def stream(
         self,
@@ -226,7 +229,8 @@ class Llama:
         A row ends with a stop token (which is given), after ``max_gen_len`` tokens, or when
         ``max_seq_len`` is reached; one that may not generate at all has no event. Prompts beyond
         ``max_batch_size`` follow when those before them have ended. The key/value cache is the
-        model's, so only one generation can run at a time. Under torchrun every rank gets the same
+        model's, so only one stream can run at a time; the other calls wait for each other where
+        several threads make them. Under torchrun every rank gets the same
         events and must take all of them; with several copies of the weights each does all of the
         work (the other calls divide it).
 
@@ -414,7 +418,8 @@ class Llama:
             parallel.agree("Llama.generate", {"prompt_tokens": prompts}, everyone=True)
         share = prompts[replica::n_replicas]
         rows = [_Generated() for _ in share]
-        with parallel.failing_together() if n_replicas > 1 else contextlib.nullcontext():
+        together = parallel.failing_together() if n_replicas > 1 else contextlib.nullcontext()
+        with self._lock, together:
             for events in self.stream(
                 share, max_gen_len, temperature, top_p, logprobs=logprobs, echo=echo, seed=seed
             ):
@@ -445,12 +450,12 @@ class Llama:
             for prompt in prompts
         ]
         hidden = scores = None
-        with parallel.computing():
+        with self._lock, parallel.computing():
             if any(limits) or (echo and logprobs):
                 hidden = self._prefill(prompts)  # [T, dim]
             if echo and logprobs and hidden is not None:
                 scores = self._score(prompts, hidden, first)
-        user = self.model.cache_user = object()
+            user = self.model.cache_user = object()
         if echo:
             yield _prompt_events(prompts, first, limits, decoders, scores)
         if not any(limits):
@@ -489,16 +494,17 @@ class Llama:
             yield events
             if not any(left):
                 return
-            if self.model.cache_user is not user:
-                raise RuntimeError(
-                    "another generation has used this model since: finish a stream before you "
-                    "start the next, or give each its own model"
-                )
             positions = positions.clamp(max=max_seq_len - 1)  # of rows that have ended
             lengths = [min(length + 1, max_seq_len) for length in lengths]
             ragged = len(set(lengths)) > 1
-            with parallel.computing():
-                logits = self._step(tokens, positions, max(lengths), masked=ragged)
+            with self._lock:
+                if self.model.cache_user is not user:
+                    raise RuntimeError(
+                        "another generation has used this model since: finish a stream before "
+                        "you start the next, or give each its own model"
+                    )
+                with parallel.computing():
+                    logits = self._step(tokens, positions, max(lengths), masked=ragged)
             positions = positions + 1
 
     def _starts_text(self, prompt: list[int]) -> bool:

@@ -54,6 +54,23 @@ def test_weight_first_takes_any_shape() -> None:
     torch.testing.assert_close(fast.weight_first(x, weight), nn.functional.linear(x, weight))
 
 
+def test_onednn_meets_few_numbers_of_rows() -> None:
+    """It keeps a program for each; every row is computed all the same."""
+    met = set()
+
+    def double(rows: Tensor) -> Tensor:
+        met.add(len(rows))
+        return 2 * rows
+
+    for n_rows in range(1, 1100):
+        x = torch.randn(n_rows, 3)
+        y = fast._in_parts(x, double)
+        assert torch.equal(y, 2 * x)
+        assert y.is_contiguous()
+    assert len(met) == 27
+    assert max(met) == 256
+
+
 @pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)])
 def test_swiglu_weight_first_is_swiglu(shape: tuple[int, ...]) -> None:
     """In float32, where nothing is rounded but the sums; rows that are cut into parts included."""

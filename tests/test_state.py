@@ -1,0 +1,166 @@
+"""One object, used many times and in bad moments: memory, interrupts, threads, abandoned streams."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soak
+import torch
+from conftest import PARAMS, new_model, random_weights, run
+
+from llama import Llama, Tokenizer
+
+PROMPTS = [[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]]
+
+
+@pytest.fixture
+def fresh(tokenizer: Tokenizer) -> Llama:
+    model = new_model(PARAMS, random_weights(PARAMS), max_seq_len=128, max_batch_size=4)
+    llm = Llama(model, tokenizer)
+    llm.tokenizer.stop_tokens = set()
+    return llm
+
+
+@pytest.fixture
+def expected(fresh: Llama) -> Any:
+    return fresh.generate(PROMPTS, 20, logprobs=True, seed=3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_flat_and_the_output_the_same() -> None:
+    """As far as 400 calls can tell: docs/reliability.md has the figures of 2,000."""
+    result = soak.soak(calls=400)
+    assert result["same_output"]
+    assert result["bytes_per_call"] < 150_000
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("at", [1, 2, 9])
+def test_a_call_that_breaks_off_leaves_no_trace(
+    fresh: Llama, expected: Any, at: int, error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in a layer, in prefill and in decoding."""
+    layer, passes = fresh.model.layers[1], 0
+    forward = layer.forward
+
+    def failing(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == at:
+            raise error
+        return forward(*args)
+
+    monkeypatch.setattr(layer, "forward", failing)
+    with pytest.raises(error):
+        fresh.generate(PROMPTS, 20, seed=3)
+    monkeypatch.undo()
+    assert fresh.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_real_interrupt_leaves_no_trace(fresh: Llama, expected: Any) -> None:
+    for seconds in (0.01, 0.02, 0.05):
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                fresh.generate(PROMPTS, 100)
+        timer.join()
+        assert fresh.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
+
+
+def test_two_models_take_turns(fresh: Llama, expected: Any, demo: Llama) -> None:
+    """Steps of two streams, one after the other; the models differ in shape and dtype."""
+    dialog: Any = [[{"role": "user", "content": "What is 23 + 45?"}]]
+    prompt = demo.formatter.encode_dialog_prompt(dialog[0])
+    one = fresh.stream(PROMPTS, 20, seed=3)
+    two = demo.stream([prompt], 20, temperature=0)
+    rows: list[list[int]] = [[], [], []]
+    text = ""
+    for events in one:
+        for event in events:
+            rows[event.row].append(event.token)
+        text += "".join(event.text for event in next(two, []))
+    assert rows == expected[0]
+    assert text == "23 + 45 = 68."
+
+
+def test_two_models_in_two_threads(fresh: Llama, expected: Any, demo: Llama) -> None:
+    dialog: Any = [[{"role": "user", "content": "What is 23 + 45?"}]]
+
+    def ask() -> Any:
+        return demo.chat_completion(dialog, temperature=0)[0]["generation"]["content"]
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask) for _ in range(5)]
+        rows = [fresh.generate(PROMPTS, 20, logprobs=True, seed=3) for _ in range(5)]
+        assert {answer.result() for answer in answers} == {"23 + 45 = 68."}
+    assert rows == [expected] * 5
+
+
+def test_one_model_in_several_threads(fresh: Llama, expected: Any) -> None:
+    """Calls follow one another."""
+    other = fresh.generate([[5]], 30, seed=4)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [(PROMPTS, 20, 3), ([[5]], 30, 4)] * 6
+        results = [
+            pool.submit(fresh.generate, prompts, n, logprobs=True, seed=seed)
+            for prompts, n, seed in calls
+        ]
+        for i, result in enumerate(results):
+            tokens, _ = result.result()
+            assert tokens == (expected[0] if i % 2 == 0 else other[0])
+
+
+def test_a_stream_that_another_thread_overtakes_is_refused(fresh: Llama) -> None:
+    stream = fresh.stream(PROMPTS, 20)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fresh.generate, [[1]], 2).result()
+    with pytest.raises(RuntimeError, match="another generation has used this model since"):
+        next(stream)
+
+
+def test_an_abandoned_stream_is_no_burden(fresh: Llama, expected: Any) -> None:
+    """Neither while it is kept nor when it is gone."""
+    kept = [fresh.stream(PROMPTS, 20) for _ in range(3)]
+    for stream in kept:
+        next(stream)
+        assert fresh.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
+    del kept, stream
+    assert fresh.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
+
+
+GREEDY = """
+import json, sys, torch
+from llama import Llama
+llm = Llama.build(sys.argv[1], max_seq_len=128, dtype=sys.argv[2], device="cpu")
+tokens = llm.generate([[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]], 100, temperature=0)[0]
+logits = llm.model.forward(torch.arange(40)[None], 0)
+print(json.dumps([torch.get_num_threads(), tokens, logits.flatten().tolist()]))
+"""
+
+
+def test_greedy_tokens_do_not_depend_on_process_or_threads(folder: Path) -> None:
+    """In float32; the logits agree to rounding."""
+    results = []
+    for threads in (1, 2, 2):
+        result = run(
+            sys.executable, "-c", GREEDY, folder, "float32", env={"OMP_NUM_THREADS": str(threads)}
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(result.stdout.splitlines()[-1])
+
+    (one, tokens_one, logits_one), (two, tokens_two, logits_two), _ = map(json.loads, results)
+    assert (one, two) == (1, 2)
+    assert tokens_one == tokens_two
+    assert results[1] == results[2]  # the same number of threads: the same bits
+    a, b = torch.tensor(logits_one), torch.tensor(logits_two)
+    assert (a - b).abs().max() / b.abs().max() < 1e-5
