@@ -289,7 +289,7 @@ class Process:
 
     def __init__(self, name: str, folder: Path, **options: Any) -> None:
         self.name = name
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - this file
             [sys.executable, "-m", "benchmarks.engines", name, json.dumps(options), str(folder)],
             cwd=ROOT,
             stdin=subprocess.PIPE,

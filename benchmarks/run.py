@@ -299,7 +299,8 @@ class Benchmark:
         folder = self.folder.with_name(self.folder.name + "-hf")
         if not folder.exists():
             command = [sys.executable, "-m", "llama", "convert", self.folder, folder]
-            subprocess.run([*map(str, command), "--format", "hf"], cwd=ROOT, check=True)
+            command += ["--format", "hf"]
+            subprocess.run([str(c) for c in command], cwd=ROOT, check=True)  # noqa: S603 - our own program
         return folder
 
     def _configuration(self) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
     torch.save(tensors, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS) + "\n")
     sums = (
-        f"{hashlib.md5((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        f"{hashlib.md5((folder / name).read_bytes(), usedforsecurity=False).hexdigest()}  {name}\n"
         for name in ("consolidated.00.pth", "params.json", "tokenizer.model")
     )
     (folder / "checklist.chk").write_text("".join(sums))

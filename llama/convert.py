@@ -169,7 +169,7 @@ def _write_native(
     names = sorted(path.name for path in folder.iterdir())
     sums = {name: _md5(folder / name) for name in names}
     params = json.dumps(resolved_params(weights.args)) + "\n"
-    sums["params.json"] = hashlib.md5(params.encode()).hexdigest()
+    sums["params.json"] = hashlib.md5(params.encode(), usedforsecurity=False).hexdigest()
     lines = (f"{digest}  {name}\n" for name, digest in sums.items())
     (folder / "checklist.chk").write_text("".join(lines))
     (folder / "params.json").write_text(params)
@@ -262,7 +262,7 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
-    digest = hashlib.md5()
+    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(_WRITE_BYTES):
             digest.update(piece)
