@@ -66,6 +66,7 @@ def convert(
 
     Raises:
         FileExistsError: ``target`` is there.
+        OSError: the disk is full, or cannot be written to; nothing is left on it.
         ValueError: the source is damaged, or does not divide by ``n_shards``.
     """
     _check_target(target, found.folder, force)
@@ -76,6 +77,7 @@ def convert(
         )
     weights = Weights(found, args)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(weights, target, dtype)
     part = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     part.mkdir()
     try:
@@ -100,9 +102,27 @@ def convert(
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         _put_in_place(part, target, found.folder, force)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"{str(target)!r} could not be written, and nothing of it is left: {error}"
+        ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _check_room(weights: Weights, target: Path, dtype: torch.dtype | None) -> None:
+    n_bytes = sum(
+        checkpoint.n_bytes(cut, 1, dtype or _dtype(weights, key))
+        for key, cut in weights.cuts.items()
+    )
+    free = shutil.disk_usage(target.parent).free
+    if free < n_bytes:
+        raise OSError(
+            f"{str(target)!r} needs {n_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB "
+            "free: make room, or give another folder"
+        )
 
 
 def _check_target(target: Path, source: Path, force: bool) -> None:

@@ -203,7 +203,9 @@ class Watch:
     def _run(self) -> None:
         while True:
             heard, _, _ = select.select([self._alarm], [], [], _INTERVAL)
-            if heard and signal.SIGTERM in os.read(self._alarm, 4096):
+            terminated = heard and signal.SIGTERM in os.read(self._alarm, 4096)
+            # the user's program may have set a handler of its own since
+            if terminated and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
                 self._terminated()
             if self._has_left:
                 return
@@ -261,12 +263,13 @@ class Watch:
         is_main = threading.current_thread() is threading.main_thread()
         if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
             return
-        signal.signal(
-            signal.SIGTERM, lambda *_: os.write(self._wake, signal.SIGTERM.to_bytes(1, "little"))
-        )
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         other = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         if other != -1:  # an event loop's
             signal.set_wakeup_fd(other)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        os.write(self._wake, bytes([number]))
 
     def _terminated(self) -> NoReturn:
         with contextlib.suppress(RuntimeError):

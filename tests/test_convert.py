@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -252,6 +253,26 @@ def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["max_position_embeddings"] == 4096
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2])
+
+
+def test_a_full_disk(
+    tmp_path: Path, folder: Path, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before, and while writing: a limit on the size of files stands in for the disk."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**8))
+        said = cli("convert", wide, tmp_path / "new", code=1)
+    assert "needs 1.1 GB, but the disk has 0.1 GB free" in said
+    said = cli(
+        "convert",
+        folder,
+        tmp_path / "new",
+        code=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    assert "new' could not be written, and nothing of it is left: [Errno 27]" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor]) -> None:

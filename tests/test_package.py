@@ -30,7 +30,7 @@ LAYERS = [
     "__main__",
 ]
 PAGES = ["README.md", "MODEL_CARD.md", "USE_POLICY.md", "demo/README.md"]
-PAGES += ["benchmarks/README.md", "docs/performance.md"]
+PAGES += ["benchmarks/README.md", "docs/performance.md", "docs/reliability.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
