@@ -33,6 +33,7 @@ from llama.files import summary
 
 _INTERVAL = 0.5  # seconds between two signs of life
 _LEFT = "left"  # the last sign of a process that ends of itself
+_TERMINATED = "terminated"  # and of one that was told to, as the others will be
 # How long the reason of a broken connection is looked for: it shows before its process has ended.
 _PATIENCE = 2.0
 
@@ -110,12 +111,12 @@ class Watch:
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
             try:
-                if reason := self._told() or self._killed() or self._ended():
+                if reason := self._told() or self._killed() or self._ended(_LEFT):
                     return reason
             except RuntimeError:  # no store any more
                 return "torchrun is gone"
             time.sleep(0.05)
-        return None
+        return self._ended(_TERMINATED)  # but this one was not
 
     def leave(self) -> None:
         """The process ends of itself. Others may go on without it, unless they wait for it."""
@@ -141,16 +142,15 @@ class Watch:
             zip(self._launchers, self._pids, lives, strict=True)
         ):
             here = launcher == self._launchers[self._rank] and rank != self._rank
-            if here and life != _LEFT and _state(pid) in "ZX":
+            if here and life not in (_LEFT, _TERMINATED) and _state(pid) in "ZX":
                 return (
                     f"rank {rank} (process {pid}) was killed or has crashed; torchrun's report has "
                     "the signal (SIGKILL often means that the machine ran out of memory)"
                 )
         return None
 
-    def _ended(self) -> str | None:
-        lives = self._all_lives()
-        gone = [rank for rank, life in enumerate(lives) if life == _LEFT]
+    def _ended(self, how: str) -> str | None:
+        gone = [rank for rank, life in enumerate(self._all_lives()) if life == how]
         if not gone:
             return None
         return (
@@ -223,7 +223,7 @@ class Watch:
         if told and not self.has_told:
             self._exit(1)
         for rank, life in enumerate(lives):
-            if rank == self._rank or life == _LEFT:
+            if rank == self._rank or life in (_LEFT, _TERMINATED):
                 continue
             self._silent[rank] = self._silent[rank] + 1 if life == self._seen[rank] else 0
             self._seen[rank] = life
@@ -273,7 +273,7 @@ class Watch:
 
     def _terminated(self) -> NoReturn:
         with contextlib.suppress(RuntimeError):
-            self._store.set(self._lives[self._rank], _LEFT)  # not killed, for those that look
+            self._store.set(self._lives[self._rank], _TERMINATED)
             if reason := self._killed():
                 self._tell(reason)
         self._exit(128 + signal.SIGTERM)
