@@ -285,6 +285,7 @@ def _state(pid: int) -> str:
         os.kill(pid, 0)
         if sys.platform != "linux":
             return "R"
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0] if fields else "X"  # nothing is read of one that is just going
     except (ProcessLookupError, FileNotFoundError):
         return "X"
