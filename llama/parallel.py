@@ -71,7 +71,7 @@ def initialize(
         ValueError: the sizes do not fit the number of processes, or differ between them.
         RuntimeError: the processes cannot reach each other.
     """
-    global _partners
+    global _everyone, _partners, _made_in
     launched = dist.is_initialized() or dist.is_torchelastic_launched()
     if launched and not dist.is_initialized():
         _join(device)
@@ -91,8 +91,9 @@ def initialize(
             f"model_parallel_size is {size}, but {world_size} process(es) are running, which is no "
             f"multiple of it; leave it out, or start with\n    {torchrun_line(max(size, 1))}"
         )
-    if not launched:
-        groups.destroy_model_parallel()  # a group of processes that are gone
+    if not launched:  # what there is belongs to a group that is gone
+        groups.destroy_model_parallel()
+        _everyone = _partners = _made_in = None
         return
     if not groups.model_parallel_is_initialized() or model_parallel_size() != size:
         groups.destroy_model_parallel()

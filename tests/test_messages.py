@@ -110,6 +110,16 @@ def test_a_group_that_was_started_with_another_size(folder: Path, one_process_gr
     assert "torchrun --nproc_per_node 2 " in str(error.value)
 
 
+def test_a_group_that_has_ended(folder: Path, one_process_group: None) -> None:
+    """The next model is one process's again, and an older one still generates."""
+    older = Llama.build(str(folder), device="cpu", dtype="float32")
+    expected = older.generate([[1, 2]], 5, temperature=0)
+    dist.destroy_process_group()
+    newer = Llama.build(str(folder), device="cpu", dtype="float32")
+    assert newer.generate([[1, 2]], 5, temperature=0) == expected
+    assert older.generate([[1, 2]], 5, temperature=0) == expected
+
+
 def test_a_number_of_ranks_that_does_not_divide(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=4)
     path = tmp_path / "script.py"
