@@ -80,7 +80,7 @@ def test_a_number_of_ranks_that_cannot_work_names_those_that_do(
 ) -> None:
     result = torchrun(3, WORKER, folder, tmp_path, "float32")
     assert result.returncode != 0
-    assert "do not divide by 3 ranks, but by 1, 2, 4, 8, 16" in result.stderr
+    assert "does not divide by 3 ranks, but by 1, 2, 4, 8, 16" in result.stderr
 
 
 # --- Any shards on any ranks --------------------------------------------------------------------

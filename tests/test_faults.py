@@ -218,13 +218,13 @@ from llama import Llama, checkpoint
 assert sys.stdin is None
 rank, load = int(os.environ["RANK"]), checkpoint.load
 def loading(*args, **kwargs):
-    time.sleep(3 * rank)
+    time.sleep(2 * rank)
     return load(*args, **kwargs)
 checkpoint.load = loading
-llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=1.5)
-time.sleep(3 * (1 - rank))
+llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=1)
+time.sleep(2 * (1 - rank))
 for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
-    time.sleep(3 * rank * (step == 2))
+    time.sleep(2 * rank * (step == 2))
 print("finished")
 """
     )
