@@ -120,6 +120,15 @@ def test_a_rank_is_stopped(
     assert message.endswith("gave no sign of life for 3 s: it is stopped (SIGSTOP); all ranks end")
 
 
+def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
+    folder = 'folder if os.environ["RANK"] == "0" else "nowhere"'
+    script.write_text(SCRIPT.replace("Llama.build(folder,", f"Llama.build({folder},"))
+    message = ended(torchrun(2, script, shards, "-1", "", "", timeout=60))
+    assert message.startswith(
+        "rank 1 failed (FileNotFoundError: no checkpoint folder at 'nowhere': give ckpt_dir"
+    )
+
+
 def test_ranks_that_differ_are_told_so(tmp_path: Path, shards: Path) -> None:
     """Different arguments are an error on every rank, after which they can go on."""
     path = tmp_path / "script.py"
@@ -152,8 +161,8 @@ for arguments in (
     said.append(failing(lambda: llm.generate(**arguments)))
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1, 2 + rank]]), 0)))
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1] * (1 + rank)]), 0)))
-print(said)
-print("and then", llm.generate([[1, 2]], 3, temperature=0)[0])
+os.write(1, f"{{said}}\\n".encode())  # in one piece
+os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encode())
 """
     )
     result = torchrun(2, path, timeout=60)
