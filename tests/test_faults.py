@@ -120,6 +120,15 @@ def test_a_rank_is_stopped(
     assert message.endswith("gave no sign of life for 3 s: it is stopped (SIGSTOP); all ranks end")
 
 
+def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
+    """Its program goes on; its partner is in the middle of the pass."""
+    call = "llm.generate([[1, 2, 3], [4]], 20, temperature=0)"
+    hidden = f"try:\n    {call}\nexcept KeyError:\n    time.sleep(100)"
+    script.write_text(SCRIPT.replace(call, hidden))
+    message = ended(torchrun(2, script, shards, "1", "decode", "raise", timeout=60))
+    assert message == "rank 1 failed (KeyError: 'the fault'); all ranks end"
+
+
 def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
     folder = 'folder if os.environ["RANK"] == "0" else "nowhere"'
     script.write_text(SCRIPT.replace("Llama.build(folder,", f"Llama.build({folder},"))
