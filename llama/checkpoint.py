@@ -391,9 +391,9 @@ class Weights:
     def check_same_model(self) -> None:
         """Raise ValueError if a shard that was opened repeats other norms than the first one: they
         come from two models of the same shape."""
-        for i, shard in self._shards.copy().items():
+        for i in sorted(self._shards.keys() - {0}):
             for key, cut in self.cuts.items():
-                if cut.axis is None and not torch.equal(shard[key], self.shard(0)[key]):
+                if cut.axis is None and not torch.equal(self.shard(i)[key], self.shard(0)[key]):
                     first, other = self.found.files[0].name, self.found.files[i].name
                     raise ValueError(
                         f"{first} and {other} in {str(self.found.folder)!r} are shards of two "

@@ -230,9 +230,9 @@ class Llama:
         ``max_seq_len`` is reached; one that may not generate at all has no event. Prompts beyond
         ``max_batch_size`` follow when those before them have ended. The key/value cache is the
         model's, so only one stream can run at a time; the other calls wait for each other where
-        several threads make them. Under torchrun every rank gets the same
-        events and must take all of them; with several copies of the weights each does all of the
-        work (the other calls divide it).
+        several threads make them. Under torchrun every rank gets the same events and must take all
+        of them; with several copies of the weights each does all of the work (the other calls
+        divide it).
 
         Args:
             max_gen_len: default ``max_seq_len - 1``; 0 generates nothing.
@@ -266,7 +266,6 @@ class Llama:
             output.device,
             tied=output.data_ptr() == embedding.data_ptr(),
         )
-
         call = parallel.one_call(
             "Llama.stream",
             prompt_tokens=prompts,

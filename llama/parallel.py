@@ -1,9 +1,20 @@
+"""Tensor parallelism: the process groups, and the three layers that are split over ranks.
+
+Megatron's scheme (Shoeybi et al., 2019, section 3): a column-parallel layer holds a slice of the
+outputs, the row-parallel layer after it the matching slice of the inputs, so that a pair of them
+needs one all-reduce. Groups, layer classes and shapes are fairscale's. The forward passes are ours:
+fairscale's mark tensors for autograd and index with boolean masks, which torch.compile and CUDA
+graphs cannot take.
+
+With one process there is no process group at all; every function here then answers for a group of
+one.
+"""
+
 import atexit
 import contextlib
 import datetime
 import hashlib
 import io
-import math
 import os
 import shlex
 import sys
@@ -56,9 +67,7 @@ def n_local_processes() -> int:
     return n_processes()
 
 
-def initialize(
-    device: torch.device, requested_size: int | None, rank_timeout: float = math.inf
-) -> None:
+def initialize(device: torch.device, requested_size: int | None, rank_timeout: float) -> None:
     """Join the launched processes to model-parallel groups; nothing to do for one process.
 
     Args:
