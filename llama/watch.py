@@ -137,17 +137,19 @@ class Watch:
 
     def _killed(self) -> str | None:
         """A rank of this machine whose process is gone, though it did not leave."""
-        lives = self._all_lives()
-        for rank, (launcher, pid, life) in enumerate(
-            zip(self._launchers, self._pids, lives, strict=True)
-        ):
-            here = launcher == self._launchers[self._rank] and rank != self._rank
-            if here and life not in (_LEFT, _TERMINATED) and _state(pid) in "ZX":
+        for rank, life in enumerate(self._all_lives()):
+            if life not in (_LEFT, _TERMINATED) and self._state(rank) in ("Z", "X"):
                 return (
-                    f"rank {rank} (process {pid}) was killed or has crashed; torchrun's report has "
-                    "the signal (SIGKILL often means that the machine ran out of memory)"
+                    f"rank {rank} (process {self._pids[rank]}) was killed or has crashed; "
+                    "torchrun's report has the signal (SIGKILL often means that the machine ran "
+                    "out of memory)"
                 )
         return None
+
+    def _state(self, rank: int) -> str | None:
+        """A rank's process's state; None if it is on another machine."""
+        here = self._launchers[rank] == self._launchers[self._rank]
+        return _state(self._pids[rank]) if here else None
 
     def _ended(self, how: str) -> str | None:
         gone = [rank for rank, life in enumerate(self._all_lives()) if life == how]
@@ -247,8 +249,7 @@ class Watch:
 
     def _give_up(self, rank: int) -> NoReturn:
         pid = self._pids[rank]
-        here = self._launchers[rank] == self._launchers[self._rank]
-        stopped = here and _state(pid) == "T"
+        stopped = self._state(rank) == "T"
         why = "it is stopped (SIGSTOP)" if stopped else "it hangs, or its machine is out of reach"
         self._tell(
             f"rank {rank} (process {pid}) gave no sign of life for {self.timeout:g} s: {why}"
