@@ -112,14 +112,23 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
+# what ONEDNN_MAX_CPU_ISA may be set to (dnnl::cpu_isa in oneDNN's reference), but for AMX
+_WITHOUT_BFLOAT16 = {
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+}
+_WITHOUT_AMX = {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
+
+
 def cpu_features() -> set[str]:
     """What Linux lists as features of the processor, less what oneDNN was told not to use."""
     if platform.system() != "Linux":
         return set()
     features = set(Path("/proc/cpuinfo").read_text().split())
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    if limit != "DEFAULT" and "AMX" not in limit:
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit in _WITHOUT_BFLOAT16 | _WITHOUT_AMX:  # oneDNN takes no notice of other words
         features = {feature for feature in features if not feature.startswith("amx")}
+    if limit in _WITHOUT_BFLOAT16:
+        features.discard("avx512_bf16")
     return features
 
 

@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "model"
 SHARED = ROOT.parent / "shared" / "models"
 
+# fast.Packed runs where oneDNN has bfloat16: on x86, from AVX-512 on
+CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_packing = pytest.mark.skipif(not CAN_PACK, reason="needs oneDNN with bfloat16")
+
 # Llama 3's architecture, small; heads and widths divide by 8 ranks.
 PARAMS: dict[str, Any] = {
     "dim": 128,
@@ -46,6 +50,14 @@ SHARD_AXIS = {
     "w2": 1,
     "w3": 0,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch.compile keeps in /tmp does not say for which processor it was made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEMO, PARAMS, new_model, random_weights, run, torchrun
+from conftest import DEMO, PARAMS, needs_packing, new_model, random_weights, run, torchrun
 from reference import relative_error
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ def test_swiglu_weight_first_is_swiglu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(y, swiglu(x, w1, w2, w3), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@needs_packing
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 130])
 def test_packed_is_linear(n_rows: int) -> None:
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
@@ -93,7 +93,7 @@ def test_packed_is_linear(n_rows: int) -> None:
     assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@needs_packing
 def test_packed_follows_a_weight_that_changes() -> None:
     x, weight = torch.ones(1, 64).bfloat16(), torch.ones(32, 64).bfloat16()
     packed = fast.Packed(weight)
@@ -110,12 +110,11 @@ def features(*names: str) -> Callable[[], set[str]]:
     return lambda: set(names)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize(
     ("names", "dtype", "expected"),
     [
         (("avx512_bf16", "amx_bf16"), torch.bfloat16, "weight_first"),
-        (("avx512_bf16",), torch.bfloat16, "Packed"),
+        pytest.param(("avx512_bf16",), torch.bfloat16, "Packed", marks=needs_packing),
         (("avx2",), torch.bfloat16, "linear"),
         (("bf16",), torch.bfloat16, "linear"),  # ARM
         (("avx512_bf16", "amx_bf16"), torch.float32, "linear"),
@@ -154,8 +153,11 @@ def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch
     everything = fast.cpu_features()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     assert fast.cpu_features() == {f for f in everything if not f.startswith("amx")}
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_amx")
-    assert fast.cpu_features() == everything
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    assert not {"amx_bf16", "avx512_bf16"} & fast.cpu_features()
+    for limit in ("avx512_core_amx", "default", "", "a word that oneDNN does not know"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert fast.cpu_features() == everything
 
 
 KEPT = """

@@ -152,7 +152,7 @@ dtype = getattr(torch, sys.argv[1])
 model = Transformer(args)
 for p in model.parameters(): p.fill_(0.01)
 model = model.to(dtype)
-if sys.argv[3] == "kept": fast.keep_freed_memory()
+if sys.argv[3] == "kept": fast.accelerate(model)
 tokens = torch.randint(0, 1024, (4, args.max_seq_len))
 model.forward(tokens[:1, :8], 0)
 peak, done, before = 0, False, rss()
@@ -183,4 +183,4 @@ def test_a_pass_stays_in_its_workspace(dtype: str, freed: str) -> None:
     assert result.returncode == 0, result.stderr
     ratio = float(result.stdout)
     print(f"{dtype}: cache and workspace measured / planned {ratio:.2f}")
-    assert 0.5 < ratio <= 1
+    assert 0.3 < ratio <= 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PARAMS, new_model, random_weights
+from conftest import PARAMS, needs_packing, new_model, random_weights
 from peers import huggingface_model, published_model
 from reference import logits, relative_error
 from torch import Tensor
@@ -83,7 +83,9 @@ def bfloat16_errors(seed: int) -> tuple[float, float]:
 
 
 @pytest.mark.usefixtures("one_process_group")
-@pytest.mark.parametrize("processor", ["avx2", "amx_bf16", "avx512_bf16"])
+@pytest.mark.parametrize(
+    "processor", ["avx2", "amx_bf16", pytest.param("avx512_bf16", marks=needs_packing)]
+)
 def test_bfloat16_error_is_no_larger_than_the_published_one(
     processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
