@@ -198,12 +198,10 @@ def ask_for_large_pages(model: nn.Module) -> None:
 # --- CUDA: attention ----------------------------------------------------------------------------
 
 
-def flash_attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places) -> Tensor:
+def flash_attention(xq: Tensor, cache: KVCache, places: Places) -> Tensor:
     """``model.attention`` in one call of the flash kernel (Dao, 2023), for whole prompts, pieces
     of them and single tokens: it takes rows of unequal length, knows shared key heads, splits long
     rows over the device, and reads the lengths there, so that a CUDA graph can hold it."""
-    cache.k[places.rows, :, places.positions] = xk
-    cache.v[places.rows, :, places.positions] = xv
     # the cache as one sequence of max_batch_size * max_seq_len tokens [., K, D]
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (cache.k, cache.v))
     n_rows, max_length = len(places.used), cache.k.shape[2]
@@ -273,16 +271,12 @@ def _modules(model: Transformer, kind: type[_M]) -> list[_M]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def rotate_real(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """``apply_rotary_emb`` in real numbers: torch.compile does not fuse complex ones."""
+def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """``model.rotate`` in real numbers: torch.compile does not fuse complex ones."""
     cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)  # [S, 1, D / 2] each
-
-    def rotate(x: Tensor) -> Tensor:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return turned.flatten(-2).to(x.dtype)
-
-    return rotate(xq), rotate(xk)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def _compiled(model: Transformer) -> Step:

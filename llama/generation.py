@@ -448,24 +448,26 @@ class Llama:
             _TextDecoder(self.tokenizer, starts_text=echo or self._starts_text(prompt))
             for prompt in prompts
         ]
-        hidden = scores = None
+        lengths = [len(prompt) for prompt in prompts]
+        positions = torch.tensor(lengths, device=self._device)  # [B], of the next tokens
+        ends = scores = None
         with self._lock, parallel.computing():
-            if any(limits) or (echo and logprobs):
+            if echo and logprobs:
                 hidden = self._prefill(prompts)  # [T, dim]
-            if echo and logprobs and hidden is not None:
                 scores = self._score(prompts, hidden, first)
+                ends = hidden[positions.cumsum(0) - 1]  # [B, dim]
+                del hidden
+            elif any(limits):
+                ends = self._prefill(prompts, ends_only=True)  # [B, dim]
             user = self.model.cache_user = object()
         if echo:
             yield _prompt_events(prompts, first, limits, decoders, scores)
         if not any(limits):
             return
 
-        assert hidden is not None
-        lengths = [len(prompt) for prompt in prompts]
-        positions = torch.tensor(lengths, device=self._device)  # [B], of the next tokens
+        assert ends is not None
         with parallel.computing():
-            logits = self.model.logits(hidden[positions.cumsum(0) - 1])  # [B, V]
-        del hidden
+            logits = self.model.logits(ends)  # [B, V]
         # A row that has ended stays in the batch until all have ended: the published sampler draws
         # for it too, and the draws of the others depend on that.
         left = limits
@@ -512,11 +514,13 @@ class Llama:
             return True
         return prompt[-1] == self.tokenizer.bos_id
 
-    def _prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Hidden states [T, dim] of all prompts, packed one behind the other."""
+    def _prefill(self, prompts: list[list[int]], *, ends_only: bool = False) -> Tensor:
+        """Hidden states [T, dim] of all prompts, packed one behind the other, or of their last
+        tokens [B, dim]."""
         packed = [token for prompt in prompts for token in prompt]
         places = Places.of_spans([Span(0, len(prompt)) for prompt in prompts], self._device)
-        return self.model.hidden(torch.tensor(packed, device=self._device), places)
+        tokens = torch.tensor(packed, device=self._device)
+        return self.model.hidden(tokens, places, ends_only=ends_only)
 
     def _choose(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator

@@ -13,7 +13,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -162,19 +162,20 @@ def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
     return frequencies * (kept + (1 - kept) / factor)
 
 
-def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Turn each pair (x_2j, x_2j+1) of every head by its position's angle, in float32.
 
     Args:
-        xq, xk: [..., S, H, D] and [..., S, K, D].
+        x: [..., S, H, D].
         freqs_cis: complex64 [S, D / 2], the rows of ``precompute_freqs_cis`` for these positions.
     """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., S, H, D / 2]
+    return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).to(x.dtype)
 
-    def rotate(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., S, H, D / 2]
-        return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).to(x.dtype)
 
-    return rotate(xq), rotate(xk)
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotate`` for queries and keys at once, under the name that other code knows."""
+    return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
 
 class KVCache:
@@ -241,6 +242,14 @@ class Places:
         ends = [s.start + s.length for s in self.spans]
         return torch.tensor(ends, dtype=torch.int32, device=self.rows.device)
 
+    def ends(self) -> tuple[Tensor, "Places"]:
+        """Of spans: which of the T tokens are the last of their rows, int64 [B], and where they
+        stand."""
+        assert self.spans is not None
+        last = self.starts[1:].long() - 1
+        ragged = len({s.start + s.length for s in self.spans}) > 1
+        return last, Places.of_step(self.positions[last], self.length, masked=ragged)
+
     @staticmethod
     def of_spans(spans: Sequence[Span], device: torch.device) -> "Places":
         """Prompts, or pieces of them: one span for each of the first rows."""
@@ -264,18 +273,15 @@ class Places:
         return Places(rows, positions, None, length, mask)
 
 
-def attention(xq: Tensor, xk: Tensor, xv: Tensor, cache: KVCache, places: Places) -> Tensor:
-    """Write keys and values into the cache; let every token look at its row up to itself.
+def attention(xq: Tensor, cache: KVCache, places: Places) -> Tensor:
+    """Let every token look at its row up to itself.
 
     Args:
-        xq: [T, H, D].
-        xk, xv: [T, K, D].
+        xq: queries [T, H, D].
 
     Returns:
         [T, H, D].
     """
-    cache.k[places.rows, :, places.positions] = xk
-    cache.v[places.rows, :, places.positions] = xv
     if places.spans is None:
         n_rows = len(places.rows)
         k = cache.k[:n_rows, :, : places.length]  # [B, K, L, D]
@@ -315,7 +321,7 @@ class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
     # what fast.py may exchange for the same in another form
-    rotate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(apply_rotary_emb)
+    rotate: Callable[[Tensor, Tensor], Tensor] = staticmethod(rotate)
     attend: Callable[..., Tensor] = staticmethod(attention)
 
     def __init__(self, args: ModelArgs) -> None:
@@ -329,11 +335,17 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.dim, args.dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, places: Places) -> Tensor:
+        self.remember(x, freqs_cis, cache, places)
         xq = self.wq(x).unflatten(-1, (-1, self.head_dim))  # [T, H, D]
+        y = self.attend(self.rotate(xq, freqs_cis), cache, places)  # [T, H, D]
+        return self.wo(y.flatten(1))  # [T, dim]
+
+    def remember(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, places: Places) -> None:
+        """Write keys and values into the cache."""
         xk = self.wk(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
         xv = self.wv(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        xq, xk = self.rotate(xq, xk, freqs_cis)
-        return self.wo(self.attend(xq, xk, xv, cache, places).flatten(1))  # [T, dim]
+        cache.k[places.rows, :, places.positions] = self.rotate(xk, freqs_cis)
+        cache.v[places.rows, :, places.positions] = xv
 
 
 def swiglu(
@@ -440,8 +452,12 @@ class Transformer(nn.Module):
         self.cache = None  # model.to(...) changes device or dtype: the next pass allocates anew
         return super()._apply(fn, recurse)
 
-    def hidden(self, tokens: Tensor, places: Places) -> Tensor:
-        """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``places``."""
+    def hidden(self, tokens: Tensor, places: Places, *, ends_only: bool = False) -> Tensor:
+        """Final hidden states [T, dim] of ``tokens`` int64 [T], which stand at ``places``.
+
+        Args:
+            ends_only: of spans, those of the last token of each row alone, [B, dim].
+        """
         h = self.tok_embeddings(tokens)  # [T, dim]
         if self.cache is None:
             with torch.inference_mode(False):  # else no pass outside of it could write to them
@@ -450,7 +466,13 @@ class Transformer(nn.Module):
         # gathered as real numbers: not every device gathers complex ones
         turns = torch.view_as_real(self.freqs_cis)[places.positions]  # [T, D / 2, 2]
         freqs_cis = torch.view_as_complex(turns)
+        last = cast(TransformerBlock, self.layers[-1])
         for layer, cache in zip(self.layers, self.cache, strict=True):
+            if ends_only and layer is last:
+                # of the other tokens, nothing but keys and values is looked at from here on
+                last.attention.remember(last.attention_norm(h), freqs_cis, cache, places)
+                ends, places = places.ends()
+                h, freqs_cis = h[ends], freqs_cis[ends]
             h = layer(h, freqs_cis, cache, places)
         return self.norm(h)
 

@@ -245,9 +245,9 @@ llm = Llama.build(folder, max_batch_size=2, **options)
 prompts = [[7, 20, 300], [9], [500, 2, 600, 13], [3, 4], [5, 5, 5, 5, 5]]
 counted = []
 hidden = llm.model.hidden
-def counting(tokens, places):
+def counting(tokens, places, **options):
     counted.append(set(places.rows.tolist()))
-    return hidden(tokens, places)
+    return hidden(tokens, places, **options)
 llm.model.hidden = counting
 results = {
     "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],

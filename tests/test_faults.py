@@ -36,11 +36,11 @@ def loading(*args, **kwargs):
     reach("load")
     return load(*args, **kwargs)
 
-def passing(*args):
+def passing(*args, **options):
     global passes
     passes += 1
     reach({1: "prefill", 5: "decode"}.get(passes))
-    return hidden(*args)
+    return hidden(*args, **options)
 
 checkpoint.load, Transformer.hidden = loading, passing
 print("process", os.getpid(), flush=True)

@@ -70,7 +70,10 @@ def test_prefill_sees_each_prompt_token_once(llm: Llama) -> None:
     n_tokens = sum(map(len, PROMPTS))
     seen = count_rows(llm, lambda: llm.generate(PROMPTS, max_gen_len=3, temperature=0))
     assert seen["layers.0.attention.wq"] == [n_tokens, 4, 4]
-    assert seen["layers.1.feed_forward.w2"] == [n_tokens, 4, 4]
+    assert seen["layers.0.feed_forward.w2"] == [n_tokens, 4, 4]
+    assert seen["layers.1.attention.wv"] == [n_tokens, 4, 4, 4]  # the last layer: all are looked
+    assert seen["layers.1.attention.wq"] == [4, 4, 4]  # at, the last position of each looks
+    assert seen["layers.1.feed_forward.w2"] == [4, 4, 4]
     assert seen["tok_embeddings"] == [n_tokens, 4, 4]
     assert seen["output"] == [4, 4, 4]  # fault 4: only the last position of each prompt
 
@@ -179,8 +182,8 @@ class Scripted(nn.Module):
         self.tok_embeddings = llm.model.tok_embeddings
         self.texts, self.said = texts, 0
 
-    def hidden(self, tokens: Tensor, places: Any) -> Tensor:
-        return torch.zeros(len(tokens), 1)
+    def hidden(self, tokens: Tensor, places: Any, *, ends_only: bool) -> Tensor:
+        return torch.zeros(len(places.spans) if ends_only else len(tokens), 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores = torch.zeros(len(hidden), self.params.vocab_size)

@@ -185,7 +185,10 @@ def test_rows_at_their_own_positions(model: Transformer) -> None:
         packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])
         places = Places.of_spans([Span(0, 3), Span(0, 10)], packed.device)
         prefill = model.logits(model.hidden(packed, places))
+        model.cache = None
+        ends = model.logits(model.hidden(packed, places, ends_only=True))
         step = model.step(torch.tensor([7, 8]), torch.tensor(lengths), 11, masked=True)
+    assert relative_error(ends, prefill[[2, 12]]) < 1e-5
     for row, (token, rows) in enumerate(zip((7, 8), (slice(0, 3), slice(3, 13)), strict=True)):
         n = lengths[row]
         alone = model.forward(TOKENS[row : row + 1, :n], 0)[0]
