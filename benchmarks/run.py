@@ -28,6 +28,7 @@ from benchmarks.engines import ENGINES, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of  # noqa: E402
 from llama import ModelArgs, fast, sampling  # noqa: E402
+from llama.generation import default_dtype  # noqa: E402
 
 FIGURES = ("load", "prefill", "decode", "ragged", "sampling", "overhead")
 PREFILL_LENGTHS = (128, 512, 2048, 8192)
@@ -42,7 +43,7 @@ def main(
     vs: str | tuple[str, ...] = (),
     figures: str | tuple[str, ...] = FIGURES,
     device: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     compile: bool = False,
     repeats: int = 3,
     plot: bool = False,
@@ -56,7 +57,7 @@ def main(
         vs: peers to run in turn with this library: reference, hf.
         figures: load, prefill, decode, ragged, sampling, overhead.
         device: default cuda where there is one, else cpu.
-        dtype: of the weights.
+        dtype: of the weights, default what ``Llama.build`` takes on the device.
         compile: build with compile=True.
         repeats: samples of each figure, and pairs of each comparison.
         plot: write the decoding rates as PNG files (needs matplotlib, the extra [bench]).
@@ -68,6 +69,7 @@ def main(
     peers = _listed("vs", vs, tuple(name for name in ENGINES if name != "ours"))
     chosen = _listed("figures", figures, FIGURES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or str(default_dtype(torch.device(device))).removeprefix("torch.")
     bench = Benchmark(shape, device, dtype, compile, repeats, Path(models), Path(results))
     for name in chosen:
         getattr(bench, name)()

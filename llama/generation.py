@@ -156,7 +156,7 @@ class Llama:
         """
         start = time.time()
         torch_device = resolve_device(device)
-        torch_dtype = _resolve_dtype(dtype, torch_device)
+        torch_dtype = default_dtype(torch_device) if dtype is None else dtype_of(dtype)
         if not rank_timeout > 0:
             raise ValueError(f"rank_timeout is {rank_timeout}, expected a positive number")
         parallel.initialize(torch_device, model_parallel_size, rank_timeout)
@@ -774,9 +774,8 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is not None:
-        return dtype_of(dtype)
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 if the device computes in it, else what it is fast with."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
