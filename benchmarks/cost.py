@@ -47,9 +47,13 @@ def step_flops(args: ModelArgs, n_ranks: int, batch: int, context: int) -> float
 
 
 def prefill_flops(args: ModelArgs, n_ranks: int, length: int) -> float:
-    """The same for a prompt: attention below the diagonal, logits of one token."""
-    weights = linear_parameters(args) * length + args.vocab_size * args.dim
-    attention = args.n_layers * args.dim * length**2
+    """The same for a prompt: attention below the diagonal, logits of one token, and in the last
+    layer, where that token alone looks, only the keys and values of the others."""
+    layer = linear_parameters(args) // args.n_layers
+    kv = 2 * args.dim * args.kv_heads * args.head_dim
+    others = args.n_layers - 1
+    weights = (others * layer + kv) * length + layer + args.vocab_size * args.dim
+    attention = others * args.dim * length**2 + 2 * args.dim * length
     return 2 * (weights + attention) / n_ranks
 
 

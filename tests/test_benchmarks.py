@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMS, ROOT, run
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost
 from benchmarks.shapes import SHAPES, checkpoint_of, random_weights
 from llama import Llama, ModelArgs, Transformer
+from llama.model import Places, Span
 
 
 @pytest.mark.parametrize("params", [PARAMS, SHAPES["1B"].params], ids=["small", "1B"])
@@ -29,11 +31,15 @@ def test_bytes_and_operations_are_those_of_the_model(params: dict[str, Any]) -> 
     assert cost.step_bytes(args, 1, 2, 3, 100) == 2 * read + 300 * kv
     scores = 2 * args.n_layers * args.n_heads * args.head_dim * 100
     assert cost.step_flops(args, 1, 3, 100) == 6 * (read + scores)
-    # a prompt is its steps, but for the logits of all tokens but the last
-    length = 50
-    steps = length * cost.step_flops(args, 1, 1, length // 2)  # at the middle of the prompt
-    unused = 2 * (length - 1) * args.vocab_size * args.dim
-    assert cost.prefill_flops(args, 1, length) == pytest.approx(steps - unused)
+    # a prompt: the products as torch counts them, and attention
+    length, device = 50, torch.device("meta")
+    with FlopCounterMode(display=False) as counter:
+        places = Places.of_spans([Span(0, length)], device)
+        tokens = torch.zeros(length, dtype=torch.int64, device=device)
+        model.logits(model.hidden(tokens, places, ends_only=True))
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    scores = 2 * args.dim * ((args.n_layers - 1) * length**2 + 2 * length)
+    assert cost.prefill_flops(args, 1, length) == products + scores
     assert cost.sent_bytes(args, 1, 2, 9) == 0
 
 
