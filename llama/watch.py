@@ -171,7 +171,8 @@ class Watch:
                 first = os.environ["LOCAL_RANK"] == "0"
             if first and not self.has_told:
                 self.has_told = True
-                print(f"llama: {reason}; all ranks end", file=sys.stderr, flush=True)
+                sys.stderr.write(f"llama: {reason}; all ranks end\n")  # in one piece
+                sys.stderr.flush()
 
     def _end(self, reason: str) -> NoReturn:
         self._tell(reason)

@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama 3.1 8B": SCALED
     | {"dim": 256, "n_heads": 2, "n_kv_heads": 1, "ffn_dim_multiplier": 1.3, "multiple_of": 32},
     "Llama 3.1 405B": SCALED
-    | {"dim": 512, "n_heads": 32, "n_kv_heads": 2, "ffn_dim_multiplier": 1.2, "multiple_of": 64},
+    | {"dim": 256, "n_heads": 32, "n_kv_heads": 2, "ffn_dim_multiplier": 1.2, "multiple_of": 64},
     "Llama 3.2 1B": SCALED
     | {"dim": 256, "n_heads": 4, "n_kv_heads": 1, "ffn_dim_multiplier": 1.5}
     | {"rope_scaling_factor": 32.0},

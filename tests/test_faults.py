@@ -43,7 +43,7 @@ def passing(*args, **options):
     return hidden(*args, **options)
 
 checkpoint.load, Transformer.hidden = loading, passing
-print("process", os.getpid(), flush=True)
+os.write(1, f"process {os.getpid()}\\n".encode())  # in one piece
 llm = Llama.build(folder, None, 64, 4, dtype="float32", device="cpu", rank_timeout=3)
 reach("between")
 llm.generate([[1, 2, 3], [4]], 20, temperature=0)
@@ -195,7 +195,7 @@ def test_a_rank_that_goes_its_own_way(tmp_path: Path, shards: Path) -> None:
         f"""
 import os
 from llama import Llama
-print("process", os.getpid(), flush=True)
+os.write(1, f"process {{os.getpid()}}\\n".encode())  # in one piece
 llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
 for step, events in enumerate(llm.stream([[1, 2]], 20)):
     if os.environ["RANK"] == "1" and step == 3:
@@ -214,7 +214,7 @@ def test_a_rank_that_ends_early(tmp_path: Path, shards: Path) -> None:
         f"""
 import os
 from llama import Llama
-print("process", os.getpid(), flush=True)
+os.write(1, f"process {{os.getpid()}}\\n".encode())  # in one piece
 llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu")
 if os.environ["RANK"] == "0":
     llm.generate([[1, 2]], 20)

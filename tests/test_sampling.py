@@ -41,12 +41,11 @@ def test_draws_equal_the_published_rule(dtype: torch.dtype, n_rows: int) -> None
             assert torch.equal(next_tokens(logits, 0.8, 0.9, ours), expected)
 
 
-def full_sort(probs: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """The published rule over the whole vocabulary, drawn by torch.multinomial."""
+def full_sort(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The published rule over the whole vocabulary: what torch.multinomial draws from; the ids."""
     ranked, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     nucleus = ranked.masked_fill(torch.cumsum(ranked, dim=-1) - ranked > p, 0.0)
-    nucleus /= nucleus.sum(dim=-1, keepdim=True)
-    return ids.gather(-1, torch.multinomial(nucleus, 1, generator=generator))
+    return nucleus / nucleus.sum(dim=-1, keepdim=True), ids
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
@@ -60,10 +59,12 @@ def test_the_head_of_a_large_vocabulary_gives_the_draws_of_a_full_sort(
     for temperature, headed in ((1.0, True), (4.0, False)):
         probs = torch.softmax(logits / temperature, dim=-1)
         assert (sampling._ranked_head(probs, 0.9) is not None) == headed
+        nucleus, ids = full_sort(probs, 0.9)
         for seed in range(100 if headed else 10):
             generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
             ours = sample_top_p(probs, 0.9, generator=generators[0])
-            assert torch.equal(ours, full_sort(probs, 0.9, generators[1]))
+            drawn = torch.multinomial(nucleus, 1, generator=generators[1])
+            assert torch.equal(ours, ids.gather(-1, drawn))
             assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
