@@ -14,6 +14,7 @@ import llama_models.llama3
 import pytest
 import torch
 import torch.distributed as dist
+from launcher import launch
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
@@ -22,6 +23,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "model"
 SHARED = ROOT.parent / "shared" / "models"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 # fast.Packed runs where oneDNN has bfloat16: on x86, from AVX-512 on
 CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -159,8 +161,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1.1 GB of bfloat16 in one shard, with the demo's vocabulary."""
-    params = PARAMS | {"dim": 2048, "n_layers": 12, "vocab_size": 1024}
+    """0.6 GB of bfloat16 in one shard, with the demo's vocabulary."""
+    params = PARAMS | {"dim": 2048, "n_layers": 6, "vocab_size": 1024}
     with torch.device("meta"):
         shapes = Transformer(ModelArgs(**params)).state_dict()
     weights = {key: torch.full(meta.shape, 0.01).bfloat16() for key, meta in shapes.items()}
@@ -190,23 +192,29 @@ def stories() -> Path:
     return path
 
 
+def environment(changes: Mapping[str, str] = {}) -> dict[str, str]:
+    """That of a program of the checkout, on the CPU."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | dict(changes)
+
+
 def run(
     *command: str | Path, timeout: float = 240, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of the checkout to its end, on the CPU unless ``env`` says otherwise."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= kwargs.pop("env", {})
+    """Run a program to its end; ``env`` are changes to its environment."""
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=environment(kwargs.pop("env", {})),
         check=False,
         **kwargs,
     )
 
 
-def torchrun(n_ranks: int, *command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    return run(*launcher, "--nproc_per_node", str(n_ranks), *command, **kwargs)
+def torchrun(
+    n_ranks: int, *command: str | Path, timeout: float = 240, env: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
+    """Run a program on several ranks as ``TORCHRUN`` does, but sooner."""
+    arguments = [*TORCHRUN[3:], str(n_ranks), *map(str, command)]
+    return launch(arguments, environment(env), timeout)

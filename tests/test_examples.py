@@ -1,13 +1,14 @@
 """The two example scripts, as a user starts them."""
 
 import ast
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, run, torchrun
+from conftest import DEMO, ROOT, TORCHRUN, run
 
 CHAT = ROOT / "example_chat_completion.py"
 TEXT = ROOT / "example_text_completion.py"
@@ -31,7 +32,7 @@ def test_chat_example_answers_on_the_demo_model(tmp_path: Path) -> None:
 
 
 def test_text_example_under_torchrun_tells_stories(tmp_path: Path) -> None:
-    result = torchrun(1, TEXT, "--temperature", "0", cwd=tmp_path)
+    result = run(*TORCHRUN, "1", TEXT, "--temperature", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Loaded in") == 1
     assert result.stdout.count("\n> ") == 4
@@ -58,10 +59,17 @@ def test_defaults_run_too() -> None:
         ('["one, two", "3"]', ["one, two", "3"]),
     ],
 )
-def test_prompts_are_read_as_text(typed: str, prompts: list[str]) -> None:
-    result = run(sys.executable, TEXT, "--prompt", typed, "--max_gen_len", "1")
-    assert result.returncode == 0, result.stderr
-    shown = [part.split("\n> ")[0].strip() for part in result.stdout.split("=" * 34)[:-1]]
+def test_prompts_are_read_as_text(
+    typed: str,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: starting one takes two seconds."""
+    monkeypatch.setattr(sys, "argv", [str(TEXT), "--prompt", typed, "--max_gen_len", "1"])
+    runpy.run_path(str(TEXT), run_name="__main__")
+    output = capsys.readouterr().out
+    shown = [part.split("\n> ")[0].strip() for part in output.split("=" * 34)[:-1]]
     shown[0] = shown[0].split("seconds\n")[1]
     assert shown == prompts
 

@@ -5,13 +5,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PARAMS, ROOT, torchrun, write_checkpoint
+from conftest import PARAMS, TORCHRUN, environment, run, torchrun, write_checkpoint
 from torch import Tensor
 
 # FOLDER VICTIM PLACE ACTION: rank VICTIM does it when it comes to the place.
@@ -246,7 +245,7 @@ for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
 print("finished")
 """
     )
-    result = torchrun(2, path, timeout=60, preexec_fn=lambda: os.close(0))
+    result = run(*TORCHRUN, "2", path, timeout=60, preexec_fn=lambda: os.close(0))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1
     assert not messages(result)
@@ -263,14 +262,13 @@ while True:
     llm.generate([[1, 2, 3], [4]], 20, temperature=0)
 """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(path), str(shards), "-1", "", ""]
+    command = [*TORCHRUN, "2", str(path), str(shards), "-1", "", ""]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(),
     ) as process:
         assert process.stdout is not None
         lines = []

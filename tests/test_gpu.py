@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PARAMS, ROOT, new_model, random_weights, torchrun
+from conftest import PARAMS, new_model, random_weights, torchrun
 from reference import logits, relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,7 +63,7 @@ def test_one_rank_under_torchrun(folder: Path, tmp_path: Path) -> None:
         "print(json.dumps([str(llm.model.output.weight.device), "
         "llm.generate([[7, 20]], 8, temperature=0)[0]]))\n"
     )
-    result = torchrun(1, script, folder, cwd=ROOT, env={"CUDA_VISIBLE_DEVICES": "0"})
+    result = torchrun(1, script, folder, env={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.returncode == 0, result.stderr
     device, tokens = json.loads(result.stdout.splitlines()[-1])
     assert device == "cuda:0"

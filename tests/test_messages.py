@@ -5,7 +5,6 @@ beside the tests of what they are about.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,7 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEMO, PARAMS, ROOT, new_model, random_weights, run, torchrun, write_checkpoint
+from conftest import (
+    DEMO,
+    PARAMS,
+    ROOT,
+    TORCHRUN,
+    environment,
+    new_model,
+    random_weights,
+    run,
+    torchrun,
+    write_checkpoint,
+)
 from torch import Tensor
 
 from llama import Llama, Tokenizer, generation
@@ -67,7 +77,7 @@ def test_no_nccl(two_gpus: pytest.MonkeyPatch) -> None:
         generation.resolve_device("cuda")
 
 
-def environment(port: int, world_size: int) -> dict[str, str]:
+def rank_environment(port: int, world_size: int) -> dict[str, str]:
     """What torchrun sets for the first process; ours hosts the store, as with old launchers."""
     return {
         "TORCHELASTIC_RUN_ID": "1",
@@ -90,14 +100,14 @@ def test_a_port_in_use(folder: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = build(folder, **environment(port, 1))
+        result = build(folder, **rank_environment(port, 1))
     assert result.returncode == 1
     assert f"RuntimeError: the 1 processes cannot meet at 127.0.0.1:{port}" in result.stderr
     assert "another --master_port, or --standalone" in result.stderr
 
 
 def test_a_rank_is_missing_in_the_environment(folder: Path) -> None:
-    env = environment(1, 2)
+    env = rank_environment(1, 2)
     del env["RANK"]
     result = build(folder, **env)
     assert "RuntimeError: the 2 processes cannot meet" in result.stderr
@@ -256,16 +266,13 @@ def test_truncation_is_asked_for(llm: Llama) -> None:
 # --- Ctrl-C -------------------------------------------------------------------------------------
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
 @pytest.mark.parametrize(
     "command",
     [
         ["example_text_completion.py"],
         ["example_chat_completion.py"],
         ["-m", "llama", "complete", "demo/model", "Once"],
-        [*TORCHRUN, "example_text_completion.py", "--max_gen_len", "400"],
+        [*TORCHRUN[1:], "2", "example_text_completion.py", "--max_gen_len", "400"],
     ],
 )
 def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:
@@ -286,7 +293,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
     ) as process:
         assert process.stdout is not None
         while "computing" not in process.stdout.readline():
