@@ -36,6 +36,7 @@ _M = TypeVar("_M", bound=nn.Module)
 # weight there. In decoding that costs a third of the time.
 
 _MAX_ROWS = 256  # at a time: what is between two products stays in the caches
+_FEW_ROWS = 8  # up to which oneDNN may meet every number of them
 _MIN_WEIGHT_BYTES = 2**20  # smaller ones stay in the caches, and F.linear starts sooner
 
 
@@ -45,7 +46,7 @@ def _in_parts(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     oneDNN writes a program for every number of rows, which takes it 5 to 15 ms and up to a megabyte
     that it never gives back: here it meets 27 numbers.
     """
-    if len(x) <= 8:
+    if len(x) <= _FEW_ROWS:
         return product(x)[: len(x)].contiguous()
     results = []
     for rows in x.split(_MAX_ROWS):
@@ -62,7 +63,7 @@ def _columns(rows: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear``, for few numbers of rows."""
-    if x.dim() != 2 or len(x) <= 8:
+    if x.dim() != 2 or len(x) <= _FEW_ROWS:  # nothing to turn round: straight to it
         return F.linear(x, weight)
     return _in_parts(x, lambda rows: F.linear(rows, weight))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed.run import main
 
 _context = multiprocessing.get_context("forkserver")
+# pytest's too: every process of multiprocessing imports the main module of its parent
 _context.set_forkserver_preload(["torch.distributed.run", "pytest.__main__"])
 
 
