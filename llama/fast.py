@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.model import Attention, FeedForward, KVCache, Places, Transformer, swiglu
-from llama.parallel import ColumnParallelLinear, RowParallelLinear, all_reduce
+from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -89,7 +89,7 @@ def swiglu_weight_first(
         h = F.silu(torch.mm(w1.weight, columns), inplace=True).mul_(torch.mm(w3.weight, columns))
         return torch.mm(w2.weight, h).t()
 
-    return all_reduce(_in_parts(x, product))
+    return w2.groups.all_reduce(_in_parts(x, product))
 
 
 class Packed:

@@ -9,7 +9,6 @@ import numbers
 import operator
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, 
 from llama.model import ModelArgs, Places, Span, Transformer
 from llama.sampling import next_tokens, sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.watch import MIN_TIMEOUT
 
 __all__ = [
     "ChatPrediction",
@@ -143,8 +143,8 @@ class Llama:
             compile: run the decoding step through torch.compile. It takes up to a minute at the
                 first step with one row, and again with more than one.
             rank_timeout: under torchrun, seconds after which all ranks end because one has given no
-                sign of life: it is stopped or hangs. Loading, computing and waiting for a user
-                give signs of life, however long they take; math.inf waits for ever.
+                sign of life: it is stopped or hangs; at least 2. Loading, computing and waiting for
+                a user give signs of life, however long they take; math.inf waits for ever.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -157,10 +157,14 @@ class Llama:
         start = time.time()
         torch_device = resolve_device(device)
         torch_dtype = default_dtype(torch_device) if dtype is None else dtype_of(dtype)
-        if not rank_timeout > 0:
-            raise ValueError(f"rank_timeout is {rank_timeout}, expected a positive number")
+        if not rank_timeout >= MIN_TIMEOUT:
+            raise ValueError(
+                f"rank_timeout is {rank_timeout}, expected at least {MIN_TIMEOUT:g} seconds: with "
+                "less, a busy machine ends healthy ranks"
+            )
         parallel.initialize(torch_device, model_parallel_size, rank_timeout)
-        n_ranks, rank = parallel.model_parallel_size(), parallel.model_parallel_rank()
+        groups = parallel.current_groups()
+        n_ranks, rank = groups.size, groups.rank
         first_process = not dist.is_initialized() or dist.get_rank() == 0
         if quiet_ranks and not first_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
@@ -178,7 +182,7 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(args)
         chosen = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
-        parallel.agree("Llama.build", dataclasses.asdict(args) | chosen, everyone=True)
+        parallel.agree("Llama.build", dataclasses.asdict(args) | chosen)
         with parallel.failing_together(), memory.explained(needed):
             tensors = checkpoint.load(
                 found,
@@ -209,8 +213,6 @@ class Llama:
         self._device = model.output.weight.device
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._step = fast.accelerate(model, compile=compile)
-        # held while the cache is in use: calls from several threads follow one another
-        self._lock = threading.RLock()
 
     def stream(
         self,
@@ -261,12 +263,12 @@ class Llama:
         output, embedding = model.output.weight, model.tok_embeddings.weight
         planned = memory.plan(
             model.params,
-            parallel.model_parallel_size(),
+            model.groups.size,
             output.dtype,
             output.device,
             tied=output.data_ptr() == embedding.data_ptr(),
         )
-        call = parallel.one_call(
+        call = model.groups.one_call(
             "Llama.stream",
             prompt_tokens=prompts,
             max_gen_len=max_gen_len,
@@ -408,25 +410,28 @@ class Llama:
         prompts, max_gen_len = self._checked(
             prompt_tokens, max_gen_len, temperature, top_p, truncate
         )
-        n_replicas, replica = parallel.n_replicas(), parallel.replica()
+        groups = self.model.groups
+        n_replicas, replica = groups.n_replicas, groups.replica
         if n_replicas > 1:  # with one seed, equal prompts would get equal samples everywhere
             if seed is None:
                 draw = torch.empty((), dtype=torch.int64, device=self._device)
                 seed = int(draw.random_(generator=self._generator))
             seed = (seed + replica) % 2**63
-            parallel.agree("Llama.generate", {"prompt_tokens": prompts}, everyone=True)
+            parallel.agree("Llama.generate", {"prompt_tokens": prompts})
         share = prompts[replica::n_replicas]
         rows = [_Generated() for _ in share]
         together = parallel.failing_together() if n_replicas > 1 else contextlib.nullcontext()
-        with self._lock, together:
+        with self.model.lock, together:
             for events in self.stream(
                 share, max_gen_len, temperature, top_p, logprobs=logprobs, echo=echo, seed=seed
             ):
                 for event in events:
                     rows[event.row].add(event)
+        if n_replicas == 1:
+            return rows
         every_row: list[_Generated] = [_Generated()] * len(prompts)
-        for i, part in enumerate(parallel.gather_from_replicas(rows)):
-            every_row[i::n_replicas] = part
+        for i, part in enumerate(groups.gather_from_replicas(list(map(dataclasses.asdict, rows)))):
+            every_row[i::n_replicas] = [_Generated(**row) for row in part]
         return every_row
 
     @torch.inference_mode()
@@ -451,7 +456,7 @@ class Llama:
         lengths = [len(prompt) for prompt in prompts]
         positions = torch.tensor(lengths, device=self._device)  # [B], of the next tokens
         ends = scores = None
-        with self._lock, parallel.computing():
+        with self.model.lock, parallel.computing():
             if echo and logprobs:
                 hidden = self._prefill(prompts)  # [T, dim]
                 scores = self._score(prompts, hidden, first)
@@ -498,7 +503,7 @@ class Llama:
             positions = positions.clamp(max=max_seq_len - 1)  # of rows that have ended
             lengths = [min(length + 1, max_seq_len) for length in lengths]
             ragged = len(set(lengths)) > 1
-            with self._lock:
+            with self.model.lock:
                 if self.model.cache_user is not user:
                     raise RuntimeError(
                         "another generation has used this model since: finish a stream before "
@@ -528,11 +533,11 @@ class Llama:
         """Next tokens [B] on every rank, the same as a list, the logarithms of the probabilities'
         sums, and of the tokens' own."""
         log_total = torch.logsumexp(logits, dim=-1)  # [B]
-        if parallel.model_parallel_rank() == 0:
+        if self.model.groups.rank == 0:
             tokens = next_tokens(logits, temperature, top_p, generator)
         else:
             tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        parallel.broadcast_from_first(tokens)
+        self.model.groups.broadcast_from_first(tokens)
         scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
         # in one piece, the only time in a step that the host waits for the device; the ids are
         # exact: a vocabulary is below 2^24

@@ -12,6 +12,8 @@ import functools
 import itertools
 import math
 import mmap
+import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -24,8 +26,7 @@ from llama.parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     computing,
-    model_parallel_size,
-    one_call,
+    current_groups,
 )
 
 # Llama 3.1's scaling of RoPE; only its factor differs between models.
@@ -181,8 +182,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 class KVCache:
     """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D]."""
 
-    def __init__(self, args: ModelArgs, like: Tensor) -> None:
-        n_kv_heads = args.kv_heads_of(model_parallel_size())
+    def __init__(self, args: ModelArgs, n_ranks: int, like: Tensor) -> None:
+        n_kv_heads = args.kv_heads_of(n_ranks)
         shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
         self.k = _zeros(shape, like)
         self.v = _zeros(shape, like)
@@ -200,6 +201,27 @@ def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     n_bytes = math.prod(shape) * like.element_size()
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+class CacheLock:
+    """Held while a model's cache is in use, so that calls from several threads run in turn. A copy
+    of the model has a lock of its own, and so has a forked process, which lacks the other threads:
+    those that may hold the lock, and OpenMP's, for which libgomp would wait for ever."""
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.RLock(), os.getpid()
+            torch.set_num_threads(1)
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["CacheLock"], tuple[()]]:
+        return CacheLock, ()
 
 
 class Span(NamedTuple):
@@ -327,7 +349,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.head_dim = args.head_dim
-        n_ranks = model_parallel_size()
+        n_ranks = current_groups().size
         kv_dim = args.kv_heads_of(n_ranks) * n_ranks * args.head_dim
         self.wq = ColumnParallelLinear(args.dim, args.dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
@@ -395,6 +417,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.params = args
+        self.groups = current_groups()
         self._check_divisible()
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
@@ -409,6 +432,7 @@ class Transformer(nn.Module):
         )
         self.cache: list[KVCache] | None = None
         self.cache_user: object = None  # whose content the cache holds; None: forward's
+        self.lock = CacheLock()
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
@@ -435,8 +459,9 @@ class Transformer(nn.Module):
                 f"{n_tokens} tokens at start_pos {start_pos} leave the positions 0 to "
                 f"{args.max_seq_len - 1} (max_seq_len {args.max_seq_len})"
             )
-        self.cache_user = None
-        with one_call("Transformer.forward", tokens=tokens, start_pos=start_pos), computing():
+        call = self.groups.one_call("Transformer.forward", tokens=tokens, start_pos=start_pos)
+        with self.lock, call, computing():
+            self.cache_user = None
             if n_tokens == 1:
                 positions = torch.full((n_rows,), start_pos, device=tokens.device)
                 return self.step(tokens[:, 0], positions, start_pos + 1, masked=False)[:, None]
@@ -461,7 +486,7 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)  # [T, dim]
         if self.cache is None:
             with torch.inference_mode(False):  # else no pass outside of it could write to them
-                self.cache = [KVCache(self.params, like=h) for _ in self.layers]
+                self.cache = [KVCache(self.params, self.groups.size, h) for _ in self.layers]
                 self.freqs_cis = self.freqs_cis.to(h.device)
         # gathered as real numbers: not every device gathers complex ones
         turns = torch.view_as_real(self.freqs_cis)[places.positions]  # [T, D / 2, 2]
@@ -481,7 +506,7 @@ class Transformer(nn.Module):
         return self.output(hidden).float()
 
     def _check_divisible(self) -> None:
-        args, n_ranks = self.params, model_parallel_size()
+        args, n_ranks = self.params, self.groups.size
         if args.vocab_size == -1:
             raise ValueError("vocab_size is -1, expected the tokenizer's n_words")
         if n_ranks not in args.rank_counts:

@@ -12,18 +12,20 @@ one.
 
 import atexit
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import io
+import json
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import fairscale.nn.model_parallel.initialize as groups
+import fairscale.nn.model_parallel.initialize as fairscale_groups
 import fairscale.nn.model_parallel.layers as fairscale_layers
 import torch
 import torch.distributed as dist
@@ -34,8 +36,6 @@ from torch import nn
 from llama.files import summary
 from llama.watch import RankError, Watch
 
-_T = TypeVar("_T")
-
 # How long a collective call takes is up to users: it may wait for one who thinks, or for a slow
 # disk. The watch finds ranks that are gone. Longer than 24 days is more than sockets can count.
 _FOREVER = datetime.timedelta(days=20)
@@ -43,10 +43,93 @@ _FOREVER = datetime.timedelta(days=20)
 # --- Groups -----------------------------------------------------------------------------------
 
 _watch: Watch | None = None
-# Groups of their own for what is said in Python: it cannot be taken for a part of a pass.
+_is_forked = False  # from a process that had joined the others
+# Gloo groups for values of Python, so that none is taken for a part of a pass.
 _everyone: dist.ProcessGroup | None = None
-_partners: dist.ProcessGroup | None = None  # of the model-parallel group
-_made_in: dist.ProcessGroup | None = None  # torch.distributed's own group at that time
+_control: dist.ProcessGroup | None = None  # the ranks of the current model-parallel group
+_made_in: dist.ProcessGroup | None = None  # torch.distributed's default group at that time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups:
+    """This rank's place among the launched processes. A model keeps the groups it was built in,
+    whatever is built after it.
+
+    Attributes:
+        size: ranks that share one copy of the weights (tensor parallelism); ``rank`` is this one.
+        n_replicas: copies of the weights; ``replica`` is the one this rank belongs to.
+        tensors: fairscale's model-parallel group, for the tensors of a pass.
+        control: a gloo group of the same ranks, for values of Python; None: they aren't compared.
+    """
+
+    size: int = 1
+    rank: int = 0
+    n_replicas: int = 1
+    replica: int = 0
+    tensors: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: object) -> "Groups":
+        return self  # a copied model belongs to the same ranks
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.tensors)
+        return x
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.tensors)
+        return torch.cat(parts, dim=-1)
+
+    def broadcast_from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite ``tensor`` on every rank by the first rank's."""
+        if self.size > 1:
+            assert self.tensors is not None
+            source = dist.get_global_rank(self.tensors, 0)
+            dist.broadcast(tensor, src=source, group=self.tensors)
+        return tensor
+
+    @contextlib.contextmanager
+    def one_call(self, name: str, **values: object) -> Iterator[None]:
+        """A call that all ranks make together, with equal arguments.
+
+        Raises:
+            ValueError: on every rank, if the arguments differ.
+            RuntimeError: this process was forked from a rank.
+        """
+        if self.size > 1 and _is_forked:
+            raise RuntimeError(
+                "this process was forked from a rank and can't use its connections: call the model "
+                "in the rank itself"
+            )
+        with contextlib.nullcontext() if _watch is None else _watch.call():
+            with computing():
+                _agree(name, values, self.control)
+            yield
+
+    def gather_from_replicas(self, part: Any) -> list[Any]:
+        """The results of all replicas, in their order, on every rank: values that JSON can hold."""
+        return _exchange(part if self.rank == 0 else None, _everyone)[:: self.size]
+
+
+def current_groups() -> Groups:
+    """The groups of the latest ``initialize``, or those that the caller made with fairscale."""
+    if not fairscale_groups.model_parallel_is_initialized():
+        return Groups()
+    size = fairscale_groups.get_model_parallel_world_size()
+    same = _control is not None and dist.get_world_size(_control) == size
+    return Groups(
+        size,
+        fairscale_groups.get_model_parallel_rank(),
+        fairscale_groups.get_data_parallel_world_size(),
+        fairscale_groups.get_data_parallel_rank(),
+        fairscale_groups.get_model_parallel_group(),
+        _control if same else None,
+    )
 
 
 def n_processes() -> int:
@@ -80,7 +163,7 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
         ValueError: the sizes do not fit the number of processes, or differ between them.
         RuntimeError: the processes cannot reach each other.
     """
-    global _everyone, _partners, _made_in
+    global _everyone, _control, _made_in
     launched = dist.is_initialized() or dist.is_torchelastic_launched()
     if launched and not dist.is_initialized():
         _join(device)
@@ -101,21 +184,22 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
             f"multiple of it; leave it out, or start with\n    {torchrun_line(max(size, 1))}"
         )
     if not launched:  # what there is belongs to a group that is gone
-        groups.destroy_model_parallel()
-        _everyone = _partners = _made_in = None
+        fairscale_groups.destroy_model_parallel()
+        _everyone = _control = _made_in = None
         return
-    if not groups.model_parallel_is_initialized() or model_parallel_size() != size:
-        groups.destroy_model_parallel()
+    if current_groups().size != size or not fairscale_groups.model_parallel_is_initialized():
+        fairscale_groups.destroy_model_parallel()  # forgets them; models that have them go on
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale reports the sizes by print
-            groups.initialize_model_parallel(size)
+            fairscale_groups.initialize_model_parallel(size)
         # fairscale's groups have torch's default, which is ten minutes for NCCL
-        dist.distributed_c10d._set_pg_timeout(_FOREVER, groups.get_model_parallel_group())
-    if _partners is None or dist.get_world_size(_partners) != size:
+        group = fairscale_groups.get_model_parallel_group()
+        dist.distributed_c10d._set_pg_timeout(_FOREVER, group)
+    if _control is None or dist.get_world_size(_control) != size:
         for first in range(0, world_size, size):  # every process has to make every group
             ranks = list(range(first, first + size))
             group = dist.new_group(ranks, backend="gloo", timeout=_FOREVER)
             if dist.get_rank() in ranks:
-                _partners = group
+                _control = group
 
 
 def _join(device: torch.device) -> None:
@@ -138,9 +222,9 @@ def _join(device: torch.device) -> None:
 
 def _listen(size: int, rank_timeout: float) -> None:
     """Start the watch, and the groups for what is said in Python."""
-    global _everyone, _partners, _made_in, _watch
+    global _everyone, _control, _made_in, _watch
     if _made_in is not dist.group.WORLD:
-        _everyone, _partners = dist.new_group(backend="gloo", timeout=_FOREVER), None
+        _everyone, _control = dist.new_group(backend="gloo", timeout=_FOREVER), None
         _made_in = dist.group.WORLD
     if dist.is_torchelastic_launched() and n_processes() > 1:
         if _watch is None:
@@ -149,7 +233,7 @@ def _listen(size: int, rank_timeout: float) -> None:
         _watch.timeout = rank_timeout
     with computing():
         sizes = {"model_parallel_size": size, "rank_timeout": rank_timeout}
-        agree("Llama.build", sizes, everyone=True)
+        agree("Llama.build", sizes)
 
 
 def torchrun_line(n_processes: int) -> str:
@@ -185,27 +269,21 @@ def failing_together() -> Iterator[None]:
             raise RankError(f"rank {rank} failed ({reason})")
 
 
-@contextlib.contextmanager
-def one_call(name: str, **values: object) -> Iterator[None]:
-    """A call that all ranks of the model-parallel group make together, with equal arguments."""
-    with contextlib.nullcontext() if _watch is None else _watch.call():
-        with computing():
-            agree(name, values)
-        yield
-
-
 def computing() -> contextlib.AbstractContextManager[None]:
     """A part of a call in which the ranks wait for each other: see ``Watch.computing``."""
     return contextlib.nullcontext() if _watch is None else _watch.computing()
 
 
-def agree(name: str, values: Mapping[str, object], *, everyone: bool = False) -> None:
-    """Check that all ranks of the model-parallel group, or all there are, give the same values.
+def agree(name: str, values: Mapping[str, object]) -> None:
+    """Check that all processes that were launched together give the same values.
 
     Raises:
         ValueError: on every rank, if they do not; the message says what differs.
     """
-    group = _everyone if everyone else _partners
+    _agree(name, values, _everyone)
+
+
+def _agree(name: str, values: Mapping[str, object], group: dist.ProcessGroup | None) -> None:
     if group is None or dist.get_world_size(group) == 1:
         return
     given = _exchange({key: _shown(value) for key, value in values.items()}, group)
@@ -228,74 +306,52 @@ def _shown(value: object) -> str:
 
 
 def _exchange(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank of a group has given, on all of them. It travels pickled."""
+    """The values of every rank of a group, on all of them. They travel as JSON: unlike a pickle, it
+    can't run code."""
     if group is None:
         return [value]
-    values = [value] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    data = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+    n_bytes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(n_bytes, torch.tensor([len(data)]), group=group)
+    longest = int(max(n_bytes))
+    received = [torch.empty(longest, dtype=torch.uint8) for _ in n_bytes]
+    dist.all_gather(received, F.pad(data, (0, longest - len(data))), group=group)
+    return [json.loads(bytes(r[: int(n)])) for r, n in zip(received, n_bytes, strict=True)]
 
 
 def _leave() -> None:
     # with a rank gone, NCCL may wait for it here
     if dist.is_initialized() and (_watch is None or not _watch.has_told):
-        groups.destroy_model_parallel()
+        fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def model_parallel_size() -> int:
-    initialized = groups.model_parallel_is_initialized()
-    return groups.get_model_parallel_world_size() if initialized else 1
+def _before_fork() -> None:
+    if _watch is not None:
+        _watch.before_fork()
 
 
-def model_parallel_rank() -> int:
-    initialized = groups.model_parallel_is_initialized()
-    return groups.get_model_parallel_rank() if initialized else 0
+def _after_fork_in_parent() -> None:
+    if _watch is not None:
+        _watch.after_fork()
 
 
-def n_replicas() -> int:
-    """Number of copies of the weights; ``model_parallel_size`` ranks hold one together."""
-    initialized = groups.model_parallel_is_initialized()
-    return groups.get_data_parallel_world_size() if initialized else 1
+def _after_fork_in_child() -> None:
+    """A forked process isn't a rank: it shares the connections of one, and must not use them."""
+    global _watch, _is_forked
+    _is_forked = _is_forked or dist.is_initialized()
+    atexit.unregister(_leave)
+    if _watch is not None:
+        atexit.unregister(_watch.leave)
+        _watch.detach_child()
+        _watch = None
 
 
-def replica() -> int:
-    """Which of the copies this rank belongs to."""
-    initialized = groups.model_parallel_is_initialized()
-    return groups.get_data_parallel_rank() if initialized else 0
-
-
-def gather_from_replicas(part: _T) -> list[_T]:
-    """What the replicas have each computed, in their order, on every rank."""
-    size = model_parallel_size()
-    if n_replicas() == 1:
-        return [part]
-    return _exchange(part if model_parallel_rank() == 0 else None, _everyone)[::size]
-
-
-def broadcast_from_first(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite ``tensor`` on every rank of the model-parallel group by the first rank's."""
-    if model_parallel_size() > 1:
-        source, group = groups.get_model_parallel_src_rank(), groups.get_model_parallel_group()
-        dist.broadcast(tensor, src=source, group=group)
-    return tensor
-
-
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the model-parallel group, in place."""
-    if model_parallel_size() > 1:
-        dist.all_reduce(x, group=groups.get_model_parallel_group())
-    return x
-
-
-def _all_gather_last_dim(x: torch.Tensor) -> torch.Tensor:
-    size = model_parallel_size()
-    if size == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x.contiguous(), group=groups.get_model_parallel_group())
-    return torch.cat(parts, dim=-1)
-
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 
 # --- Layers -----------------------------------------------------------------------------------
 # The constructors skip fairscale's on purpose: it ignores the default device (so nothing can be
@@ -316,15 +372,16 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.gather_output = gather_output
+        self.groups = current_groups()
         self.output_size_per_partition = divide_and_check_no_remainder(
-            out_features, model_parallel_size()
+            out_features, self.groups.size
         )
         self.weight = _weight(self.output_size_per_partition, in_features)
         self.register_parameter("bias", None)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         y = self.linear(input_, self.weight)
-        return _all_gather_last_dim(y) if self.gather_output else y
+        return self.groups.all_gather_last_dim(y) if self.gather_output else y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
@@ -336,14 +393,13 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.input_is_parallel = True
-        self.input_size_per_partition = divide_and_check_no_remainder(
-            in_features, model_parallel_size()
-        )
+        self.groups = current_groups()
+        self.input_size_per_partition = divide_and_check_no_remainder(in_features, self.groups.size)
         self.weight = _weight(out_features, self.input_size_per_partition)
         self.register_parameter("bias", None)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        return all_reduce(self.linear(input_, self.weight))
+        return self.groups.all_reduce(self.linear(input_, self.weight))
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
@@ -352,18 +408,19 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.groups = current_groups()
         self.vocab_start_index, self.vocab_end_index = (
             VocabUtility.vocab_range_from_global_vocab_size(
-                num_embeddings, model_parallel_rank(), model_parallel_size()
+                num_embeddings, self.groups.rank, self.groups.size
             )
         )
         self.num_embeddings_per_partition = self.vocab_end_index - self.vocab_start_index
         self.weight = _weight(self.num_embeddings_per_partition, embedding_dim)
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
-        if model_parallel_size() == 1:
+        if self.groups.size == 1:
             return F.embedding(input_, self.weight)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         y = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return all_reduce(y.masked_fill(elsewhere[..., None], 0))
+        return self.groups.all_reduce(y.masked_fill(elsewhere[..., None], 0))

@@ -32,6 +32,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from llama.files import summary
 
 _INTERVAL = 0.5  # seconds between two signs of life
+# With less, a busy machine that delays a few of them ends healthy ranks.
+MIN_TIMEOUT = 4 * _INTERVAL
 _LEFT = "left"  # the last sign of a process that ends of itself
 _TERMINATED = "terminated"  # and of one that was told to, as the others will be
 # How long the reason of a broken connection is looked for: it shows before its process has ended.
@@ -70,6 +72,7 @@ class Watch:
         processes = [self._store.get(f"process/{r}").decode().split() for r in range(n_ranks)]
         self._launchers = [int(launcher) for launcher, _ in processes]
         self._pids = [int(pid) for _, pid in processes]
+        self._forking = threading.local()  # the signal mask of a thread that forks
         self._alarm, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         self._hear_sigterm()
@@ -126,6 +129,28 @@ class Watch:
                 self._store.set(self._lives[self._rank], _LEFT)
         os.write(self._wake, b"\0")
         self._thread.join()
+
+    def before_fork(self) -> None:
+        """A SIGTERM for the child waits until the child has detached itself."""
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def after_fork(self) -> None:
+        if hasattr(self._forking, "mask"):  # else the watch began while another thread forked
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
+    def detach_child(self) -> None:
+        """In a forked process: take back everything by which it would act as the rank. Its SIGTERM
+        would arrive in the rank, whose pipe it shares, and its failure end all ranks."""
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            descriptor = signal.set_wakeup_fd(-1)
+            if descriptor not in (-1, self._wake):  # an event loop's
+                signal.set_wakeup_fd(descriptor)
+        os.close(self._alarm)
+        os.close(self._wake)
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._next_hook
+        self.after_fork()
 
     # --- What goes wrong ------------------------------------------------------------------------
 

@@ -235,13 +235,13 @@ from llama import Llama, checkpoint
 assert sys.stdin is None
 rank, load = int(os.environ["RANK"]), checkpoint.load
 def loading(*args, **kwargs):
-    time.sleep(2 * rank)
+    time.sleep(4 * rank)
     return load(*args, **kwargs)
 checkpoint.load = loading
-llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=1)
-time.sleep(2 * (1 - rank))
+llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
+time.sleep(4 * (1 - rank))
 for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
-    time.sleep(2 * rank * (step == 2))
+    time.sleep(4 * rank * (step == 2))
 print("finished")
 """
     )
@@ -292,3 +292,85 @@ while True:
         "killed": ["torchrun is gone; all ranks end"],
     }
     assert messages(result) == expected[how]
+
+
+FORKS = """
+import multiprocessing, os, sys, time
+from llama import Llama
+
+llm = Llama.build(sys.argv[1], None, 64, dtype="float32", device="cpu")
+tokens = llm.generate([[1, 2, 3]], 5, temperature=0)[0]
+context = multiprocessing.get_context("fork")
+
+def use():
+    try:
+        llm.generate([[1, 2, 3]], 5, temperature=0)
+    except RuntimeError as error:
+        sys.exit("forked from a rank" in str(error) and 7)
+
+def code(process):
+    process.join(20)
+    return process.exitcode
+
+def forked(action):
+    pid = os.fork()
+    if pid == 0:
+        action()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+with context.Pool(2) as pool:
+    assert pool.map(abs, [-1, 2, -3]) == [1, 2, 3]
+pool.join()
+sleeper, user = context.Process(target=time.sleep, args=(60,)), context.Process(target=use)
+sleeper.start()
+sleeper.terminate()
+user.start()
+assert (code(sleeper), code(user)) == (-15, 7)
+assert forked(sys.exit) == 0
+assert forked(lambda: [][0]) == 1  # uncaught in the child: no fault of the rank
+time.sleep(1)  # two heartbeats
+assert llm.generate([[1, 2, 3]], 5, temperature=0)[0] == tokens
+print("finished")
+"""
+
+
+def test_forked_children_are_no_ranks(tmp_path: Path, shards: Path) -> None:
+    """A pool's workers that are terminated, children that fail: the ranks go on."""
+    path = tmp_path / "script.py"
+    path.write_text(FORKS)
+    result = torchrun(2, path, shards, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("finished") == 1
+    assert not messages(result)
+
+
+SIZES = """
+import sys
+from llama import Llama
+
+def build(size):
+    return Llama.build(
+        sys.argv[1], None, 64, model_parallel_size=size, dtype="float32", device="cpu"
+    )
+
+def tokens(llm):
+    return llm.generate([[1, 2, 3], [4]], 8, temperature=0, logprobs=True)[0]
+
+two = build(2)
+expected = tokens(two)
+one = build(1)
+assert tokens(one) == expected
+assert tokens(two) == expected
+assert tokens(build(2)) == expected
+assert tokens(one) == expected
+print("finished")
+"""
+
+
+def test_models_of_different_sizes_take_turns(tmp_path: Path, shards: Path) -> None:
+    """Each keeps the groups that it was built in."""
+    path = tmp_path / "script.py"
+    path.write_text(SIZES)
+    result = torchrun(2, path, shards, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("finished") == 1

@@ -1,6 +1,8 @@
 """One object, used often and in bad moments: memory, interrupts, threads, abandoned streams."""
 
+import copy
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -116,6 +118,51 @@ def test_one_model_in_several_threads(fresh: Llama, expected: Any) -> None:
         for i, result in enumerate(results):
             tokens, _ = result.result()
             assert tokens == (expected[0] if i % 2 == 0 else other[0])
+
+
+def test_two_objects_around_one_model_in_two_threads(
+    fresh: Llama, expected: Any, tokenizer: Tokenizer
+) -> None:
+    """The lock is the model's; ``forward`` takes it too."""
+    other, prompt = Llama(fresh.model, fresh.tokenizer), torch.arange(40)[None]
+    logits = fresh.model.forward(prompt, 0)
+    with ThreadPoolExecutor(3) as pool:
+        results = [
+            pool.submit(llm.generate, PROMPTS, 20, logprobs=True, seed=3)
+            for llm in [fresh, other] * 6
+        ]
+        passes = [pool.submit(fresh.model.forward, prompt, 0) for _ in range(6)]
+        assert [result.result() for result in results] == [expected] * 12
+        assert all(torch.equal(result.result(), logits) for result in passes)
+
+
+def test_a_model_can_be_copied(fresh: Llama, expected: Any) -> None:
+    copied = Llama(copy.deepcopy(fresh.model), fresh.tokenizer)
+    assert copied.model.lock is not fresh.model.lock
+    assert copied.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
+
+
+def test_a_forked_process_can_generate(fresh: Llama, expected: Any) -> None:
+    """Though the lock is another thread's and OpenMP's threads aren't there."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with fresh.model.lock:
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(hold)
+        held.wait()
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        child = context.Process(target=lambda: results.put(fresh.generate(PROMPTS, 20, seed=3)[0]))
+        child.start()
+        child.join(60)
+        done.set()
+        child.kill()
+    assert not results.empty()
+    assert results.get() == expected[0]  # one thread: other digits of the log-probabilities
 
 
 def test_a_stream_that_another_thread_overtakes_is_refused(fresh: Llama) -> None:
