@@ -11,19 +11,17 @@ only tensors are unpickled, and every key, shape and dtype is checked.
 import ctypes
 import dataclasses
 import mmap
-import pickletools
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import huggingface
+from llama import huggingface, pth_safety
 from llama.files import check_regular, read_json, summary, what_to_do
 from llama.model import ModelArgs
 
@@ -570,31 +568,18 @@ def _is_plain(tensor: Any) -> bool:
 
 # --- Native files -------------------------------------------------------------------------------
 
-# What the pickle of a dict of dense tensors names; storages and dtypes beside these. torch's
-# weights_only would let pass more, bytearray(10**11) for one.
-_PICKLED = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch.storage UntypedStorage",
-}
-_LARGEST_PICKLE = 16 * 2**20
-_LARGEST_DIRECTORY = 16 * 2**20
-
-
-class _Refused(Exception):
-    """The file is not what torch.save makes of a dict of tensors, which no download explains."""
-
 
 def _open(path: Path) -> dict[str, Any]:
     try:
         check_regular(path)
-        byte_order = _check_archive(path)
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            byte_order = pth_safety.check(file)
+            # by its descriptor: the path may lead to another file by now
+            opened = f"/dev/fd/{file.fileno()}"
+            tensors = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
-    except _Refused as error:
+    except pth_safety.UnsafeFileError as error:
         raise ValueError(
             f"{str(path)!r} was not loaded: {error}; expected a dict of dense tensors. Compare it "
             "with checklist.chk, and ask where it came from"
@@ -613,61 +598,6 @@ def _open(path: Path) -> dict[str, Any]:
     if not isinstance(tensors, dict):
         raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
     return tensors
-
-
-def _check_archive(path: Path) -> str:
-    """Look through an archive before torch does: nothing in it may be compressed, larger than the
-    file, or named by the pickle but tensors.
-
-    Returns:
-        The byte order; files from before torch noted it are little-endian.
-    """
-    size = path.stat().st_size
-    byte_order = "little"
-    with path.open("rb") as file:
-        if _directory_bytes(file, size) > _LARGEST_DIRECTORY:
-            raise _Refused("the directory of its archive is too long")
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-                if not stored or info.file_size != info.compress_size:
-                    raise _Refused(f"{info.filename!r:.80} in it is compressed or encrypted")
-                if info.file_size > size:
-                    raise _Refused(f"{info.filename!r:.80} in it is larger than the file")
-                name = info.filename.rpartition("/")[2]
-                if name == "data.pkl":
-                    if info.file_size > _LARGEST_PICKLE:
-                        raise _Refused(f"its data.pkl has {info.file_size:,} bytes")
-                    _check_pickle(archive.read(info))
-                elif name == "byteorder":
-                    byte_order = archive.read(info)[:16].decode(errors="replace")
-    return byte_order
-
-
-def _directory_bytes(file: BinaryIO, size: int) -> int:
-    """Size of the central directory of a zip archive (APPNOTE 4.3.14 to 4.3.16), 0 without one."""
-    file.seek(max(0, size - 2**16 - 100))
-    tail = file.read()
-    end = tail.rfind(b"PK\5\6")
-    n_bytes = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
-    if n_bytes == 2**32 - 1:
-        end = tail.rfind(b"PK\6\6")
-        n_bytes = int.from_bytes(tail[end + 40 : end + 48], "little")
-    return n_bytes
-
-
-def _check_pickle(data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or (
-            opcode.name.startswith("EXT")
-        ):
-            raise _Refused(f"it holds a Python object ({opcode.name})")
-        if opcode.name != "GLOBAL" or argument in _PICKLED:
-            continue
-        module, _, name = str(argument).partition(" ")
-        found = getattr(torch, name, None) if module == "torch" else None
-        if not isinstance(found, torch.dtype) and not (found and name.endswith("Storage")):
-            raise _Refused(f"it holds {module}.{name}".rstrip("."))
 
 
 def _release_pages(tensor: Tensor) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import checkpoint, huggingface
+from llama import checkpoint, huggingface, pth_safety
 from llama.checkpoint import Checkpoint, Weights
 from llama.model import ModelArgs
 from llama.vocabulary import read_vocabulary
@@ -410,21 +410,17 @@ def _checklist(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _archive_faults(path: Path, read: Callable[[int], Any]) -> list[str]:
+def _archive_faults(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
     """Members of a shard whose bytes do not have the check sum that the archive holds for them."""
-    faults = []
     try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                    faults.append(f"{str(path)!r}: {info.filename} is compressed or encrypted")
-                    continue
-                try:
-                    with archive.open(info) as member:
-                        while piece := member.read(_WRITE_BYTES):
-                            read(len(piece))
-                except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as error:
-                    faults.append(f"{str(path)!r} is damaged: {error}")
-    except (zipfile.BadZipFile, OSError) as error:
-        faults.append(f"{str(path)!r} is no readable archive: {error}")
-    return faults
+        with path.open("rb") as file:
+            for member in pth_safety.members(file):
+                crc, left = 0, member.size
+                file.seek(member.start)
+                while piece := file.read(min(left, _WRITE_BYTES)):
+                    crc, left = zlib.crc32(piece, crc), left - len(piece)
+                    read(len(piece))
+                if crc != member.crc:
+                    yield f"{str(path)!r} is damaged: Bad CRC-32 for {member.name!r}"
+    except (zipfile.BadZipFile, pth_safety.UnsafeFileError, OSError) as error:
+        yield f"{str(path)!r} is no readable archive: {error}"

@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,11 @@ from typing import Any
 import fuzz
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama import ChatFormat, Llama, Tokenizer
+from llama import ChatFormat, Llama, Tokenizer, pth_safety
 from llama.llama2 import SentencePieceTokenizer
 
 # --- Pickles ------------------------------------------------------------------------------------
@@ -113,7 +115,193 @@ def test_the_payloads_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "evil").unlink()
 
 
+HOGS = {
+    "shared tuples as a key": b"\x80\x02}K\1" + b"q\0h\0\x86" * 40 + b"K\1s.",
+    "nested tuples as a key": b"\x80\x02}" + b")" + b"\x85" * 10**6 + b"K\1s.",
+    "nested tuples as a key, a few": b"\x80\x02}" + b")" + b"\x85" * 1000 + b"K\1s.",
+    "16 MB of opcodes": b"\x80\x02}" + b"K\1K\1s" * (16 * 2**20 // 5) + b".",
+    "shared tuples in arguments": b"\x80\x02}K\1ctorch._utils\n_rebuild_tensor_v2\n)"
+    + b"q\0h\0\x86" * 40
+    + b"Rs.",
+    "a storage that is called": b"\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x06"
+    + (10**11).to_bytes(6, "little")
+    + b"\x85R.",
+    "the state of a tensor": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R}b.",
+    "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "a string that is decoded": b"\x80\x02S'" + b"\\\\" * 10 + b"'\n.",
+}
+
+
+@pytest.mark.parametrize("hog", HOGS)
+def test_a_pickle_that_would_hang_or_crash(tmp_path: Path, hog: str) -> None:
+    """In a process of its own, since the stack may overflow."""
+    fuzz.native_folder(tmp_path)
+    archive(tmp_path / "consolidated.00.pth", HOGS[hog])
+    message = refused(tmp_path)
+    assert "consolidated.00.pth' was not loaded" in message or "no readable checkpoint" in message
+
+
+REFUSED = """
+import resource, sys, time
+from llama import Llama
+start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    Llama.build(sys.argv[1], max_seq_len=16, max_batch_size=1, device="cpu")
+except (ValueError, FileNotFoundError) as error:
+    print("seconds", time.perf_counter() - start)
+    print("KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print("refused:", error)
+"""
+
+
+def refused(folder: Path) -> str:
+    """The message by which a folder is refused, at once and for little memory."""
+    result = run(sys.executable, "-c", REFUSED, folder, timeout=60)
+    numbers = re.findall(r"^(?:seconds|KiB) (.*)$", result.stdout, re.MULTILINE)
+    assert len(numbers) == 2, result.stderr
+    assert float(numbers[0]) < 10
+    assert int(numbers[1]) < 300 * 1024
+    return result.stdout.partition("refused: ")[2]
+
+
 # --- Archives and sizes -------------------------------------------------------------------------
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as file:
+        return {info.filename: file.read(info) for info in file.infolist()}
+
+
+def rewritten(path: Path, change: Callable[[dict[str, bytes]], Any]) -> None:
+    """The archive again, with its members changed."""
+    inside = members(path)
+    change(inside)
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in inside.items():
+            file.writestr(name, data)
+
+
+def moved(inside: dict[str, bytes], name: str, to: str) -> None:
+    folder = next(iter(inside)).partition("/")[0]
+    inside[f"{folder}/{to}"] = inside.pop(f"{folder}/{name}")
+
+
+AMBIGUOUS: dict[str, Callable[[dict[str, bytes]], Any]] = {
+    "two cases of one name": lambda m: m.update({"consolidated.00/DATA.PKL": PAYLOADS["eval"]}),
+    "another pickle": lambda m: m.update({"consolidated.00/constants.pkl": PAYLOADS["eval"]}),
+    "another folder": lambda m: m.update({"other/data.pkl": PAYLOADS["eval"]}),
+    "no folder": lambda m: m.update({"data.pkl": PAYLOADS["eval"]}),
+    "a NUL in a name": lambda m: m.update({"consolidated.00/data.pkl\n": PAYLOADS["eval"]}),
+}
+
+
+@pytest.mark.parametrize("how", AMBIGUOUS)
+def test_archives_that_can_be_read_in_two_ways(tmp_path: Path, how: str) -> None:
+    fuzz.native_folder(tmp_path)
+    rewritten(tmp_path / "consolidated.00.pth", AMBIGUOUS[how])
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth' was not loaded"):
+        Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+
+
+def test_names_in_capitals_are_checked_too(tmp_path: Path) -> None:
+    """torch looks its members up without regard to case."""
+    fuzz.native_folder(tmp_path)
+    path = tmp_path / "consolidated.00.pth"
+    intact = path.read_bytes()
+    rewritten(path, lambda inside: moved(inside, "data.pkl", "DATA.PKL"))
+    assert torch.load(path, weights_only=True)
+    assert Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+    archive(path, PAYLOADS["bytearray"])
+    rewritten(path, lambda inside: moved(inside, "data.pkl", "DATA.PKL"))
+    with pytest.raises(ValueError, match=r"was not loaded: it holds __builtin__\.bytearray"):
+        Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+    path.write_bytes(intact)
+    rewritten(path, lambda inside: moved(inside, "byteorder", "BYTEORDER"))
+    rewritten(path, lambda inside: inside.update({"consolidated.00/BYTEORDER": b"big"}))
+    with pytest.raises(ValueError, match="is 'big'-endian"):
+        Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+
+
+def directory_twice(data: bytes) -> bytes:
+    """zipfile reads the directory before the end record, torch that at the recorded offset."""
+    start, end = data.find(b"PK\1\2"), data.rfind(b"PK\5\6")
+    return data[:end] + data[start:end] + data[end:]
+
+
+def zip64(data: bytes, n_bytes: int) -> bytes:
+    """With a directory that is ``n_bytes`` long, by a record of 64 bits."""
+    start, end = data.find(b"PK\1\2"), data.rfind(b"PK\5\6")
+    n_entries = struct.unpack_from("<H", data, end + 10)[0]
+    fields = (44, 45, 45, 0, 0, n_entries, n_entries, n_bytes, start)
+    record = b"PK\6\6" + struct.pack("<Q2H2L4Q", *fields)
+    locator = b"PK\6\7" + struct.pack("<LQL", 0, end, 1)
+    last = data[end : end + 8] + b"\xff" * 12 + bytes(2)
+    return data[:end] + record + locator + last
+
+
+def same_record(data: bytes) -> bytes:
+    """The last two entries of the directory name the same bytes."""
+    changed = bytearray(data)
+    last = data.rfind(b"PK\1\2")
+    before = data.rfind(b"PK\1\2", 0, last)
+    changed[last + 42 : last + 46] = changed[before + 42 : before + 46]
+    return bytes(changed)
+
+
+def other_name(data: bytes) -> bytes:
+    """The directory and the member itself name it differently."""
+    at = data.find(b"data.pkl")
+    return data[:at] + b"data.pkx" + data[at + 8 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (directory_twice, "was not loaded: the directory .* doesn't end at the end record"),
+        (lambda data: zip64(data, 2**40), "was not loaded: the directory .* doesn't end"),
+        (lambda data: data + b"PK\5\6" + bytes(18), "no readable checkpoint|was not loaded"),
+        (same_record, "was not loaded: .* overlaps another member"),
+        (other_name, "was not loaded: .* has two names"),
+    ],
+)
+def test_directories_that_lie(
+    tmp_path: Path, change: Callable[[bytes], bytes], message: str
+) -> None:
+    fuzz.native_folder(tmp_path)
+    path = tmp_path / "consolidated.00.pth"
+    rewritten(path, lambda inside: None)  # by zipfile, without records of 64 bits
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+
+
+def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
+    fuzz.native_folder(tmp_path)
+    path = tmp_path / "consolidated.00.pth"
+    assert b"PK\6\6" in path.read_bytes()  # torch's always are
+    rewritten(path, lambda inside: None)
+    data = path.read_bytes()
+    assert b"PK\6\6" not in data
+    assert Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+    path.write_bytes(zip64(data, data.rfind(b"PK\5\6") - data.find(b"PK\1\2")))
+    assert Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+
+
+def test_the_file_that_was_checked_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its path leads to another one by then."""
+    fuzz.native_folder(tmp_path)
+    path, check = tmp_path / "consolidated.00.pth", pth_safety.check
+
+    def replacing(file: Any) -> str:
+        result = check(file)
+        path.unlink()
+        path.write_bytes(b"another file")
+        return result
+
+    monkeypatch.setattr(pth_safety, "check", replacing)
+    assert Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
 
 
 def test_archives_that_unfold(tmp_path: Path) -> None:
@@ -123,11 +311,11 @@ def test_archives_that_unfold(tmp_path: Path) -> None:
     assert path.stat().st_size < 2**20
     with pytest.raises(ValueError, match=r"data\.pkl' in it is compressed"):
         Llama.build(str(tmp_path), device="cpu")
-    archive(path, bytes(20 * 2**20))
-    with pytest.raises(ValueError, match=r"its data\.pkl has 20,971,520 bytes"):
+    archive(path, bytes(2**20 + 1))
+    with pytest.raises(ValueError, match=r"its data\.pkl has 1,048,577 bytes"):
         Llama.build(str(tmp_path), device="cpu")
     with zipfile.ZipFile(path, "w") as file:
-        for i in range(200_000):
+        for i in range(25_000):
             file.writestr(f"archive/data/{i:040d}", b"")
     with pytest.raises(ValueError, match="the directory of its archive is too long"):
         Llama.build(str(tmp_path), device="cpu")
