@@ -11,6 +11,7 @@ import fire
 import torch
 
 from llama import checkpoint, convert, generation, memory, parallel
+from llama import verify as verification
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.tokenizer import Message
@@ -108,7 +109,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
         tokenizer_path: default the one in the folder.
     """
     found, _, args = _opened(ckpt_dir, tokenizer_path)
-    faults = convert.verify(found, args, progress=True)
+    faults = verification.verify(found, args, progress=True)
     for fault in faults:
         print(fault)
     if faults:

@@ -16,7 +16,6 @@ import shutil
 import sys
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,8 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import checkpoint, huggingface, pth_safety
+from llama import checkpoint, huggingface
 from llama.checkpoint import Checkpoint, Weights
+from llama.files import md5
 from llama.model import ModelArgs
 from llama.vocabulary import read_vocabulary
 
@@ -187,7 +187,7 @@ def _write_native(
                 weights.release(tensor)
                 wrote(tensor.numel())
     names = sorted(path.name for path in folder.iterdir())
-    sums = {name: _md5(folder / name) for name in names}
+    sums = {name: md5(folder / name) for name in names}
     params = json.dumps(resolved_params(weights.args)) + "\n"
     sums["params.json"] = hashlib.md5(params.encode(), usedforsecurity=False).hexdigest()
     lines = (f"{digest}  {name}\n" for name, digest in sums.items())
@@ -281,15 +281,6 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
         yield view[start : start + _WRITE_BYTES]
 
 
-def _md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while piece := file.read(_WRITE_BYTES):
-            digest.update(piece)
-            read(len(piece))
-    return digest.hexdigest()
-
-
 # --- Hugging Face -----------------------------------------------------------------------------
 
 
@@ -337,90 +328,3 @@ def _write_huggingface(
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
     config = huggingface.write_config(weights.args, weights.found.context, stored) | ids
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-# --- Verification -----------------------------------------------------------------------------
-
-
-def verify(found: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
-    """Faults of a folder: files that are not the listed ones, damaged archives, tensors that are
-    missing, unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
-    faults = []
-    listed = _checklist(found.folder)
-    archives = found.files if found.layout == "native" else []
-    paths = [found.folder / name for name in listed] + archives
-    total = sum(path.stat().st_size for path in paths if path.is_file())
-    with tqdm(
-        total=total, desc=found.folder.name, unit="B", unit_scale=True, disable=not progress
-    ) as bar:
-        for name, digest in listed.items():
-            path = found.folder / name
-            if not path.is_file():
-                faults.append(f"{str(path)!r} is missing, but checklist.chk lists it")
-            elif (got := _md5(path, bar.update)) != digest:
-                faults.append(
-                    f"{str(path)!r} has the MD5 sum {got}, but checklist.chk lists {digest}"
-                )
-        for path in archives:
-            faults += _archive_faults(path, bar.update)
-    weights = Weights(found, args)
-    of_shards = [fault for i in range(found.n_shards) for fault in weights.faults(i)]
-    if not of_shards:
-        of_shards = list(_wrong_numbers(weights))
-    return faults + of_shards
-
-
-def _wrong_numbers(weights: Weights) -> Iterator[str]:
-    for i in range(weights.found.n_shards):
-        name = weights.found.files[i] if weights.found.layout == "native" else weights.found.folder
-        for key, tensor in weights.shard(i).items():
-            n_wrong = 0
-            for start, stop in checkpoint.chunks(tensor):
-                n_wrong += int((~torch.isfinite(tensor[start:stop])).sum())
-                weights.release(tensor[start:stop])
-            if n_wrong:
-                yield f"{key} in {str(name)!r} has {n_wrong} values that are not finite"
-    try:
-        weights.check_same_model()
-    except ValueError as error:
-        yield str(error)
-
-
-def _checklist(folder: Path) -> dict[str, str]:
-    """Digests by file name; empty without a list.
-
-    Raises:
-        ValueError: a line of it is not a digest and a name.
-    """
-    path = folder / "checklist.chk"
-    if not path.is_file():
-        return {}
-    sums = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        digest, _, name = line.partition(" ")
-        name = name.strip().removeprefix("*")
-        if not line.strip():
-            continue
-        if len(digest) != 32 or not name or Path(name).name != name:
-            raise ValueError(
-                f"{str(path)!r} is damaged: line {number} is {line[:60]!r}, expected an MD5 sum "
-                "and a file name"
-            )
-        sums[name] = digest.lower()
-    return sums
-
-
-def _archive_faults(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
-    """Members of a shard whose bytes do not have the check sum that the archive holds for them."""
-    try:
-        with path.open("rb") as file:
-            for member in pth_safety.members(file):
-                crc, left = 0, member.size
-                file.seek(member.start)
-                while piece := file.read(min(left, _WRITE_BYTES)):
-                    crc, left = zlib.crc32(piece, crc), left - len(piece)
-                    read(len(piece))
-                if crc != member.crc:
-                    yield f"{str(path)!r} is damaged: Bad CRC-32 for {member.name!r}"
-    except (zipfile.BadZipFile, pth_safety.UnsafeFileError, OSError) as error:
-        yield f"{str(path)!r} is no readable archive: {error}"

@@ -1,12 +1,18 @@
-"""Errors in words: what a file that cannot be read seems to be instead."""
+"""Files from outside: limits before they are parsed, and messages for those that can't be read."""
 
+import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_LARGEST_JSON = 64 * 2**20  # an index of 405B's files has 0.1 MB
+# Bytes. Parsed, JSON takes up to 30 times its size.
+LARGEST_CONFIG = 2**20
+LARGEST_INDEX = 2**23  # that of 405B's safetensors files has 0.1 MB
+# Objects, arrays and items of one JSON text: Llama 3's tokenizer.json has 1.3 million.
+_MOST_VALUES = 2**22
 
 
 def check_regular(path: str | Path) -> None:
@@ -47,27 +53,64 @@ def seems(start: bytes) -> str | None:
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file that holds a JSON object.
+def read_bounded(path: Path, largest: int) -> bytes:
+    """Content of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a pipe or a device, or has more than ``largest`` bytes.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"{size:,} bytes are too many, expected at most {largest:,}")
+    return data
+
+
+def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Content of a file that holds a JSON object of at most ``largest`` bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
     try:
-        check_regular(path)
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_bounded(path, largest))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{str(path)!r} is missing: download it again") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{str(path)!r} is not valid JSON ({error}): {what_to_do(path)}"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} is {found!r:.60}, expected a JSON object")
     return found
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse a JSON text with a bound on the memory that it takes.
+
+    Raises:
+        ValueError: it isn't one, nests too deep, or holds millions of values.
+    """
+    if data.count(b"{") + data.count(b"[") + data.count(b",") > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+    try:
+        return json.loads(data.decode())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
+    """MD5 sum of a file; ``read`` is told how many bytes have been read since its last call."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            digest.update(piece)
+            read(len(piece))
+    return digest.hexdigest()
 
 
 def summary(error: BaseException) -> str:

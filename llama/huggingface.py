@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.files import check_regular, read_json, summary, what_to_do
+from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
 from llama.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 INDEX = "model.safetensors.index.json"
+_LARGEST_HEADER = 2**20  # bytes; that of 405B in one file would have 0.2 million
 # Native module to Hugging Face's; inside of a layer, and outside.
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -105,8 +106,9 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     index = folder / INDEX
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    weight_map = read_json(index).get("weight_map")
+        # macOS puts ._NAME next to a file on disks of other systems
+        return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", name)
         for name in weight_map.values()
@@ -264,8 +266,9 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     for path in files:
         try:
             check_regular(path)
+            _check_header_size(path)
             with safetensors.safe_open(str(path), framework="pt") as file:
-                found = {native_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, PermissionError, MemoryError):
             raise
         except Exception as error:  # whatever a damaged file makes of the library
@@ -273,10 +276,31 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
                 f"{str(path)!r} is no readable safetensors file ({summary(error)}): "
                 f"{what_to_do(path)}"
             ) from error
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise ValueError(f"{twice[0]} is in {str(path)!r} and in another file of the folder")
-        tensors |= found
+        for key, tensor in found.items():
+            name = native_key(key)
+            if name == key and _is_native(key):
+                raise ValueError(
+                    f"{str(path)!r} holds {key!r}, a name of Meta's layout, expected Hugging "
+                    f"Face's, {huggingface_key(key)!r}"
+                )
+            if name in tensors:
+                raise ValueError(f"{name} is in {str(path)!r} and in another file of the folder")
+            tensors[name] = tensor
     return {key: t for key, t in tensors.items() if not key.endswith(".rotary_emb.inv_freq")}
+
+
+def _check_header_size(path: Path) -> None:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > _LARGEST_HEADER:
+        raise ValueError(f"its header has {size:,} bytes, expected at most {_LARGEST_HEADER:,}")
+
+
+def _is_native(key: str) -> bool:
+    try:
+        return native_key(huggingface_key(key)) == key
+    except KeyError:
+        return False
 
 
 def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llama.tokenizer import (
     check_message,
     check_text,
 )
-from llama.vocabulary import is_sentencepiece, read_vocabulary
+from llama.vocabulary import LARGEST_VOCABULARY, check_size, is_sentencepiece, read_vocabulary
 
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -57,6 +57,7 @@ class SentencePieceTokenizer:
                 f"{data[:16]!r}, expected the piece <unk>; give the tokenizer.model that belongs "
                 "to the weights"
             )
+        check_size(_count_pieces(data), model_path)
         try:
             self.model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
             self.n_words: int = self.model.vocab_size()
@@ -119,6 +120,23 @@ class SentencePieceTokenizer:
         if self.model.is_byte(token):  # written "<0x0A>"
             return bytes([int(piece[1:-1], 16)])
         return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _count_pieces(data: bytes) -> int:
+    """Number of the pieces in a model file, field 1 of the message, up to the limit. Damage is for
+    the library to find, but it would first make an object of every piece."""
+    n_pieces = at = 0
+    while data[at : at + 1] == b"\x0a" and n_pieces <= LARGEST_VOCABULARY:
+        size = shift = 0
+        at += 1
+        while at < len(data):
+            size |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80 or shift > 63:
+                break
+        at += size
+        n_pieces += 1
+    return n_pieces
 
 
 class Llama2ChatFormat:

@@ -5,7 +5,7 @@ A rank is both the id of a token and its place in line when pairs are merged.
 
 import base64
 import binascii
-import json
+import io
 import os
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,9 +13,11 @@ from typing import Any
 
 import blobfile
 
-from llama.files import check_regular, seems
+from llama.files import check_regular, parse_json, seems
 
-_LARGEST = 128 * 2**20  # bytes; Llama 3's tokenizer.json has 17 million
+_LARGEST = 2**25  # bytes; Llama 3's tokenizer.json has 17 million
+LARGEST_VOCABULARY = 2**20  # tokens
+_MOST_STEPS = 2**25  # of merging every token again; Llama 3's take 8 million
 
 # How Llama 3 cuts text before byte-pair merging: contractions, words with at most one leading
 # character that is neither letter, digit nor newline, groups of up to three digits, punctuation,
@@ -70,16 +72,17 @@ def parse_tiktoken(data: bytes, path: str) -> dict[bytes, int]:
         ValueError: this is not a tiktoken vocabulary; the message names ``path`` and the line.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line:
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        if not line.strip():
             continue
+        check_size(len(ranks) + 1, path)
         try:
             token_base64, rank_text = line.split()
             token, rank = base64.b64decode(token_base64, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path!r} is damaged: line {number} is {line[:60]!r}, expected a base64 token, a "
-                "space and its rank; download the file again"
+                f"{path!r} is damaged: line {number} is {line.strip()[:60]!r}, expected a base64 "
+                "token, a space and its rank; download the file again"
             ) from None
         if rank != len(ranks) or token in ranks:
             problem = "repeats a token" if token in ranks else f"has rank {rank}"
@@ -90,6 +93,12 @@ def parse_tiktoken(data: bytes, path: str) -> dict[bytes, int]:
         ranks[token] = rank
     _check_single_bytes(ranks, path)
     return ranks
+
+
+def check_size(n_tokens: int, path: str) -> None:
+    """Raise ValueError for more tokens than any Llama has: their objects fill the memory."""
+    if n_tokens > LARGEST_VOCABULARY:
+        raise ValueError(f"{path!r} has more than {LARGEST_VOCABULARY:,} tokens")
 
 
 def _check_single_bytes(ranks: Mapping[bytes, int], path: str) -> None:
@@ -133,8 +142,8 @@ def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict
         ValueError: the file is damaged, or would give other ids; the message says why.
     """
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(data)
+    except ValueError as error:
         raise ValueError(
             f"{path!r} is damaged: it begins like JSON, but {error}; download the file again"
         ) from None
@@ -211,6 +220,9 @@ def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
             f"{path!r} is damaged: its vocab is no object of tokens and ids; download the file "
             "again"
         )
+    check_size(len(vocab), path)
+    if sum(len(text) ** 2 for text in vocab) > _MOST_STEPS:
+        raise ValueError(f"{path!r} has too many long tokens: no vocabulary of Llama is like this")
     in_order = sorted(vocab.items(), key=lambda item: item[1])
     for expected, (text, token_id) in enumerate(in_order):
         if token_id != expected:

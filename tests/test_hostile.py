@@ -1,26 +1,27 @@
 """Files and texts that are made to do harm: nothing runs, hangs or fills the machine."""
 
+import base64
+import hashlib
 import json
 import os
 import pickle
-import re
 import resource
 import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import fuzz
 import pytest
 import torch
-from conftest import SHARED, run
+from conftest import ROOT, SHARED, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama import ChatFormat, Llama, Tokenizer, pth_safety
+from llama import ChatFormat, Llama, Tokenizer, checkpoint, pth_safety, verify
 from llama.llama2 import SentencePieceTokenizer
 
 # --- Pickles ------------------------------------------------------------------------------------
@@ -132,36 +133,49 @@ HOGS = {
 }
 
 
-@pytest.mark.parametrize("hog", HOGS)
-def test_a_pickle_that_would_hang_or_crash(tmp_path: Path, hog: str) -> None:
-    """In a process of its own, since the stack may overflow."""
-    fuzz.native_folder(tmp_path)
-    archive(tmp_path / "consolidated.00.pth", HOGS[hog])
-    message = refused(tmp_path)
-    assert "consolidated.00.pth' was not loaded" in message or "no readable checkpoint" in message
+def test_pickles_that_would_hang_or_crash(tmp_path: Path) -> None:
+    def make(folder: Path, hog: str) -> None:
+        fuzz.native_folder(folder)
+        archive(folder / "consolidated.00.pth", HOGS[hog])
+
+    messages = refused(tmp_path, HOGS, make)
+    assert "is no readable checkpoint" in messages.pop("a number of 2 GB")
+    for message in messages.values():
+        assert "consolidated.00.pth' was not loaded" in message
 
 
 REFUSED = """
-import resource, sys, time
+import json, resource, sys, time
 from llama import Llama
-start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    Llama.build(sys.argv[1], max_seq_len=16, max_batch_size=1, device="cpu")
-except (ValueError, FileNotFoundError) as error:
-    print("seconds", time.perf_counter() - start)
-    print("KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print("refused:", error)
+for folder in sys.argv[1:]:
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        Llama.build(folder, max_seq_len=16, max_batch_size=1, device="cpu")
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+    seconds = time.perf_counter() - start
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps([seconds, kib, message]), flush=True)
 """
 
 
-def refused(folder: Path) -> str:
-    """The message by which a folder is refused, at once and for little memory."""
-    result = run(sys.executable, "-c", REFUSED, folder, timeout=60)
-    numbers = re.findall(r"^(?:seconds|KiB) (.*)$", result.stdout, re.MULTILINE)
-    assert len(numbers) == 2, result.stderr
-    assert float(numbers[0]) < 10
-    assert int(numbers[1]) < 300 * 1024
-    return result.stdout.partition("refused: ")[2]
+def refused(
+    tmp_path: Path, cases: Iterable[str], make: Callable[[Path, str], None]
+) -> dict[str, str]:
+    """The messages by which folders are refused, each at once and for little memory. In a process
+    of its own, since the stack may overflow."""
+    folders = [tmp_path / case.replace("/", "_") for case in cases]
+    for folder, case in zip(folders, cases, strict=True):
+        folder.mkdir()
+        make(folder, case)
+    result = run(sys.executable, "-c", REFUSED, *folders, timeout=120)
+    messages = {}
+    for case, line in zip(cases, result.stdout.splitlines(), strict=False):
+        seconds, kib, messages[case] = json.loads(line)
+        assert seconds < 10, case
+        assert kib < 400 * 1024, case
+    assert messages.keys() == set(cases), result.stderr
+    return messages
 
 
 # --- Archives and sizes -------------------------------------------------------------------------
@@ -417,6 +431,134 @@ def test_json_that_is_deep_or_long(tmp_path: Path) -> None:
         Llama.build(str(tmp_path), device="cpu")
 
 
+def test_a_header_with_offsets_beyond_4_gib(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.pth"
+    with path.open("wb") as file:
+        file.seek(5 * 2**30)
+        with zipfile.ZipFile(file, "w") as inside:
+            inside.writestr("archive/data.pkl", b"\x80\x02}.")
+            inside.writestr("archive/data/0", bytes(64))
+    with path.open("rb") as file:
+        assert pth_safety.check(file) == "little"
+        pickle_, numbers = pth_safety.members(file)
+    assert numbers.start > pickle_.start > 5 * 2**30
+
+
+def filled(start: bytes, unit: bytes, end: bytes, n_bytes: int) -> bytes:
+    return start + unit * ((n_bytes - len(start) - len(end)) // len(unit)) + end
+
+
+def tokenizer_json(vocab: dict[str, int]) -> bytes:
+    content = fuzz.tokenizer_json()
+    content["model"]["vocab"] = vocab
+    return json.dumps(content).encode()
+
+
+MIB = 2**20
+# The file that replaces one of a folder, by the name that fuzz.py has for it.
+BULKY: dict[str, tuple[str, bytes, str]] = {
+    "params.json": ("params.json", filled(b'{"dim":[', b"{},", b"{}]}", 64 * MIB), "too many"),
+    "config.json": ("config.json", filled(b'{"ignored":[', b"{},", b"{}]}", 2 * MIB), "too many"),
+    "an index": ("index", filled(b'{"weight_map":[', b"{},", b"{}]}", 9 * MIB), "too many"),
+    "a tiktoken file": ("tiktoken", filled(b"", b"AA== 0\n", b"", 33 * MIB), "no vocabulary is"),
+    "short lines": ("tiktoken", filled(b"", b"\n", b"x", 32 * MIB), "damaged"),
+    "many tokens": (
+        "tiktoken",
+        b"".join(
+            b"%s %d\n" % (base64.b64encode(struct.pack(">L", i)), i) for i in range(2**20 + 1)
+        ),
+        "has more than 1,048,576 tokens",
+    ),
+    "a tokenizer.json of objects": (
+        "tokenizer.json",
+        filled(b'{"model":[', b"{},", b"{}]}", 32 * MIB),
+        "more than 4,194,304 values",
+    ),
+    "a tokenizer.json of tokens": (
+        "tokenizer.json",
+        tokenizer_json({f"{i:x}": i for i in range(2**20 + 1)}),
+        "has more than 1,048,576 tokens",
+    ),
+    # merging every token again, as the check of the merges does, is quadratic in its length
+    "a tokenizer.json of long tokens": (
+        "tokenizer.json",
+        tokenizer_json({"a" * 1000 + f"{i:05d}": i for i in range(5000)}),
+        "too many long tokens",
+    ),
+    "pieces": (
+        "sentencepiece",
+        filled(b"\x0a\x0e\x0a\5<unk>\x15\0\0\0\0\x18\2", b"\x0a\0", b"", 32 * MIB),
+        "has more",
+    ),
+    "a header": (
+        "safetensors",
+        struct.pack("<Q", 2 * MIB) + filled(b'{"a":[', b"{},", b"{}]}", 2 * MIB),
+        "its header has 2,097,152 bytes",
+    ),
+}
+
+
+def test_files_that_are_too_large_to_parse(tmp_path: Path) -> None:
+    def make(folder: Path, case: str) -> None:
+        target, data, _ = BULKY[case]
+        make_folder, name = fuzz.TARGETS[target]
+        make_folder(folder)
+        (folder / name).write_bytes(data)
+
+    for case, message in refused(tmp_path, BULKY, make).items():
+        assert BULKY[case][2] in message
+
+
+def test_a_checklist_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "checklist.chk"
+    path.touch()
+    os.truncate(path, 2**33)
+    with pytest.raises(ValueError, match="8,589,934,592 bytes are too many"):
+        verify.read_checklist(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is no regular file"):
+        verify.read_checklist(path)
+
+
+SUM = hashlib.md5(b"", usedforsecurity=False).hexdigest().encode()
+CHECKLISTS = {
+    SUM + b"  a.bin\n": True,
+    SUM + b"\ta.bin\n": True,
+    SUM + b" \t *a.bin \r\n\r\n": True,
+    b"\t " + SUM.upper() + b" a.bin": True,
+    b"\n \t\n" + SUM + b" a.bin\n": True,
+    SUM + b"\n": False,
+    SUM + b" *\n": False,
+    SUM + b" a.bin b.bin\n": False,
+    SUM + b" a.bin\n" + SUM[1:] + b" b.bin\n": False,
+    b"x" * 32 + b" a.bin\n": False,
+    SUM + b" ../a.bin\n": False,
+    SUM + b" a..bin\n": False,
+    SUM + b" -a.bin\n": False,
+    SUM + b" .a.bin\n": False,
+    SUM + b" a\x0bbin\n": False,
+    SUM + "\N{NO-BREAK SPACE}a.bin\n".encode(): False,
+    SUM + b" a.bin\rb\n": False,
+    b"\n\n": False,
+    b"": False,
+}
+
+
+@pytest.mark.parametrize("content", CHECKLISTS)
+def test_a_checklist_is_read_as_by_download_sh(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.bin").touch()
+    path = tmp_path / "checklist.chk"
+    path.write_bytes(content)
+    result = run("bash", ROOT / "download.sh", "--verify", tmp_path)
+    assert (result.returncode == 0) == CHECKLISTS[content], result.stderr
+    if CHECKLISTS[content]:
+        assert verify.read_checklist(path) == {"a.bin": SUM.decode()}
+    else:
+        with pytest.raises(ValueError, match=r"checklist.chk' is damaged"):
+            verify.read_checklist(path)
+
+
 SAFETENSORS = {
     "a header longer than the file": struct.pack("<Q", 10**6) + b"{}",
     "a header longer than memory": struct.pack("<Q", 2**63) + b"{}",
@@ -537,17 +679,15 @@ def test_a_flipped_bit_in_weights_is_found(tmp_path: Path) -> None:
     data = path.read_bytes()
     with zipfile.ZipFile(path) as file:
         members = file.infolist()
-    from llama import checkpoint, convert
-
     found = checkpoint.find(str(tmp_path))
     args = found.args(512, 16, 1)
-    assert convert.verify(found, args, progress=False) == []
+    assert verify.verify(found, args, progress=False) == []
     for info in members:
         head = data[info.header_offset :]
         start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
         for at in (start, start + info.file_size // 2, start + info.file_size - 1):
             path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
-            assert convert.verify(found, args, progress=False), (info.filename, at)
+            assert verify.verify(found, args, progress=False), (info.filename, at)
 
 
 # --- Texts --------------------------------------------------------------------------------------

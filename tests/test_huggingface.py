@@ -292,3 +292,24 @@ def test_names_map_both_ways(weights: dict[str, Tensor]) -> None:
     ):
         assert huggingface.native_key(strange) == strange
     assert PARAMS["dim"] == CONFIG["hidden_size"]
+
+
+def test_two_keys_of_one_tensor_are_refused(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Whichever of them counted, the other would be ignored."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"norm.weight": weights["norm.weight"] * 2}, path)
+    with pytest.raises(
+        ValueError, match=r"holds 'norm\.weight', a name of Meta's layout, expected"
+    ):
+        build(folder)
+    del tensors["model.norm.weight"]  # and alone it isn't a key of this layout
+    save_file(tensors | {"norm.weight": weights["norm.weight"]}, path)
+    with pytest.raises(ValueError, match=r"expected Hugging Face's, 'model\.norm\.weight'"):
+        build(folder)
+
+
+def test_hidden_files_are_not_weights(folder: Path) -> None:
+    """macOS writes ._NAME next to NAME on disks of other systems."""
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7" + bytes(4092))
+    assert build(folder)
