@@ -365,7 +365,7 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     found += cli("verify", folder, code=1)
     assert "torch.float32, but torch.bfloat16 in another shard" in found
     assert "layers.0.ffn_norm.weight in" in found
-    assert "archive/more is compressed or encrypted" in found
+    assert "'archive/more' in it is compressed or encrypted" in found
     (source / "consolidated.00.pth").write_bytes(b"nothing")
     found = cli("verify", source, code=1)
     assert "is no readable archive" in found

@@ -18,6 +18,7 @@ LAYERS = [
     "parallel",
     "model",
     "huggingface",
+    "pth_safety",
     "checkpoint",
     "vocabulary",
     "tokenizer",
@@ -26,6 +27,7 @@ LAYERS = [
     "fast",
     "memory",
     "convert",
+    "verify",
     "generation",
     "__main__",
 ]
