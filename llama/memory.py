@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from llama import checkpoint, fast
 from llama.model import ModelArgs
 
 GIB = 2**30
+_ROOT = Path("/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
 
 
 def _free_host_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
+    meminfo = _ROOT / "proc/meminfo"
     if not meminfo.is_file():  # macOS says how much there is, but not how much is free
         names = os.sysconf_names
         if "SC_PHYS_PAGES" not in names:
@@ -125,18 +127,63 @@ def _free_host_bytes() -> int | None:
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     if "MemAvailable" not in fields:
         return None
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")  # a container's own limit, if it has one
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([available, *_free_in_control_groups()])
+
+
+class _Files(NamedTuple):
+    """Where a control group of one version has its limit, its use, and its file pages, which the
+    kernel gives back when it needs memory."""
+
+    limit: str
+    used: str
+    reclaimable: tuple[str, str]  # in memory.stat
+
+
+_CGROUP1 = _Files(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+)
+_CGROUP2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def _free_in_control_groups() -> Iterator[int]:
+    """Memory left in each control group with a limit that this process is in: a container's, a
+    systemd slice's, a Slurm job's. The kernel kills a process that takes more (cgroups(7))."""
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return free
-    if limit == "max":
-        return free
-    file_pages = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-    return min(free, int(limit) - used + file_pages)
+        mounts = (_ROOT / "proc/self/mountinfo").read_text().splitlines()
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    paths: dict[str, str] = {}  # by controller, "" for version 2
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
+    for mount in mounts:
+        fields, _, source = mount.partition(" - ")
+        root, mounted_at = fields.split(" ")[3:5]
+        kind, _, options = source.split(" ")
+        if kind == "cgroup2":
+            files, path = _CGROUP2, paths.get("", "/")
+        elif kind == "cgroup" and "memory" in options.split(","):
+            files, path = _CGROUP1, paths.get("memory", "/")
+        else:
+            continue
+        top = _ROOT / mounted_at.lstrip("/")
+        inside = PurePosixPath(path)  # and outside of this mount with a namespace of its own
+        group = top / (inside.relative_to(root) if inside.is_relative_to(root) else "")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                yield from _free_in_control_group(folder, files)
+
+
+def _free_in_control_group(folder: Path, files: _Files) -> Iterator[int]:
+    try:
+        limit = int((folder / files.limit).read_text())
+        used = int((folder / files.used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit, "max"
+        return
+    yield limit - used + sum(int(stat.get(name, 0)) for name in files.reclaimable)
 
 
 def check(needed: Plan, free: int | None, device: torch.device) -> None:

@@ -115,6 +115,52 @@ def test_the_ranks_of_a_machine_share_its_memory() -> None:
     assert 0 < alone <= total
 
 
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+V2 = "memory.max", "memory.current", "inactive_file"
+# The line of /proc/self/cgroup, the mount's root, where it is, and limits by folder in it, in MiB;
+# of each, 100 MiB are in use, 30 of them by file pages.
+GROUPS: dict[str, tuple[str, str, str, dict[str, int], int]] = {
+    "container, v2": ("0::/", "/", "cgroup2", {"": 500}, 430),
+    "slice, v2": (
+        "0::/user.slice/a",
+        "/",
+        "cgroup2",
+        {"user.slice/a": 900, "user.slice": 600},
+        530,
+    ),
+    "job, v2": ("0::/slurm/job_1/step", "/", "cgroup2", {"slurm/job_1": 300}, 230),
+    "group, v1": ("4:cpu,memory:/slurm/job_1", "/", "cgroup", {"slurm/job_1": 700}, 630),
+    "container, v1": ("4:memory:/docker/ab", "/docker/ab", "cgroup", {"": 400}, 330),
+    "container in a group, v1": ("4:memory:/docker/ab/c", "/docker/ab", "cgroup", {"c": 350}, 280),
+    "outside of the mount": ("0::/../a", "/b", "cgroup2", {"": 200}, 130),
+    "no limit": ("0::/a", "/", "cgroup2", {}, 1000),
+    "another group's limit": ("0::/a", "/", "cgroup2", {"b": 200}, 1000),
+}
+
+
+@pytest.mark.parametrize("where", GROUPS)
+def test_limits_of_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    line, root, kind, limits, expected = GROUPS[where]
+    proc, mount = tmp_path / "proc/self", tmp_path / "sys/fs/cgroup/memory"
+    proc.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {1000 * 1024} kB\n")
+    (proc / "cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    (proc / "mountinfo").write_text(
+        "23 1 0:2 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"35 31 0:32 {root} /sys/fs/cgroup/memory rw - {kind} {kind} rw,memory\n"
+    )
+    limit_name, used_name, stat_name = V2 if kind == "cgroup2" else V1
+    for folder, limit in limits.items():
+        (mount / folder).mkdir(parents=True, exist_ok=True)
+        (mount / folder / limit_name).write_text(f"{limit * 2**20}\n")
+        (mount / folder / used_name).write_text(f"{100 * 2**20}\n")
+        (mount / folder / "memory.stat").write_text(f"anon 7\n{stat_name} {30 * 2**20}\n")
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    assert memory.free_bytes(CPU, 1) == expected * 2**20
+
+
 def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
     """The shards are no checkpoints at all: the plan comes first."""
     folder = write_checkpoint(tmp_path / "big", PARAMS | {"dim": 2**15, "n_layers": 400}, {})
