@@ -5,12 +5,7 @@ torchrun --nproc_per_node 1 example_chat_completion.py Meta-Llama-3-8B-Instruct
 torchrun --nproc_per_node 8 example_chat_completion.py Meta-Llama-3-70B-Instruct
 """
 
-import sys
-from typing import Any
-
-import fire
-
-from llama import Dialog, Llama
+from llama import Dialog, Llama, cli
 
 DEMO = __file__.rpartition("/")[0] + "/demo/model"
 
@@ -53,14 +48,7 @@ DIALOGS: list[Dialog] = [
 ]
 
 
-def text_or_list(value: str) -> str | list[str]:
-    """The text as it was typed, or the list that ["one", "two"] stands for."""
-    items = fire.parser.DefaultParseValue(value) if value[:2] in ('["', "['") else None
-    return items if isinstance(items, list) and all(type(i) is str for i in items) else value
-
-
-@fire.decorators.SetParseFns(ckpt_dir=str, tokenizer_path=str, prompt=text_or_list)
-def arguments(
+def main(
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
@@ -69,7 +57,7 @@ def arguments(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     prompt: str | list[str] | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Let a model answer questions and print the dialogs.
 
     Args:
@@ -82,19 +70,6 @@ def arguments(
         max_gen_len: longest answer, in tokens; default what max_seq_len leaves.
         prompt: a question, or a list ["one", "two"] of them, to be asked instead.
     """
-    return locals()
-
-
-def main(
-    ckpt_dir: str,
-    tokenizer_path: str | None,
-    temperature: float,
-    top_p: float,
-    max_seq_len: int,
-    max_batch_size: int,
-    max_gen_len: int | None,
-    prompt: str | list[str] | None,
-) -> None:
     dialogs = DEMO_DIALOGS if ckpt_dir == DEMO else DIALOGS
     if prompt is not None:
         questions = [prompt] if isinstance(prompt, str) else prompt
@@ -108,9 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
-        main(**fire.Fire(arguments, serialize=lambda _: None))
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        sys.exit(130)
+    cli.run(main)

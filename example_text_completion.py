@@ -5,12 +5,7 @@ torchrun --nproc_per_node 1 example_text_completion.py Meta-Llama-3-8B
 torchrun --nproc_per_node 8 example_text_completion.py Meta-Llama-3-70B
 """
 
-import sys
-from typing import Any
-
-import fire
-
-from llama import Llama
+from llama import Llama, cli
 
 DEMO = __file__.rpartition("/")[0] + "/demo/model"
 
@@ -36,14 +31,7 @@ Hanoi:""",
 ]
 
 
-def text_or_list(value: str) -> str | list[str]:
-    """The text as it was typed, or the list that ["one", "two"] stands for."""
-    items = fire.parser.DefaultParseValue(value) if value[:2] in ('["', "['") else None
-    return items if isinstance(items, list) and all(type(i) is str for i in items) else value
-
-
-@fire.decorators.SetParseFns(ckpt_dir=str, tokenizer_path=str, prompt=text_or_list)
-def arguments(
+def main(
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
@@ -52,7 +40,7 @@ def arguments(
     max_gen_len: int = 64,
     max_batch_size: int = 4,
     prompt: str | list[str] | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Let a model continue texts and print both.
 
     Args:
@@ -65,19 +53,6 @@ def arguments(
         max_batch_size: texts that are continued together; more run one batch after the other.
         prompt: a text, or a list ["one", "two"] of them, to be continued instead.
     """
-    return locals()
-
-
-def main(
-    ckpt_dir: str,
-    tokenizer_path: str | None,
-    temperature: float,
-    top_p: float,
-    max_seq_len: int,
-    max_gen_len: int,
-    max_batch_size: int,
-    prompt: str | list[str] | None,
-) -> None:
     prompts = DEMO_PROMPTS if ckpt_dir == DEMO else PROMPTS
     if prompt is not None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -90,9 +65,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        # Fire only reads the arguments: after a misspelt one it stops here, before weights are read
-        main(**fire.Fire(arguments, serialize=lambda _: None))
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        sys.exit(130)
+    cli.run(main)

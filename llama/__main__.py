@@ -1,16 +1,12 @@
 """python -m llama: look at a checkpoint folder, check it, convert it, or run one prompt on it."""
 
-import inspect
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
-import fire
 import torch
 
-from llama import checkpoint, convert, generation, memory, parallel
+from llama import checkpoint, cli, convert, generation, memory
 from llama import verify as verification
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
@@ -248,30 +244,6 @@ def chat(
     _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 
-# --- From words to a call -----------------------------------------------------------------------
-
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
-
-
-def _bound(command: Callable[..., None], calls: list[Callable[[], None]]) -> Callable[..., None]:
-    """What Fire calls instead of ``command``: it checks the types of the arguments and leaves the
-    call in ``calls``. Fire then stops at a misspelt option before anything has been done."""
-    hints = get_type_hints(command)
-
-    @wraps(command)
-    def bind(*args: Any, **kwargs: Any) -> None:
-        for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
-            kinds = [kind for kind in _WORDS if kind in (hints[name], *get_args(hints[name]))]
-            valid = type(value) in kinds or (type(value) is int and float in kinds)
-            if kinds and not valid:
-                expected = " or ".join(_WORDS[kind] for kind in kinds)
-                sys.exit(f"error: --{name} is {value!r}, expected {expected}")
-        calls.append(partial(command, *args, **kwargs))
-
-    texts = [name for name, hint in hints.items() if str in (hint, *get_args(hint))]
-    return fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(bind)
-
-
 def main() -> None:
     commands: dict[str, Callable[..., None]] = {
         "info": info,
@@ -280,27 +252,7 @@ def main() -> None:
         "complete": complete,
         "chat": chat,
     }
-    calls: list[Callable[[], None]] = []
-    words = sys.argv[1:] or ["--help"]
-    bound = {name: _bound(command, calls) for name, command in commands.items()}
-    fire.Fire(bound, command=words, name="python -m llama")
-    try:
-        for call in calls:
-            call()
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        MemoryError,
-        FloatingPointError,
-        torch.OutOfMemoryError,
-    ) as error:
-        if parallel.n_processes() > 1:
-            raise  # one of the ranks will say it
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        sys.exit(130)
+    cli.run(commands, name="python -m llama")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_a_replacement_that_fails_is_taken_back(
 def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
     target = tmp_path / "target"
     words = cli("convert", folder, target, "--formt", "hf", code=2)
-    assert "Could not consume arg: --formt" in words
+    assert "unknown option --formt, expected one of --src, --dst, --mp, --format" in words
     assert "Could not consume arg: upon" in cli("complete", DEMO, "Once", "upon", code=2)
     for wrong in ("--mp=2.0", "--mp=True", "--mp=two"):
         assert "expected a whole number" in cli("convert", folder, target, wrong, code=1)

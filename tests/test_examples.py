@@ -57,6 +57,8 @@ def test_defaults_run_too() -> None:
         ("[1, 2]", ["[1, 2]"]),
         ("[INST] hi", ["[INST] hi"]),
         ('["one, two", "3"]', ["one, two", "3"]),
+        ("-", ["-"]),
+        ("True", ["True"]),
     ],
 )
 def test_prompts_are_read_as_text(
@@ -78,11 +80,30 @@ def test_prompts_are_read_as_text(
 def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
     result = run(sys.executable, script, "--temprature", "0", "--ckpt_dir", "/nowhere")
     assert result.returncode == 2
-    assert "temprature" in result.stderr
-    assert "Usage: " in result.stderr
+    assert "unknown option --temprature, expected one of --ckpt_dir, " in result.stderr
     assert "max_gen_len" in result.stderr
     assert "nowhere" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prompt"],
+        ["-p"],
+        ["--noprompt"],
+        ["--prompt", "--temperature", "0"],
+        ["--tokenizer_path", "--prompt", "True"],
+        ["--ckpt-dir", "-t", "0"],
+    ],
+)
+def test_a_text_without_its_value_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fire would take it to be "True"."""
+    monkeypatch.setattr(sys, "argv", [str(TEXT), *words])
+    with pytest.raises(SystemExit, match=rf"^error: {words[0]} has no value: write {words[0]} "):
+        runpy.run_path(str(TEXT), run_name="__main__")
 
 
 @pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)

@@ -29,6 +29,7 @@ LAYERS = [
     "convert",
     "verify",
     "generation",
+    "cli",
     "__main__",
 ]
 PAGES = ["README.md", "MODEL_CARD.md", "USE_POLICY.md", "demo/README.md"]

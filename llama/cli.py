@@ -1,0 +1,115 @@
+"""From a command line to a call: Fire finds the options, and their types are checked."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import fire
+import torch
+
+from llama import parallel
+
+_Command = Callable[..., None]
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def run(commands: _Command | dict[str, _Command], name: str | None = None) -> None:
+    """Call the function that the command line names, or the only one, with its options.
+
+    Options whose type is a text are taken as they were typed; one that may be a list of texts takes
+    ``["one", "two"]`` too. Errors that have a message are shown by it alone, unless there are other
+    ranks: then one of them shows it.
+    """
+    calls: list[Callable[[], None]] = []
+    words = sys.argv[1:]
+    if isinstance(commands, dict):
+        words = words or ["--help"]
+        target: Any = {key: _bound(command, calls) for key, command in commands.items()}
+        chosen = commands.get(words[0])
+    else:
+        target, chosen = _bound(commands, calls), commands
+    if chosen:
+        _check_options(words, chosen)
+    # Fire takes a "-" for the end of a call: no word holds a NUL
+    separator = ["--separator=\0"] if "--" in words else ["--", "--separator=\0"]
+    fire.Fire(target, command=[*words, *separator], name=name, serialize=lambda _: None)
+    try:
+        for call in calls:
+            call()
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        MemoryError,
+        FloatingPointError,
+        torch.OutOfMemoryError,
+    ) as error:
+        if parallel.n_processes() > 1:
+            raise  # one of the ranks will say it
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        sys.exit(130)
+
+
+def _texts(command: _Command) -> set[str]:
+    """The options whose type is a text."""
+    hints = get_type_hints(command)
+    return {name for name, hint in hints.items() if str in (hint, *get_args(hint))}
+
+
+def _check_options(words: list[str], command: _Command) -> None:
+    """Exit if an option is unknown, or a text has no value: Fire would take it to be "True", or
+    "False" after --no."""
+    names, texts = inspect.signature(command).parameters, _texts(command)
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        option = re.match(r"--?([a-zA-Z][\w-]*)", word)
+        if not option or option[1] in ("help", "h"):
+            continue
+        name = option[1].replace("-", "_")
+        meant = {key for key in names if name in (key, f"no{key}", key[0])}
+        if not meant:
+            print(
+                f"error: unknown option {option[0]}, expected one of --{', --'.join(names)}",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        if meant & texts and "=" not in word and re.match(r"--|-[a-zA-Z]", following):
+            sys.exit(
+                f'error: {word} has no value: write {word} "TEXT", or {word}=TEXT for a text '
+                "that begins with -"
+            )
+
+
+def _bound(command: _Command, calls: list[Callable[[], None]]) -> _Command:
+    """What Fire calls instead of ``command``: it checks the types of the arguments and leaves the
+    call in ``calls``. Fire then stops at a misspelt option before anything has been done."""
+    hints = get_type_hints(command)
+
+    @wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> None:
+        for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
+            choices = (hints[name], *get_args(hints[name]))
+            kinds = [kind for kind in _KINDS if kind in choices]
+            valid = type(value) in kinds or (type(value) is int and float in kinds)
+            valid = valid or (value is None and NoneType in choices)  # Fire passes some defaults
+            if kinds and not valid and not (type(value) is list and list[str] in choices):
+                expected = " or ".join(_KINDS[kind] for kind in kinds)
+                sys.exit(f"error: --{name} is {value!r}, expected {expected}")
+        calls.append(partial(command, *args, **kwargs))
+
+    parsers = {
+        name: _text_or_list if list[str] in get_args(hints[name]) else str
+        for name in _texts(command)
+    }
+    return fire.decorators.SetParseFns(**parsers)(bind)
+
+
+def _text_or_list(value: str) -> str | list[str]:
+    """The text as it was typed, or the list that ["one", "two"] stands for."""
+    items = fire.parser.DefaultParseValue(value) if value[:2] in ('["', "['") else None
+    return items if isinstance(items, list) and all(type(i) is str for i in items) else value
