@@ -1,5 +1,6 @@
 """python -m llama: look at a checkpoint folder, check it, convert it, or run one prompt on it."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import torch
 
 from llama import checkpoint, cli, convert, generation, memory
 from llama import verify as verification
+from llama.files import escaped
 from llama.llama2 import open_tokenizer
 from llama.model import ModelArgs
 from llama.tokenizer import Message
@@ -166,8 +168,13 @@ def convert_folder(
 def _write(steps: Iterator[list[generation.TokenEvent]]) -> None:
     for events in steps:
         for event in events:
-            print(event.text, end="", flush=True)
+            _show(event.text)
     print()
+
+
+def _show(text: str) -> None:
+    """Print a piece of text; a terminal would obey the control characters in it."""
+    print(escaped(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def complete(
@@ -201,7 +208,7 @@ def complete(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
     )
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
-    print(prompt, end="", flush=True)
+    _show(prompt)
     _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import huggingface, pth_safety
-from llama.files import check_regular, read_json, summary, what_to_do
+from llama.files import check_regular, listed, read_json, summary, what_to_do
 from llama.model import ModelArgs
 
 # In Llama 2's files, and no parameter: RoPE's frequencies follow from params.json.
@@ -262,7 +262,7 @@ def find(folder: str) -> Checkpoint:
     present = sorted(p.name for p in path.iterdir())
     raise FileNotFoundError(
         f"{folder!r} holds no consolidated.00.pth, and no config.json with safetensors files, but "
-        f"{_listed(present) or 'nothing'}: {_what_is_missing(path, present)}"
+        f"{listed(present) or 'nothing'}: {_what_is_missing(path, present)}"
     )
 
 
@@ -280,7 +280,7 @@ def _what_is_missing(folder: Path, present: list[str]) -> str:
         return "llama.cpp's GGUF is not supported: download Meta's or Hugging Face's files"
     inner = [name for name in present if (folder / name / "params.json").is_file()]
     if inner:
-        return f"give one of the folders in it, {_listed(inner)}"
+        return f"give one of the folders in it, {listed(inner)}"
     return "expected a folder in Meta's native or in Hugging Face's layout"
 
 
@@ -290,7 +290,7 @@ def _check_shard_names(folder: str, shards: list[Path]) -> None:
     if names != expected:
         missing = sorted(set(expected) - set(names))
         raise FileNotFoundError(
-            f"{folder!r} holds {', '.join(names)}, but not {', '.join(missing)}: download it again"
+            f"{folder!r} holds {listed(names)}, but not {listed(missing)}: download it again"
         )
 
 
@@ -304,7 +304,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         )
     if unknown := sorted(found.keys() - known):
         raise ValueError(
-            f"{str(path)!r} has the unknown parameter(s) {', '.join(unknown)}; known are "
+            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}; known are "
             f"{', '.join(sorted(known))}"
         )
     params = {"rope_theta": LLAMA2_ROPE_THETA} | found
@@ -380,7 +380,8 @@ class Weights:
         if i not in self._shards:
             name, tensors = self._map(i)
             if faults := list(self._faults(name, tensors, i)):
-                raise ValueError(_listed(faults, "; "))
+                more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+                raise ValueError("; ".join(faults[:10]) + more)
             self._shards[i] = {key: tensors[key] for key in self.cuts}
             distinct = {id(tensor): tensor for tensor in self._shards[i].values()}.values()
             self._users.update(tensor.untyped_storage().data_ptr() for tensor in distinct)
@@ -454,9 +455,9 @@ class Weights:
         assert self._stored_cuts is not None
         wanted = self._stored_cuts
         if missing := wanted.keys() - tensors.keys():
-            yield f"{name!r} lacks {_listed(sorted(missing))}: does {self._says} belong to it?"
+            yield f"{name!r} lacks {listed(sorted(missing))}: does {self._says} belong to it?"
         if unknown := tensors.keys() - wanted.keys() - IGNORED_KEYS:
-            keys = _listed(sorted(map(str, unknown)))
+            keys = listed(sorted(unknown, key=str))
             yield f"{name!r} has the unknown key(s) {keys}: does {self._says} belong to it?"
         output = tensors.get("output.weight")
         if isinstance(output, Tensor) and output.shape[1:] == (self.args.dim,):
@@ -488,12 +489,6 @@ class Weights:
     @property
     def _says(self) -> str:
         return "params.json" if self.found.layout == "native" else "config.json"
-
-
-def _listed(items: list[str], between: str = ", ") -> str:
-    """The first ten, and how many there are more."""
-    more = f"{between}and {len(items) - 10} more" if len(items) > 10 else ""
-    return between.join(items[:10]) + more
 
 
 def load(

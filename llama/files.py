@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ LARGEST_CONFIG = 2**20
 LARGEST_INDEX = 2**23  # that of 405B's safetensors files has 0.1 MB
 # Objects, arrays and items of one JSON text: Llama 3's tokenizer.json has 1.3 million.
 _MOST_VALUES = 2**22
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_regular(path: str | Path) -> None:
@@ -116,4 +118,17 @@ def md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
 def summary(error: BaseException) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
+    text = f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
+    return escaped(text)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Up to ten names from outside, as literals: a terminal obeys what may be in them."""
+    every = [f"{name!r:.80}" for name in names]
+    more = f", and {len(every) - 10} more" if len(every) > 10 else ""
+    return ", ".join(every[:10]) + more
+
+
+def escaped(text: str) -> str:
+    """The text without control characters other than newline and tab, which become escapes."""
+    return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)

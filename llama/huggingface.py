@@ -284,7 +284,7 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
                     f"Face's, {huggingface_key(key)!r}"
                 )
             if name in tensors:
-                raise ValueError(f"{name} is in {str(path)!r} and in another file of the folder")
+                raise ValueError(f"{name!r} is in {str(path)!r} and in another file of the folder")
             tensors[name] = tensor
     return {key: t for key, t in tensors.items() if not key.endswith(".rotary_emb.inv_freq")}
 
@@ -316,8 +316,8 @@ def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         for key in sorted(found.keys() & rope.keys()):
             if found[key] != rope[key]:
                 raise ValueError(
-                    f"{str(path)!r} gives {key} two values, {rope[key]!r:.40} and, in {name}, "
-                    f"{found[key]!r:.40}: leave one of them out"
+                    f"{str(path)!r} gives {key!r:.40} two values, {rope[key]!r:.40} and, in "
+                    f"{name}, {found[key]!r:.40}: leave one of them out"
                 )
         rope |= found
     params = {"rope_theta": rope.get("rope_theta", 10000.0)}

@@ -31,6 +31,7 @@ class SentencePieceTokenizer:
         pad_id: -1, an id that no text has.
         stop_tokens: ids that end a generation: ``eos_id`` alone.
         special_tokens: name to id of the control tokens and of the unknown token.
+        control_ids: ids that no text may be encoded to.
         drops_first_space: True: SentencePiece puts a space before the first word of a text, and
             ``decode`` drops it again where a text begins. ``decode_bytes`` keeps it.
 
@@ -77,6 +78,9 @@ class SentencePieceTokenizer:
                 "that belongs to the weights"
             )
         self.stop_tokens: set[int] = {self.eos_id}
+        self.control_ids = {self.bos_id, self.eos_id} | {
+            i for i in range(self.n_words) if self.model.is_control(i)
+        }
         self.special_tokens: dict[str, int] = {
             self.model.id_to_piece(i): i
             for i in range(self.n_words)
@@ -166,7 +170,7 @@ class Llama2ChatFormat:
         """
         for i, message in enumerate(dialog):
             check_message(message, f"message {i}", tools=False)
-            _refuse_tags(message["content"], i)
+            self._refuse_tags(message["content"], i)
         turns = _turns(dialog)
         ids: list[int] = []
         for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
@@ -176,18 +180,25 @@ class Llama2ChatFormat:
             f"[INST] {turns[-1].strip()} [/INST]", bos=True, eos=False
         )
 
+    def _refuse_tags(self, content: str, index: int) -> None:
+        """The vocabulary may normalize text, so that a tag is spelled in other characters."""
+        ids = self.tokenizer.encode(content, bos=False, eos=False)
+        for text in (content, self.tokenizer.decode(ids)):
+            for tag in _TAGS:
+                if tag in text:
+                    raise ValueError(
+                        f"the content of message {index} holds {tag}, which the Llama 2 chat "
+                        "format keeps for its own structure: take it out, or ask the user to"
+                    )
+        if controls := self.tokenizer.control_ids.intersection(ids):
+            raise ValueError(
+                f"the content of message {index} is encoded to the control token {min(controls)}, "
+                "expected text only: give the tokenizer.model that belongs to the weights"
+            )
+
     def asks(self, tokens: Sequence[int]) -> bool:
         """Whether these ids end like a dialog prompt, so that an answer follows: a new text."""
         return self.tokenizer.decode(tokens[-8:]).endswith("[/INST]")
-
-
-def _refuse_tags(content: str, index: int) -> None:
-    for tag in _TAGS:
-        if tag in content:
-            raise ValueError(
-                f"the content of message {index} holds {tag}, which the Llama 2 chat format keeps "
-                "for its own structure: take it out, or ask the user to"
-            )
 
 
 def _turns(dialog: Dialog) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from llama.files import escaped
+
 _LARGEST_PICKLE = 2**20  # that of 405B's shards has 0.2 MiB
 _LARGEST_DIRECTORY = 2**21
 _LARGEST_ITEM = 1000  # a tensor is 25: the items of a tuple or call, and theirs
@@ -271,4 +273,4 @@ def _checked_name(name: str) -> str:
     is_storage = found is not None and attribute.endswith("Storage")
     if name == "torch.storage UntypedStorage" or is_storage or isinstance(found, torch.dtype):
         return ""
-    raise UnsafeFileError(f"it holds {module}.{attribute}".rstrip("."))
+    raise UnsafeFileError(escaped(f"it holds {module}.{attribute}".rstrip(".")[:200]))

@@ -82,7 +82,7 @@ def test_llama2_leftovers_are_ignored_by_name(copy: Path, weights: dict[str, Ten
     torch.save(weights | {"rope.freqs": torch.ones(4)}, copy / "consolidated.00.pth")
     build(copy)
     torch.save(weights | {"rope.frequencies": torch.ones(4)}, copy / "consolidated.00.pth")
-    with pytest.raises(ValueError, match=r"unknown key\(s\) rope\.frequencies"):
+    with pytest.raises(ValueError, match=r"unknown key\(s\) 'rope\.frequencies"):
         build(copy)
 
 
@@ -169,8 +169,8 @@ def test_damaged_files(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm.weight": None}, r"lacks norm\.weight"),
-        ({"layers.9.ffn_norm.weight": torch.ones(128)}, r"unknown key\(s\) layers\.9\.ffn_norm"),
+        ({"norm.weight": None}, r"lacks 'norm\.weight"),
+        ({"layers.9.ffn_norm.weight": torch.ones(128)}, r"unknown key\(s\) 'layers\.9\.ffn_norm"),
         ({"norm.weight": torch.ones(64)}, r"norm\.weight .* \(64,\), expected \(128,\)"),
         ({"norm.weight": torch.ones(128, dtype=torch.int8)}, "int8, .* quantized"),
         (
@@ -208,14 +208,14 @@ def test_a_checkpoint_that_is_no_dict(copy: Path, weights: dict[str, Tensor]) ->
     [
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object"),
-        (json.dumps(PARAMS | {"n_experts": 8}), r"unknown parameter\(s\) n_experts"),
+        (json.dumps(PARAMS | {"n_experts": 8}), r"unknown parameter\(s\) 'n_experts"),
         (json.dumps(PARAMS | {"quantization_args": {}}), "quantized weights .*bfloat16 version"),
-        (json.dumps(PARAMS | {"max_seq_len": 8}), r"unknown parameter\(s\) max_seq_len"),
+        (json.dumps(PARAMS | {"max_seq_len": 8}), r"unknown parameter\(s\) 'max_seq_len"),
         (json.dumps(PARAMS | {"n_heads": 7}), "n_heads"),
         (json.dumps(PARAMS | {"dim": "128"}), "dim is '128'"),
         (json.dumps(PARAMS | {"vocab_size": 128256}), "128256 tokens, but the tokenizer has 1024"),
-        (json.dumps(PARAMS | {"n_layers": 3}), r"lacks layers\.2\.attention\.wk"),
-        (json.dumps(PARAMS | {"n_layers": 1}), r"unknown key\(s\) layers\.1\."),
+        (json.dumps(PARAMS | {"n_layers": 3}), r"lacks 'layers\.2\.attention\.wk"),
+        (json.dumps(PARAMS | {"n_layers": 1}), r"unknown key\(s\) 'layers\.1\."),
     ],
 )
 def test_wrong_params(copy: Path, text: str, message: str) -> None:
@@ -229,10 +229,10 @@ def test_missing_files(copy: Path, tmp_path: Path) -> None:
         build(tmp_path / "nowhere")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match=r"but model\.safetensors: download .*config"):
+    with pytest.raises(FileNotFoundError, match=r"but 'model\.safetensors': download .*config"):
         build(tmp_path / "hf")
     (copy / "consolidated.02.pth").touch()
-    with pytest.raises(FileNotFoundError, match=r"but not consolidated\.01\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"but not 'consolidated\.01\.pth"):
         build(copy)
     (copy / "consolidated.02.pth").unlink()
     (copy / "tokenizer.model").unlink()

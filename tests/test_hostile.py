@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -17,11 +19,14 @@ from typing import Any
 import fuzz
 import pytest
 import torch
-from conftest import ROOT, SHARED, run
+from conftest import DEMO, ROOT, SHARED, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from llama import ChatFormat, Llama, Tokenizer, checkpoint, pth_safety, verify
+from llama.__main__ import _write, complete
+from llama.generation import TokenEvent
 from llama.llama2 import SentencePieceTokenizer
 
 # --- Pickles ------------------------------------------------------------------------------------
@@ -557,6 +562,107 @@ def test_a_checklist_is_read_as_by_download_sh(tmp_path: Path, content: bytes) -
     else:
         with pytest.raises(ValueError, match=r"checklist.chk' is damaged"):
             verify.read_checklist(path)
+
+
+# --- Names and texts that a terminal would obey -------------------------------------------------
+
+ESCAPE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def with_params(folder: Path) -> None:
+    fuzz.native_folder(folder)
+    (folder / "params.json").write_text(json.dumps(fuzz.PARAMS | {ESCAPE: 1}))
+
+
+def with_tensor(folder: Path) -> None:
+    fuzz.native_folder(folder)
+    path = folder / "consolidated.00.pth"
+    torch.save(torch.load(path, weights_only=True) | {ESCAPE: torch.ones(1)}, path)
+
+
+def with_member(folder: Path) -> None:
+    fuzz.native_folder(folder)
+    path = folder / "consolidated.00.pth"
+    rewritten(path, lambda inside: inside.update({f"consolidated.00/{ESCAPE}": b""}))
+
+
+def with_class(folder: Path) -> None:
+    fuzz.native_folder(folder)
+    archive(folder / "consolidated.00.pth", by_name(f"os\n{ESCAPE}"))
+
+
+def with_safetensors(folder: Path) -> None:
+    fuzz.huggingface_folder(folder)
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {ESCAPE: torch.ones(1)}, path)
+
+
+def with_dtype(folder: Path) -> None:  # safetensors' own message shows it
+    fuzz.huggingface_folder(folder)
+    header = json.dumps({"a": {"dtype": ESCAPE, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def with_config(folder: Path) -> None:
+    fuzz.huggingface_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    ropes = {"rope_scaling": {ESCAPE: 1}, "rope_parameters": {ESCAPE: 2}}
+    (folder / "config.json").write_text(json.dumps(config | ropes | {"model_type": "llama"}))
+
+
+def with_files(folder: Path) -> None:
+    (folder / ESCAPE.replace("/", "")).touch()
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).touch()
+
+
+def with_shards(folder: Path) -> None:
+    fuzz.native_folder(folder)
+    (folder / f"consolidated.{ESCAPE}.pth").touch()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_params,
+        with_tensor,
+        with_member,
+        with_class,
+        with_safetensors,
+        with_dtype,
+        with_config,
+        with_files,
+        with_shards,
+    ],
+)
+def test_messages_do_not_reach_into_the_terminal(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
+    assert "x1b]52;c;" in str(error.value)
+    assert not CONTROL.search(str(error.value))
+    str(error.value).encode()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stdout", "shown"), [(Terminal(), False), (io.StringIO(), True)])
+def test_generated_text_does_not_reach_into_the_terminal(
+    stdout: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    complete(str(DEMO), ESCAPE + "é\n\t", max_gen_len=0)
+    _write(iter([[TokenEvent(0, 0, "\x9b2J", None, None)]]))
+    text = stdout.getvalue()
+    assert "é\n\t" in text
+    assert (ESCAPE in text) == ("\x9b" in text) == shown
+    assert (r"\x1b]52;" in text) == (r"\x9b2J" in text) == (not shown)
 
 
 SAFETENSORS = {

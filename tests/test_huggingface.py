@@ -80,7 +80,7 @@ def test_a_tied_embedding_is_in_memory_once(folder: Path) -> None:
     tensors = load_file(path)
     del tensors["lm_head.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"lacks output\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 'output\.weight'"):
         build(folder)
     change(folder, tie_word_embeddings=True)
     for dtype in ("float32", "bfloat16"):  # mapped, and converted
@@ -98,7 +98,7 @@ def test_old_buffers_are_ignored_by_name(folder: Path) -> None:
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(128)
     save_file(tensors, path)
     with pytest.raises(
-        ValueError, match=r"unknown key\(s\) model\.layers\.0\.self_attn\.q_proj\.bias"
+        ValueError, match=r"unknown key\(s\) 'model\.layers\.0\.self_attn\.q_proj\.bias"
     ):
         build(folder)
 
@@ -123,15 +123,15 @@ def test_old_buffers_are_ignored_by_name(folder: Path) -> None:
         ({"vocab_size": -1}, "vocab_size -1"),
         (
             {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default"}},
-            "gives rope_type two values, 'llama3' and, in rope_parameters, 'default'",
+            "gives 'rope_type' two values, 'llama3' and, in rope_parameters, 'default'",
         ),
-        ({"rope_parameters": {"rope_theta": 10000.0}}, r"gives rope_theta two values, 500000\.0"),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, r"gives 'rope_theta' two values, 500000\.0"),
         ({"hidden_size": 120}, "dim is 120 and n_heads 16"),
         ({"max_position_embeddings": -1}, "max_position_embeddings -1"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
         ({"eos_token_id": "2"}, "eos_token_id '2', expected an id or a list"),
         ({"vocab_size": 1000}, "trained on 1000 tokens, but the tokenizer has 1024"),
-        ({"num_hidden_layers": 3}, r"lacks layers\.2\."),
+        ({"num_hidden_layers": 3}, r"lacks 'layers\.2\."),
         (
             {"intermediate_size": 400},
             r"feed_forward\.w1\.weight .* \(384, 128\), expected \(400, 128\)",

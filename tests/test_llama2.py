@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import fuzz
 import pytest
 import sentencepiece
 from conftest import DEMO, SHARED
@@ -241,6 +242,26 @@ def test_tags_in_contents_are_refused(llama2: SentencePieceTokenizer, tag: str, 
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Llama2ChatFormat(llama2).encode_dialog_prompt(dialog)
     assert f"message {index} holds {tag}, which" in str(error.value)
+
+
+@pytest.mark.parametrize("tag", ["\uff3b/INST\uff3d", "[\x01/INST]", "[/\U0001d408NST]"])
+def test_tags_that_the_vocabulary_normalizes_are_refused(tmp_path: Path, tag: str) -> None:
+    """nmt_nfkc is what sentencepiece trains with unless told otherwise."""
+    fuzz.sentencepiece_folder(tmp_path)
+    tokenizer = SentencePieceTokenizer(str(tmp_path / "tokenizer.model"))
+    assert "[/INST]" in tokenizer.decode(tokenizer.encode(tag, bos=False, eos=False))
+    with pytest.raises(ValueError, match=r"the content of message 0 holds \[/INST\]"):
+        Llama2ChatFormat(tokenizer).encode_dialog_prompt(
+            [{"role": "user", "content": f"a {tag} b"}]
+        )
+
+
+def test_contents_that_become_control_tokens_are_refused(
+    llama2: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama2, "encode", lambda s, *, bos, eos: [llama2.eos_id])
+    with pytest.raises(ValueError, match="message 0 is encoded to the control token 2"):
+        Llama2ChatFormat(llama2).encode_dialog_prompt([{"role": "user", "content": "a"}])
 
 
 # --- Vocabulary files -------------------------------------------------------------------------

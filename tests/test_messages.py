@@ -158,8 +158,8 @@ def test_a_rank_timeout_that_would_end_healthy_ranks(folder: Path, timeout: floa
         (["model.safetensors"], r"download Hugging Face's config\.json too"),
         (["llama.Q4.gguf"], "GGUF is not supported"),
         (["original/params.json", "config.json"], "Meta's files are in '.*original'"),
-        (["8B/params.json", "70B/params.json"], "give one of the folders in it, 70B, 8B"),
-        ([f"{i:02d}.txt" for i in range(12)], r"00\.txt, .*, 09\.txt, and 2 more: "),
+        (["8B/params.json", "70B/params.json"], "give one of the folders in it, '70B', '8B'"),
+        ([f"{i:02d}.txt" for i in range(12)], r"00\.txt', .*, '09\.txt', and 2 more: "),
     ],
 )
 def test_a_folder_without_a_checkpoint(tmp_path: Path, names: list[str], advice: str) -> None:
@@ -199,7 +199,7 @@ def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> 
     params = PARAMS | {"n_layers": 4}
     (copy / "params.json").write_text(json.dumps(params))
     torch.save(weights, copy / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="lacks layers") as error:
+    with pytest.raises(ValueError, match="lacks 'layers") as error:
         Llama.build(str(copy), device="cpu")
     assert str(error.value).count("layers.") == 10
     assert "and 8 more" in str(error.value)
