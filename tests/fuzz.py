@@ -4,20 +4,22 @@
     PYTHONPATH=. python tests/fuzz.py TARGET CORPUS [libFuzzer's options, -max_total_time=600 say]
 
 TARGET is the file that is replaced: pth, safetensors, params.json, config.json, index, tiktoken,
-sentencepiece or tokenizer.json. Every input must end in a model that generates or in one of the
-library's errors, within 10 seconds and 1 GiB; anything else stops the run, and libFuzzer writes the
-input to crash-... .
+sentencepiece, tokenizer.json, checklist.chk, or dialog for the content of a message. The inputs of
+hostile.py are the seeds. Every input must end in a model that generates or in one of the library's
+errors, within 10 seconds and 1 GiB; anything else stops the run, and libFuzzer writes the input to
+crash-... .
 """
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +33,8 @@ except ImportError:  # the folders below are test_hostile.py's too
 with instrumented:
     from conftest import random_weights
 
-    from llama import Llama, ModelArgs, RankError, huggingface
+    from llama import Llama, ModelArgs, RankError, checkpoint, huggingface, verify
+    from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer
 
 PARAMS: dict[str, Any] = {
     "dim": 16,
@@ -122,53 +125,103 @@ def tokenizer_json() -> dict[str, Any]:
     }
 
 
-TARGETS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pth": (native_folder, "consolidated.00.pth"),
-    "params.json": (native_folder, "params.json"),
-    "tiktoken": (native_folder, "tokenizer.model"),
-    "sentencepiece": (sentencepiece_folder, "tokenizer.model"),
-    "safetensors": (huggingface_folder, "model.safetensors"),
-    "config.json": (huggingface_folder, "config.json"),
-    "index": (huggingface_folder, huggingface.INDEX),
-    "tokenizer.json": (tokenizer_json_folder, "tokenizer.json"),
+def checklist_folder(folder: Path) -> None:
+    native_folder(folder)
+    sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    (folder / "checklist.chk").write_text(text)
+
+
+def dialog_folder(folder: Path) -> None:
+    sentencepiece_folder(folder)
+    (folder / "content").write_text("a b")
+
+
+def build(folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        llm = Llama.build(str(folder), max_seq_len=16, max_batch_size=1, device="cpu")
+    llm.text_completion(["a b"], temperature=0, max_gen_len=2)
+
+
+def verify_folder(folder: Path) -> None:
+    found = checkpoint.find(str(folder))
+    for fault in verify.verify(found, found.args(512, 16, 1), progress=False):
+        assert fault
+
+
+def ask(folder: Path) -> None:
+    """A content is refused, or leaves the structure of the prompt as it is."""
+    content = (folder / "content").read_bytes().decode(errors="replace")
+    tokenizer = tokenizer_of(str(folder / "tokenizer.model"))
+    ids = Llama2ChatFormat(tokenizer).encode_dialog_prompt([{"role": "user", "content": content}])
+    text = tokenizer.decode(ids)
+    assert ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.eos_id not in ids
+    assert [text.count(tag) for tag in ("[INST]", "[/INST]", "<<SYS>>")] == [1, 1, 0]
+
+
+tokenizer_of = functools.lru_cache(SentencePieceTokenizer)
+
+
+class Target(NamedTuple):
+    """A folder, the file in it that is replaced, and what is done with the folder then."""
+
+    make: Callable[[Path], None]
+    name: str
+    use: Callable[[Path], None] = build
+
+
+TARGETS: dict[str, Target] = {
+    "pth": Target(native_folder, "consolidated.00.pth"),
+    "params.json": Target(native_folder, "params.json"),
+    "tiktoken": Target(native_folder, "tokenizer.model"),
+    "sentencepiece": Target(sentencepiece_folder, "tokenizer.model"),
+    "safetensors": Target(huggingface_folder, "model.safetensors"),
+    "config.json": Target(huggingface_folder, "config.json"),
+    "index": Target(huggingface_folder, huggingface.INDEX),
+    "tokenizer.json": Target(tokenizer_json_folder, "tokenizer.json"),
+    "checklist.chk": Target(checklist_folder, "checklist.chk", verify_folder),
+    "dialog": Target(dialog_folder, "content", ask),
 }
 
 
-def outcome(folder: Path) -> str:
-    """Build and use what is in a folder: "built", or the type of one of the library's errors."""
+def outcome(folder: Path, use: Callable[[Path], None]) -> str:
+    """Use what is in a folder: "accepted", or the type of one of the library's errors."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            llm = Llama.build(str(folder), max_seq_len=16, max_batch_size=1, device="cpu")
-        llm.text_completion(["a b"], temperature=0, max_gen_len=2)
+        use(folder)
     except UNEXPECTED:
         raise
     except FloatingPointError:  # numbers that are not finite are found when they are met
         return "FloatingPointError"
     except EXPECTED as error:
         return type(error).__name__ if str(error) else "an error without a message"
-    return "built"
+    return "accepted"
 
 
 def main() -> None:
+    import hostile
+
     target, corpus, *options = sys.argv[1:]
-    make, name = TARGETS[target]
+    make, name, use = TARGETS[target]
     folder = Path(tempfile.mkdtemp())
     make(folder)
     Path(corpus).mkdir(exist_ok=True)
-    shutil.copy(folder / name, Path(corpus) / "intact")
-    assert outcome(folder) == "built"
+    size = (folder / name).stat().st_size
+    for i, seed in enumerate(hostile.seeds(target, folder)):
+        (Path(corpus) / f"seed-{i}").write_bytes(seed)
+    assert outcome(folder, use) == "accepted"
     counts: dict[str, int] = {}
 
     def one_input(data: bytes) -> None:
         (folder / name).write_bytes(data)
-        result = outcome(folder)
+        result = outcome(folder, use)
         if " " in result:
             raise AssertionError(result)
         counts[result] = counts.get(result, 0) + 1
         if sum(counts.values()) % 1000 == 0:
             print(target, sum(counts.values()), counts, flush=True)
 
-    largest = str(2 * (folder / name).stat().st_size)
+    largest = str(max(4096, 2 * size))
     limits = ["-timeout=10", "-rss_limit_mb=1536", f"-max_len={largest}"]  # torch has 0.5 GiB
     atheris.Setup([sys.argv[0], corpus, *limits, *options], one_input)
     atheris.Fuzz()
