@@ -18,7 +18,7 @@ from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_t
 from llama.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 INDEX = "model.safetensors.index.json"
-_LARGEST_HEADER = 2**20  # bytes; that of 405B in one file would have 0.2 million
+_LARGEST_HEADER = 2**20  # bytes; that of 405B in one file would have 0.15 million
 # Native module to Hugging Face's; inside of a layer, and outside.
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",

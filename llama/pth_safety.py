@@ -15,7 +15,7 @@ import torch
 
 from llama.files import escaped
 
-_LARGEST_PICKLE = 2**20  # that of 405B's shards has 0.2 MiB
+_LARGEST_PICKLE = 2**20  # that of a shard of 405B has 0.14 MB
 _LARGEST_DIRECTORY = 2**21
 _LARGEST_ITEM = 1000  # a tensor is 25: the items of a tuple or call, and theirs
 
