@@ -406,6 +406,12 @@ class Weights:
         found = reads(self._stored_cuts[key], self.found.n_shards, self.cuts[key], n_ranks, rank)
         return [(take(self.shard(r.shard)[key], r.source), r.target) for r in found]
 
+    def place(self, key: str, n_ranks: int, rank: int) -> tuple[object, ...]:
+        """Where the numbers of a rank's part are: equal for two keys of one tensor."""
+        pieces = self.pieces(key, n_ranks, rank)
+        views = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
+        return (*views, self.is_rotated(key))
+
     def read(
         self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
@@ -524,9 +530,7 @@ def load(
         disable=not progress,
     ) as bar:
         for key, cut in weights.cuts.items():
-            pieces = weights.pieces(key, n_ranks, rank)
-            place = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
-            twin = same.setdefault((place, weights.is_rotated(key)), key)
+            twin = same.setdefault(weights.place(key, n_ranks, rank), key)
             loaded[key] = (
                 weights.read(key, n_ranks, rank, dtype, device) if twin == key else loaded[twin]
             )

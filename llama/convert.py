@@ -12,7 +12,9 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import stat
 import sys
 import uuid
 import zipfile
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from llama import checkpoint, huggingface
 from llama.checkpoint import Checkpoint, Weights
-from llama.files import md5
+from llama.files import listed, md5
 from llama.model import ModelArgs
 from llama.vocabulary import read_vocabulary
 
@@ -62,14 +64,17 @@ def convert(
         n_shards: of a native folder; a Hugging Face folder has none.
         dtype: None keeps every tensor's own.
         bos_token, stop_tokens: for the configs of a Hugging Face folder.
-        force: replace ``target`` if it is there. Only a checkpoint or an empty folder is.
+        force: replace ``target`` if it is there. Only an empty folder is, or a checkpoint with no
+            other files beside its own and none of the source's.
 
     Raises:
         FileExistsError: ``target`` is there.
         OSError: the disk is full, or cannot be written to; nothing is left on it.
-        ValueError: the source is damaged, or does not divide by ``n_shards``.
+        ValueError: the source is damaged, does not divide by ``n_shards``, or holds numbers that
+            ``dtype`` cannot; the message names the tensor.
     """
-    _check_target(target, found.folder, force)
+    sources = [*found.folder.iterdir(), tokenizer_path]
+    _check_target(target, sources, force)
     if n_shards not in args.rank_counts:
         raise ValueError(
             f"the model does not divide by {n_shards} shards, but by "
@@ -77,12 +82,15 @@ def convert(
         )
     weights = Weights(found, args)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(weights, target, dtype)
+    n_files = n_shards if layout == "native" else 1
+    keys = list(weights.cuts)
+    if layout == "hf" and _is_tied(weights):
+        keys.remove("output.weight")
+    _check_room(weights, keys, n_files, dtype, tokenizer_path, target)
     part = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     part.mkdir()
     try:
-        n_files = n_shards if layout == "native" else 1
-        one = sum(checkpoint.n_bytes(cut, n_files, torch.uint8) for cut in weights.cuts.values())
+        one = sum(checkpoint.n_bytes(weights.cuts[key], n_files, torch.uint8) for key in keys)
         with tqdm(
             total=one * n_files,
             desc=target.name,
@@ -97,11 +105,11 @@ def convert(
             if layout == "native":
                 _write_native(weights, part, n_shards, dtype, bar.update)
             else:
-                _write_huggingface(weights, part, dtype, bos_token, stop_tokens, bar.update)
+                _write_huggingface(weights, keys, part, dtype, bos_token, stop_tokens, bar.update)
         for path in part.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        _put_in_place(part, target, found.folder, force)
+        replaced = _put_in_place(part, target, sources, force)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
@@ -110,12 +118,27 @@ def convert(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    if replaced:
+        _delete(replaced)
 
 
-def _check_room(weights: Weights, target: Path, dtype: torch.dtype | None) -> None:
-    n_bytes = sum(
-        checkpoint.n_bytes(cut, 1, dtype or _dtype(weights, key))
-        for key, cut in weights.cuts.items()
+def _is_tied(weights: Weights) -> bool:
+    """Whether the source has one tensor for the embedding and the output layer."""
+    return weights.place("tok_embeddings.weight", 1, 0) == weights.place("output.weight", 1, 0)
+
+
+def _check_room(
+    weights: Weights,
+    keys: list[str],
+    n_files: int,
+    dtype: torch.dtype | None,
+    tokenizer_path: Path,
+    target: Path,
+) -> None:
+    """Every file has norms, and key/value heads that its ranks share, of its own."""
+    n_bytes = tokenizer_path.stat().st_size + n_files * sum(
+        checkpoint.n_bytes(weights.cuts[key], n_files, dtype or _dtype(weights, key))
+        for key in keys
     )
     free = shutil.disk_usage(target.parent).free
     if free < n_bytes:
@@ -125,37 +148,89 @@ def _check_room(weights: Weights, target: Path, dtype: torch.dtype | None) -> No
         )
 
 
-def _check_target(target: Path, source: Path, force: bool) -> None:
+# --- The target ---------------------------------------------------------------------------------
+
+# Files that convert or the publishers write. Not README.md: it may be the user's.
+_CHECKPOINT_FILES = re.compile(
+    r"consolidated\.\d\d\.pth|params\.json|(tokenizer_)?checklist\.chk|tokenizer\.(model|json)"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"|LICENSE(\.txt)?|USE_POLICY(\.md)?"
+)
+
+
+def _check_target(target: Path, sources: list[Path], force: bool) -> None:
     """Raise FileExistsError unless ``target`` may be written, or replaced."""
     if not os.path.lexists(target):
         return
     if not force:
         raise FileExistsError(f"{str(target)!r} is there already: give --force to replace it")
-    if target.resolve() in source.resolve().parents:
-        raise FileExistsError(f"{str(target)!r} holds the source: it cannot be replaced")
-    is_folder = target.is_dir() and not target.is_symlink()
-    names = {path.name for path in target.iterdir()} if is_folder else set()
-    is_checkpoint = not names.isdisjoint({"params.json", "config.json"})
-    if not is_folder or (names and not is_checkpoint):
+    if target.is_symlink() or not target.is_dir():
         raise FileExistsError(
-            f"{str(target)!r} is no checkpoint folder and is not replaced: give another name, or "
-            "move it away"
+            f"{str(target)!r} isn't a folder and is not replaced: give another name, or move it "
+            "away"
         )
+    for source in sources:  # links lead to the file that would be lost
+        if any(folder.samefile(target) for folder in source.resolve().parents):
+            raise FileExistsError(
+                f"{str(target)!r} holds {str(source)!r} of the source, which replacing it would "
+                "delete: give another name"
+            )
+    _check_replaceable(target)
 
 
-def _put_in_place(part: Path, target: Path, source: Path, force: bool) -> None:
-    _check_target(target, source, force)  # it may have come since
+def _check_replaceable(folder: Path) -> None:
+    """Raise FileExistsError for a folder that has more in it than a checkpoint."""
+    paths = sorted(folder.iterdir())
+    others = [
+        path.name
+        for path in paths
+        if not _CHECKPOINT_FILES.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode)
+    ]
+    if others:
+        raise FileExistsError(
+            f"{str(folder)!r} holds {listed(others)}, which replacing it would delete: only a "
+            "checkpoint without other files is replaced; move them away, or give another name"
+        )
+    if paths:
+        try:
+            checkpoint.find(str(folder))
+        except (FileNotFoundError, ValueError) as error:
+            raise FileExistsError(
+                f"{str(folder)!r} is not replaced, since it isn't a checkpoint folder ({error}): "
+                "give another name, or move it away"
+            ) from None
+
+
+def _put_in_place(part: Path, target: Path, sources: list[Path], force: bool) -> Path | None:
+    """Give the new folder its name; where the folder that had it is now."""
+    _check_target(target, sources, force)  # it may have come since
     if not target.exists():
         part.rename(target)
-        return
+        return None
     old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
     target.rename(old)
     try:
+        _check_replaceable(old)  # a file may have come before it was moved
         part.rename(target)
     except BaseException:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    return old
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint's files, and the folder unless it has got others since."""
+    for path in list(folder.iterdir()):
+        if _CHECKPOINT_FILES.fullmatch(path.name):
+            path.unlink()
+    try:
+        folder.rmdir()
+    except OSError as error:
+        raise OSError(
+            f"the new folder is in place, but the replaced one, {str(folder)!r}, can't be deleted: "
+            f"{error}"
+        ) from error
 
 
 # --- Native -----------------------------------------------------------------------------------
@@ -182,7 +257,7 @@ def _write_native(
     for rank in range(n_shards):
         with _ShardFile(folder / f"consolidated.{rank:02d}.pth") as file:
             for key in weights.cuts:
-                tensor = weights.read(key, n_shards, rank, dtype or _dtype(weights, key), _CPU)
+                tensor = _read(weights, key, n_shards, rank, dtype)
                 file.add(key, tensor)
                 weights.release(tensor)
                 wrote(tensor.numel())
@@ -197,6 +272,27 @@ def _write_native(
 
 def _dtype(weights: Weights, key: str) -> torch.dtype:
     return weights.pieces(key, 1, 0)[0][0].dtype
+
+
+def _read(weights: Weights, key: str, n_ranks: int, rank: int, dtype: torch.dtype | None) -> Tensor:
+    """A rank's part of a tensor.
+
+    Raises:
+        ValueError: the dtype's range is too small for it. Numbers that are not finite in the source
+            stay so: ``verify`` finds them.
+    """
+    tensor = weights.read(key, n_ranks, rank, dtype or _dtype(weights, key), _CPU)
+    if any(tensor[a:b].isinf().any() for a, b in checkpoint.chunks(tensor)):
+        for piece, _ in weights.pieces(key, n_ranks, rank):
+            for a, b in checkpoint.chunks(piece):
+                source = piece[a:b]
+                finite = source.masked_fill(~source.isfinite(), 0)
+                if finite.to(tensor.dtype).isinf().any():
+                    raise ValueError(
+                        f"{key} holds {finite.abs().max():g}, but {tensor.dtype} ends at "
+                        f"{torch.finfo(tensor.dtype).max:g}: give --dtype bfloat16 or float32"
+                    )
+    return tensor
 
 
 class _Storage(NamedTuple):
@@ -286,6 +382,7 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
 
 def _write_huggingface(
     weights: Weights,
+    keys: list[str],
     folder: Path,
     dtype: torch.dtype | None,
     bos_token: int,
@@ -294,22 +391,23 @@ def _write_huggingface(
 ) -> None:
     groups: list[list[str]] = [[]]
     held = 0
-    for key, cut in weights.cuts.items():
-        size = checkpoint.n_bytes(cut, 1, dtype or _dtype(weights, key))
+    for key in keys:
+        size = checkpoint.n_bytes(weights.cuts[key], 1, dtype or _dtype(weights, key))
         if groups[-1] and held + size > _SAFETENSORS_BYTES:
             groups.append([])
             held = 0
         groups[-1].append(key)
         held += size
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     files, n_bytes = {}, 0
-    for i, keys in enumerate(groups, start=1):
+    for i, group in enumerate(groups, start=1):
         single = len(groups) == 1
         name = "model.safetensors" if single else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         tensors = {}
-        for key in keys:
-            tensor = weights.read(key, 1, 0, dtype or _dtype(weights, key), _CPU)
+        for key in group:
+            tensor = _read(weights, key, 1, 0, dtype)
             if huggingface.is_rotated(key):
                 rotated = huggingface.pairs_as_halves(tensor, weights.args.head_dim)
                 tensor = rotated.reshape(tensor.shape)
@@ -317,7 +415,10 @@ def _write_huggingface(
             files[huggingface.huggingface_key(key)] = name
             wrote(tensor.numel())
             n_bytes += tensor.nbytes
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # the disk is full, say
+            raise OSError(str(error)) from error
         for tensor in tensors.values():
             weights.release(tensor)
     if len(groups) > 1:
@@ -326,5 +427,6 @@ def _write_huggingface(
     ids = {"bos_token_id": bos_token, "eos_token_id": sorted(stop_tokens)}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
-    config = huggingface.write_config(weights.args, weights.found.context, stored) | ids
+    tied = "output.weight" not in keys
+    config = huggingface.write_config(weights.args, weights.found.context, stored, tied=tied) | ids
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

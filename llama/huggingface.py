@@ -196,7 +196,9 @@ def read_config(path: Path) -> Config:
     return Config(params, context, tied)
 
 
-def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def write_config(
+    args: ModelArgs, context: int | None, dtype: torch.dtype, *, tied: bool = False
+) -> dict[str, Any]:
     """The config.json of a model; it also keeps the two parameters that only native files have.
 
     A ``context`` that is not known is left out.
@@ -222,7 +224,7 @@ def write_config(args: ModelArgs, context: int | None, dtype: torch.dtype) -> di
         "rope_parameters": rope,
         "rope_theta": args.rope_theta,
         "rope_scaling": rope if args.use_scaled_rope else None,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "multiple_of": args.multiple_of,
         "ffn_dim_multiplier": args.ffn_dim_multiplier,

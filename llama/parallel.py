@@ -58,7 +58,7 @@ class Groups:
     Attributes:
         size: ranks that share one copy of the weights (tensor parallelism); ``rank`` is this one.
         n_replicas: copies of the weights; ``replica`` is the one this rank belongs to.
-        tensors: fairscale's model-parallel group, for the tensors of a pass.
+        tensors: fairscale's model-parallel group, for the tensors of a pass; None for one rank.
         control: a gloo group of the same ranks, for values of Python; None: they aren't compared.
     """
 
@@ -121,14 +121,18 @@ def current_groups() -> Groups:
     if not fairscale_groups.model_parallel_is_initialized():
         return Groups()
     size = fairscale_groups.get_model_parallel_world_size()
-    same = _control is not None and dist.get_world_size(_control) == size
+    tensors = control = None
+    if size > 1:
+        tensors = fairscale_groups.get_model_parallel_group()
+        if _control is not None and _made_in is dist.group.WORLD and _control.size() == size:
+            control = _control
     return Groups(
         size,
         fairscale_groups.get_model_parallel_rank(),
         fairscale_groups.get_data_parallel_world_size(),
         fairscale_groups.get_data_parallel_rank(),
-        fairscale_groups.get_model_parallel_group(),
-        _control if same else None,
+        tensors,
+        control,
     )
 
 
@@ -194,7 +198,7 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
         # fairscale's groups have torch's default, which is ten minutes for NCCL
         group = fairscale_groups.get_model_parallel_group()
         dist.distributed_c10d._set_pg_timeout(_FOREVER, group)
-    if _control is None or dist.get_world_size(_control) != size:
+    if _control is None or _control.size() != size:
         for first in range(0, world_size, size):  # every process has to make every group
             ranks = list(range(first, first + size))
             group = dist.new_group(ranks, backend="gloo", timeout=_FOREVER)

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +182,101 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, folder: Path) -> N
     assert "--force is 'false', expected True" in cli(
         "convert", folder, target, "--force=false", code=1
     )
-    # only a checkpoint is replaced, and not one that holds the source
-    assert "is no checkpoint folder" in cli("convert", folder, target, "--force", code=1)
-    (target / "params.json").write_text("{}")
-    shutil.copytree(folder, target / "inner")
-    assert "holds the source" in cli("convert", target / "inner", target, "--force", code=1)
+    assert "holds 'precious', which" in cli("convert", folder, target, "--force", code=1)
     assert (target / "precious").read_text() == "keep"
-    (tmp_path / "link").symlink_to(target)
-    assert "is no checkpoint folder" in cli("convert", folder, tmp_path / "link", "--force", code=1)
-    (tmp_path / "link").unlink()
-    cli("convert", folder, target, "--force")
-    assert not (target / "precious").exists()
-    cli("convert", target, target, "--mp", "2", "--force")  # in its own place
+    (target / "precious").unlink()
+    cli("convert", folder, target, "--force")  # an empty folder
+    cli("convert", folder, target, "--force", "--mp", "2")  # a checkpoint
     assert same(tensors_of(target, 1) | tensors_of(folder), tensors_of(folder))
+    (tmp_path / "link").symlink_to(target)
+    assert "isn't a folder" in cli("convert", folder, tmp_path / "link", "--force", code=1)
+    (tmp_path / "link").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def with_git(target: Path) -> str:
+    (target / ".git").mkdir()
+    (target / ".git" / "HEAD").touch()
+    return "holds '.git', which"
+
+
+def with_project(target: Path) -> str:
+    for path in target.iterdir():
+        path.unlink()
+    (target / "config.json").write_text("{}")
+    return "isn't a checkpoint folder"
+
+
+def with_notes(target: Path) -> str:
+    (target / "notes.txt").touch()
+    (target / "train.py").touch()
+    return "holds 'notes.txt', 'train.py', which"
+
+
+def with_readme(target: Path) -> str:
+    (target / "README.md").touch()
+    return "holds 'README.md', which"
+
+
+def with_link(target: Path) -> str:
+    (target / "LICENSE").symlink_to("/dev/null")
+    return "holds 'LICENSE', which"
+
+
+def with_folder(target: Path) -> str:
+    (target / "tokenizer.json").mkdir()
+    return "holds 'tokenizer.json', which"
+
+
+def with_damage(target: Path) -> str:
+    (target / "params.json").write_text("not JSON")
+    return "isn't a checkpoint folder"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_git, with_project, with_notes, with_readme, with_link, with_folder, with_damage],
+)
+def test_force_replaces_nothing_but_a_checkpoint(
+    tmp_path: Path, folder: Path, change: Callable[[Path], str]
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(folder, target)
+    message = change(target)
+    before = contents(tmp_path)
+    assert message in cli("convert", folder, target, "--force", code=1)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "how", ["itself", "inside", "weights", "params.json", "tokenizer.model", "tokenizer_path"]
+)
+def test_force_does_not_delete_the_source(tmp_path: Path, folder: Path, how: str) -> None:
+    """Nor what the source's links lead to."""
+    target, source, words = tmp_path / "target", tmp_path / "source", []
+    shutil.copytree(folder, target)
+    shutil.copytree(folder, source)
+    if how == "itself":
+        source = target
+    elif how == "inside":
+        source = source.rename(target / "source")
+    elif how == "tokenizer_path":
+        words = ["--tokenizer_path", str(target / "tokenizer.model")]
+    else:
+        name = "consolidated.00.pth" if how == "weights" else how
+        (source / name).unlink()
+        (source / name).symlink_to(target / name)
+    before = contents(tmp_path)
+    message = cli("convert", source, target, "--force", *words, code=1)
+    assert re.search("holds '.*' of the source, which replacing it would delete", message)
+    assert contents(tmp_path) == before
 
 
 def test_a_replacement_that_fails_is_taken_back(
@@ -200,7 +284,7 @@ def test_a_replacement_that_fails_is_taken_back(
 ) -> None:
     target = tmp_path / "target"
     shutil.copytree(folder, target)
-    (target / "old").write_text("old")
+    before = contents(target)
     rename = Path.rename
 
     def failing(path: Path, new: Path) -> Path:
@@ -212,10 +296,43 @@ def test_a_replacement_that_fails_is_taken_back(
     part = tmp_path / ".target.partial-1"
     part.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        convert._put_in_place(part, target, folder, force=True)
-    assert (target / "old").read_text() == "old"
+        convert._put_in_place(part, target, [folder], force=True)
+    assert contents(target) == before
     with pytest.raises(FileExistsError, match="is there already"):  # it came in the meantime
-        convert._put_in_place(part, target, folder, force=False)
+        convert._put_in_place(part, target, [folder], force=False)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before it is replaced", "after that"])
+def test_a_file_that_comes_meanwhile_is_kept(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(folder, target)
+    before = contents(target)
+
+    def writing(*arguments: Any) -> None:
+        write(*arguments)
+        if moment == "while writing":
+            (target / "new").touch()
+
+    def renaming(path: Path, new: Path) -> Path:
+        if path == target and moment == "before it is replaced":
+            (path / "new").touch()
+        if ".partial-" in path.name and moment == "after that":
+            (next(tmp_path.glob(".target.old-*")) / "new").touch()
+        return rename(path, new)
+
+    write, rename = convert._write_native, Path.rename
+    monkeypatch.setattr(convert, "_write_native", writing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    message = cli("convert", folder, target, "--force", code=1)
+    (new,) = tmp_path.rglob("new")
+    if moment == "after that":
+        assert f"the new folder is in place, but the replaced one, {str(new.parent)!r}" in message
+        assert "consolidated.00.pth" in contents(target)
+    else:
+        assert "holds 'new', which replacing it would delete" in message
+        assert contents(target) == before | {"new": b""}
 
 
 def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
@@ -272,7 +389,77 @@ def test_a_full_disk(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )
     assert "new' could not be written, and nothing of it is left: [Errno 27]" in said
+    said = cli(
+        "convert",
+        folder,
+        tmp_path / "new",
+        "--format",
+        "hf",
+        code=1,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    assert "new' could not be written, and nothing of it is left: " in said
+    assert "File too large" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_room_that_shards_take(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More ranks than key/value heads: each shard has a head of its own, and all of the norms."""
+    cli("convert", folder, tmp_path / "one")
+    cli("convert", folder, tmp_path / "sixteen", "--mp", "16")
+    one, sixteen = (
+        sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+        for name in ("one", "sixteen")
+    )
+    free = int(0.93 * sixteen)  # the archives themselves take a twentieth
+    assert free > one
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    said = cli("convert", folder, tmp_path / "new", "--mp", "16", code=1)
+    assert "new' needs 0.0 GB, but the disk has 0.0 GB free" in said
+    cli("convert", folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("layout", ["native", "hf"])
+def test_numbers_beyond_the_new_dtype_are_refused(
+    tmp_path: Path, weights: dict[str, Tensor], layout: str
+) -> None:
+    key = "layers.1.feed_forward.w2.weight"
+    large = weights[key].clone()
+    large[5, 7] = -65519  # the largest that float16 rounds down
+    source = write_checkpoint(tmp_path / "source", PARAMS, weights | {key: large})
+    cli("convert", source, tmp_path / "fits", "--format", layout, "--dtype", "float16")
+    large[5, 7] = -65520
+    torch.save(weights | {key: large}, source / "consolidated.00.pth")
+    command = ["convert", str(source), str(tmp_path / "new"), "--format", layout]
+    said = cli(*command, "--dtype", "float16", code=1)
+    assert f"{key} holds 65520, but torch.float16 ends at 65504: give --dtype bfloat16" in said
+    assert not (tmp_path / "new").exists()
+    cli(*command, "--dtype", "bfloat16")
+    large[5, 7] = math.inf  # as it is in the source
+    torch.save(weights | {key: large}, source / "consolidated.00.pth")
+    cli(*command, "--dtype", "float16", "--force")
+
+
+@pytest.mark.parametrize("words", [[], ["--dtype", "bfloat16"]])
+def test_a_tied_model_stays_tied(tmp_path: Path, stories: Path, words: list[str]) -> None:
+    """In Hugging Face's layout, from there and from native files whose keys share a storage."""
+    prompt = torch.tensor([[1, 5, 9, 400]])
+    native = tmp_path / "native"
+    cli("convert", stories / "hf-tied", native)
+    tensors = tensors_of(native)
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    torch.save(tensors, native / "consolidated.00.pth")
+    for source, name in ((stories / "hf-tied", "a"), (native, "b")):
+        cli("convert", source, tmp_path / name, "--format", "hf", *words)
+        assert "lm_head.weight" not in load_file(tmp_path / name / "model.safetensors")
+        assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"]
+        llm = Llama.build(str(tmp_path / name), max_seq_len=16, dtype="float32", device="cpu")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        with torch.inference_mode():
+            assert relative_error(llm.model.forward(prompt, 0), theirs(prompt).logits) < 1e-5
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
@@ -280,7 +467,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, T
     part = torch.load(source / "consolidated.01.pth", weights_only=True)
     del part["norm.weight"]
     torch.save(part, source / "consolidated.01.pth")
-    assert "lacks norm.weight" in cli("convert", source, tmp_path / "target", code=1)
+    assert "lacks 'norm.weight'" in cli("convert", source, tmp_path / "target", code=1)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -347,8 +534,8 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     torch.save(part, source / "consolidated.01.pth")
     found = cli("verify", source, code=1)
     for words in (
-        "lacks norm.weight",
-        "unknown key(s) extra",
+        "lacks 'norm.weight'",
+        "unknown key(s) 'extra'",
         "layers.0.ffn_norm.weight in",
         "(5,), expected (128,)",
         "torch.int32",
@@ -369,7 +556,7 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     (source / "consolidated.00.pth").write_bytes(b"nothing")
     found = cli("verify", source, code=1)
     assert "is no readable archive" in found
-    assert "lacks norm.weight" in found
+    assert "lacks 'norm.weight'" in found
 
 
 def test_verify_reads_lists_with_care(tmp_path: Path, folder: Path) -> None:
