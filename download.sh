@@ -6,12 +6,21 @@
 set -efuo pipefail # -f: no name is ever expanded as a pattern
 export LC_ALL=C    # the tools' output is the same everywhere
 
+# A variable of ours that the caller has exported, even a local one, would be exported too: the link
+# would stand in the environment of every tool. A test keeps this list complete.
+set +a
+unset -v ANSWER CHILD FETCHED FETCHER FOLDER FOLDERS LOCK MD5 OTHER_KIB PAUSE PREFIX PRESENT REMOTE \
+  RESULT SHARDS SHARD_KIB STALL STATUS SUM TRIES TYPE URL_HEAD URL_TAIL USAGE all args dir file \
+  folder found good had have_models here host i key kib lines list models name out page part path pid \
+  policy rc rest resumed script seconds shard start sum sums try url value
+
 TRIES=5                          # requests per file before giving up
 PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2}  # seconds before the 2nd request; grows with each one
 STALL=${LLAMA_DOWNLOAD_STALL:-60} # seconds below 1 KiB/s, or of silence, that end a request
 SHARD_KIB=$((40 * 1024 * 1024))   # more than any shard has: a server that does not stop
 OTHER_KIB=$((100 * 1024))         # more than any other file has
 FETCHED=0 PRESENT=0
+LOCK='' CHILD=''
 USAGE='Usage: ./download.sh [--url URL] [--models "LIST"] [--dir DIR]
        ./download.sh --verify DIR'
 
@@ -37,7 +46,7 @@ TEXT
 LLAMA_DOWNLOAD_PAUSE (environment): seconds before a broken download is tried again;
 twice, three times ... as long before the next tries (default 2).
 LLAMA_DOWNLOAD_STALL (environment): seconds of less than 1 KiB/s (wget: of silence) after
-which a download counts as broken (default 60).
+which a download counts as broken (default 60); ten times as long for all of a small file.
 TEXT
 }
 
@@ -91,14 +100,15 @@ choose_models() {
 
 # split_url URL: the * of the link stands for a file's path; keep what is on each side.
 split_url() {
-  local url=$1
+  local url=$1 here='^http://(127\.0\.0\.1|localhost)(:[0-9]+)?/'
   url=${url#"${url%%[![:space:]]*}"} # pasting may add blanks on either side
   url=${url%"${url##*[![:space:]]}"}
   [[ -n $url ]] || bad_usage "no link given"
   # None of these belongs in a URL; a quote or backslash would have a meaning to curl
   [[ $url != *[[:space:][:cntrl:]\"\\]* ]] || bad_usage "the link has a space, line break," \
     "quote or backslash in it: copy it again, in one piece"
-  [[ $url == http://* || $url == https://* ]] || bad_usage "the link must start with https://"
+  # Without encryption only from this machine, as for tests
+  [[ $url == https://* || $url =~ $here ]] || bad_usage "the link must start with https://"
   [[ ${url%%\?*} == *\** ]] || bad_usage "the link has no * in its path: copy the text of the" \
     "link from the e-mail, not the address a browser shows"
   URL_HEAD=${url%%\**} URL_TAIL=${url#*\*}
@@ -168,37 +178,98 @@ is_right() {
 # none came), TYPE (content type) and RESULT (done, norange, disk, toolong, or the tool's error).
 # The link is given on standard input, through a pipe: arguments show in "ps", and a
 # here-document would be a temporary file. Redirections are not followed: the signature is for
-# one server, and where another one leads is not for it to say.
+# one server, and where another one leads is not for it to say. The user's own settings of the
+# tools (~/.curlrc, ~/.wgetrc) are not read, since they may follow redirections, log the link,
+# or write other files; proxies from the environment are used.
 request() {
-  local args out key value rest rc=0 url=$URL_HEAD$1$URL_TAIL kib=$OTHER_KIB
-  [[ $1 != *.pth ]] || kib=$SHARD_KIB
+  local args key value rest rc=0 url=$URL_HEAD$1$URL_TAIL kib=$OTHER_KIB seconds=$((10 * STALL))
+  if [[ $1 == *.pth ]]; then kib=$SHARD_KIB seconds=0; fi # 0: without a limit
   STATUS='' TYPE='' RESULT=''
   if [[ $FETCHER == curl ]]; then
-    args=(--globoff --fail --connect-timeout 30 --speed-limit 1024 --speed-time "$STALL"
-      --continue-at - --output "$2" --write-out '%{http_code} %{content_type}' --config -)
+    # --disable must come first
+    args=(curl --disable --globoff --fail --connect-timeout 30 --max-time "$seconds"
+      --speed-limit 1024 --speed-time "$STALL" --continue-at - --output "$2"
+      --write-out '%{http_code} %{content_type}' --config -)
     if [[ -t 2 ]]; then args+=(--progress-bar); else args+=(--silent --show-error); fi
-    out=$(limit_size "$kib" && printf 'url = "%s"\n' "$url" | curl "${args[@]}") || rc=$?
-    STATUS=${out%% *} TYPE=${out#* }
+    fetch "$kib" "url = \"$url\"" "${args[@]}" || rc=$?
+    read -r STATUS TYPE <"$LOCK/answer" || :
     case $rc in 23) RESULT=disk ;; 33) RESULT=norange ;; esac
   else
-    args=(--quiet --server-response --output-file=/dev/stdout --tries=1 --timeout="$STALL"
-      --max-redirect=0 --continue --output-document="$2" --input-file=-)
+    args=(wget --no-config --no-netrc --no-hsts --quiet --server-response
+      --output-file=/dev/stdout --tries=1 --timeout="$STALL" --max-redirect=0 --continue
+      --output-document="$2" --input-file=-)
     if [[ -t 2 ]]; then args+=(--show-progress --progress=bar:force:noscroll); fi
-    out=$(limit_size "$kib" && printf '%s\n' "$url" | wget "${args[@]}") || rc=$?
+    # wget has no limit for the whole request; not every system has timeout
+    if command -v timeout >/dev/null; then args=(timeout "$seconds" "${args[@]}"); fi
+    fetch "$kib" "$url" "${args[@]}" || rc=$?
     while read -r key value rest; do
       case $key in
         HTTP/*) STATUS=$value TYPE='' ;;
         [Cc]ontent-[Tt]ype:) TYPE=$value ;;
       esac
-    done < <(printf '%s\n' "$out")
+    done <"$LOCK/answer"
     [[ $rc != 3 ]] || RESULT=disk
   fi
-  [[ -n $STATUS ]] || STATUS=000
+  [[ $STATUS == [0-9][0-9][0-9] ]] || STATUS=000 # it is shown: a server may send anything
   [[ -n $RESULT ]] || RESULT="$FETCHER error $rc"
   [[ $rc != 0 ]] || RESULT='done'
   [[ $RESULT != disk || $(wc -c <"$2" 2>/dev/null || echo 0) -lt $((kib * 1024)) ]] ||
     RESULT=toolong
   [[ -s $2 ]] || rm -f "$2"
+}
+
+# fetch KIB INPUT COMMAND...: run the command with INPUT as a line of its input and a limit on the
+# files it writes, its output in the lock. In the background: bash handles a signal while it waits
+# for a job, but not while it runs a command.
+fetch() {
+  (limit_size "$1" && exec "${@:3}") < <(printf '%s\n' "$2") >"$LOCK/answer" &
+  await
+}
+
+pause() { # SECONDS
+  sleep "$1" &
+  await
+}
+
+await() { # wait for the job that was started last
+  local rc=0
+  CHILD=$!
+  wait "$CHILD" || rc=$?
+  CHILD=''
+  return "$rc"
+}
+
+# stop CODE: end after a signal, with the tool that is running.
+stop() {
+  trap '' INT TERM HUP
+  if [[ -n $CHILD ]]; then
+    kill "$CHILD" 2>/dev/null || :
+    wait "$CHILD" 2>/dev/null || :
+  fi
+  warn "stopped; run this again to go on from here"
+  exit "$1"
+}
+
+# lock PART: two runs must not write to the same file. The lock of a run that was killed is removed.
+lock() {
+  local pid='' host=''
+  until mkdir "$1.lock" 2>/dev/null; do
+    [[ -d $1.lock ]] || die "cannot make $1.lock: choose another place with --dir"
+    read -r pid host 2>/dev/null <"$1.lock/owner" || :
+    if [[ $host != "$HOSTNAME" || $pid == *[!0-9]* ]] || kill -0 "$pid" 2>/dev/null ||
+      [[ -e /proc/$pid ]]; then
+      die "another download.sh (process ${pid//[!0-9]/}) is writing to $1: wait until it has" \
+        "ended. If there is none, remove the folder $1.lock"
+    fi
+    rm -rf "$1.lock"
+  done
+  LOCK=$1.lock
+  printf '%s\n' "$$ $HOSTNAME" >"$LOCK/owner"
+}
+
+unlock() {
+  [[ -z $LOCK ]] || rm -rf "$LOCK"
+  LOCK=''
 }
 
 limit_size() { # KIB: files that are written from here on; a write beyond it is an error
@@ -254,13 +325,13 @@ transfer() {
       416)
         [[ $had == no ]] || return 0 # PART has all there is, or too much
         die "the server refused to send $path (HTTP 416): run this again later" ;;
-      000 | 408 | 429 | 5??) ;;
+      000 | 1?? | 408 | 429 | 5??) ;;
       *) die "the server gave an unexpected answer for $path (HTTP $STATUS): check the link" ;;
     esac
     [[ $try -lt $TRIES ]] || die "gave up on $path after $TRIES attempts (HTTP $STATUS, $RESULT):" \
       "check the network and run this again; it goes on where it stopped"
     [[ $RESULT == norange ]] || warn "$path: broken off (HTTP $STATUS, $RESULT); trying again"
-    sleep $((PAUSE * try))
+    pause $((PAUSE * try))
     try=$((try + 1))
   done
 }
@@ -272,8 +343,10 @@ get() {
   find_sum "${3-}" "$name"
   sum=$SUM
   [[ ! -d $file && ! -d $part ]] || die "$file or $part is a folder: move it away"
+  lock "$part"
   if is_right "$file" "$name" "$sum"; then
     PRESENT=$((PRESENT + 1))
+    unlock
     say "  $name: already here"
     return
   fi
@@ -289,6 +362,7 @@ get() {
     if is_right "$part" "$name" "$sum"; then
       mv -f "$part" "$file"
       FETCHED=$((FETCHED + 1))
+      unlock
       return
     fi
     if [[ $resumed == no ]]; then die_wrong "$path" "$part" "$sum"; fi
@@ -405,7 +479,10 @@ main() {
     models=$ANSWER
   fi
   choose_models "$models"
-  trap 'warn "stopped; run this again to go on from here"; exit 130' INT
+  trap unlock EXIT
+  trap 'stop 130' INT
+  trap 'stop 143' TERM
+  trap 'stop 129' HUP
   for folder in "${FOLDERS[@]}"; do get_model "$folder"; done
   summary
 }

@@ -121,7 +121,9 @@ def moved(inside: dict[str, bytes], name: str, to: str) -> None:
 
 
 AMBIGUOUS: dict[str, Callable[[dict[str, bytes]], Any]] = {
-    "two cases of one name": lambda m: m.update({"consolidated.00/DATA.PKL": PAYLOADS["eval"]}),
+    "two cases of one name": lambda m: m.update(
+        {"consolidated.00/DATA.PKL": m["consolidated.00/data.pkl"]}
+    ),
     "another pickle": lambda m: m.update({"consolidated.00/constants.pkl": PAYLOADS["eval"]}),
     "another folder": lambda m: m.update({"other/data.pkl": PAYLOADS["eval"]}),
     "no folder": lambda m: m.update({"data.pkl": PAYLOADS["eval"]}),

@@ -161,6 +161,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
+        if fault.startswith("HTTP/"):
+            with contextlib.suppress(OSError):
+                self.wfile.write(fault.encode() + b"\r\n\r\n")
+                while "103" in fault and not self.server.released.wait(0.01):
+                    self.wfile.write(fault.encode() + b"\r\n\r\n")
+                    self.wfile.flush()
+            self.close_connection = True
+            return None
         if fault in ("endless", "drip", "renamed"):
             return self.harm(fault, data)
         if fault.isdigit():
@@ -972,6 +980,159 @@ def test_redirections_are_not_followed(box: Box, status: int, target: str) -> No
         thread.join()
     assert box.server.paths().count("8b_pre_trained/params.json") == 1
     assert "Meta-Llama-3-8B/params.json" not in box.files()
+
+
+def test_settings_of_the_tools_are_not_read(box: Box) -> None:
+    """They could follow redirections, send the link to another server, and write other files."""
+    log = box.top / "log"
+    curl = f'location\nreferer = ";auto"\ntrace = "{log}"\n'
+    wget = f"max_redirect = 9\nwarc_file = {log}\nreferer = http://127.0.0.1/\n"
+    for name, text in ((".curlrc", curl), (".wgetrc", wget)):
+        (box.home / name).write_text(text)
+    box.env |= {"CURL_HOME": str(box.home), "XDG_CONFIG_HOME": str(box.home)}
+    box.env |= dict.fromkeys(("WGETRC", "SYSTEM_WGETRC"), str(box.home / ".wgetrc"))
+    before = box.files(box.home)
+    with Server() as other:
+        thread = threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        box.server.faults[SHARD] = repeat(f"to 302 http://127.0.0.1:{other.server_port}")
+        failed(box.get("8B"), "another address for 8b_pre_trained/consolidated.00.pth")
+        other.shutdown()
+        thread.join()
+    assert other.requests == []
+    assert not list(box.top.glob("log*"))
+    assert box.files(box.home) == before
+
+
+def test_the_link_is_in_no_environment(box: Box) -> None:
+    """Not even if the caller has exported variables of the script's names, or exports all."""
+    words = set(re.findall(r"[A-Za-z_]\w*", SCRIPT.read_text()))
+    kept = {"PATH", "HOME", "IFS", "BASH_ENV", "SHELLOPTS", "LLAMA_DOWNLOAD_STALL"}
+    box.env = dict.fromkeys(words - kept, "8") | box.env | {"SHELLOPTS": "allexport"}
+    log = box.top / "environment"
+    for name in ("curl", "wget", "awk", "rm", "head"):
+        if (box.bin / name).exists():
+            real = (box.bin / name).resolve()
+            box.fake(name, f"export -p >>'{log}'\nexec '{real}' \"$@\"\n")
+    succeeded(box.get("8B"))
+    assert "HOME=" in log.read_text()
+    assert SECRET not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "host", ["192.0.2.1", "example.org", "127.0.0.1.example.org", "localhost:x@example.org"]
+)
+def test_a_link_without_encryption_is_refused(any_box: Box, host: str) -> None:
+    link = f"http://{host}/*?{QUERY}"
+    result = any_box.run("--url", link, "--models", "8B")
+    failed(result, "the link must start with https://", code=2)
+    assert any_box.files() == {}
+
+
+def test_early_hints_without_end(box: Box) -> None:
+    """A small file has a time limit: ten times LLAMA_DOWNLOAD_STALL."""
+    if shutil.which("timeout"):
+        box.link("timeout")
+    elif (box.bin / "wget").exists():
+        pytest.skip("wget has no limit without timeout")
+    box.env["LLAMA_DOWNLOAD_STALL"] = "1"
+    box.server.faults["LICENSE"] = iter(["HTTP/1.1 103 Early Hints"])
+    result = box.get("8B")
+    succeeded(result)
+    assert "LICENSE: broken off" in result.stderr
+
+
+@pytest.mark.parametrize("status", ["404 \x1b[2Jx", "\x1b[2J", "4\x1b[2J04 no"])
+def test_the_servers_words_do_not_reach_the_terminal(box: Box, status: str) -> None:
+    box.server.faults["LICENSE"] = repeat(f"HTTP/1.1 {status}")
+    result = box.get("8B")
+    assert result.returncode == 1
+    assert "\x1b" not in result.stdout + result.stderr
+    code, shown = on_terminal(box, "--url", box.server.url, "--models", "8B")
+    assert code == 1
+    assert b"\x1b[2J" not in shown
+
+
+# --- Signals, and two runs at once --------------------------------------------------------------
+
+
+def start(box: Box, *models: str) -> "subprocess.Popen[str]":
+    """A run that is in the middle of a shard."""
+    box.server.faults[SHARD] = iter(["stall"])
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), "--url", box.server.url, "--models", "8B"],
+        cwd=box.target,
+        env=box.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert box.server.stalled.wait(30)
+    return process
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
+def test_a_signal_ends_the_tool_too(box: Box, name: str, code: int) -> None:
+    """Though only the script gets it."""
+    pids = box.top / "pids"
+    for tool in ("curl", "wget"):
+        if (box.bin / tool).exists():
+            real = (box.bin / tool).resolve()
+            box.fake(tool, f"echo $$ >>'{pids}'\nexec '{real}' \"$@\"\n")
+    process = start(box)
+    process.send_signal(signal.Signals[f"SIG{name}"])
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code, errors
+    assert "stopped; run this again" in errors
+    assert not is_running(int(pids.read_text().split()[-1]))
+    part = box.target / "Meta-Llama-3-8B/consolidated.00.pth.part"
+    assert not part.exists() or REMOTE[SHARD].startswith(part.read_bytes())
+    box.server.released.set()
+    succeeded(box.get("8B"))
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+
+
+def test_two_runs_do_not_write_to_one_file(any_box: Box) -> None:
+    box = any_box
+    with start(box) as process:
+        failed(
+            box.get("8B"),
+            f"another download.sh (process {process.pid}) is writing to Meta-Llama-3-8B/",
+            "consolidated.00.pth.part: wait until it has ended",
+        )
+        succeeded(box.get("8B-instruct"))  # another folder
+        box.server.released.set()
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+    assert box.files() == LOCAL["Meta-Llama-3-8B"] | LOCAL["Meta-Llama-3-8B-Instruct"]
+
+
+def test_the_lock_of_a_killed_run_is_removed(any_box: Box) -> None:
+    box = any_box
+    with start(box) as process:
+        process.kill()
+    lock = box.target / "Meta-Llama-3-8B/consolidated.00.pth.part.lock"
+    assert (lock / "owner").read_text().split()[0] == str(process.pid)
+    box.server.released.set()
+    succeeded(box.get("8B"))
+    assert box.files() == LOCAL["Meta-Llama-3-8B"]
+    # one of another machine, or without an owner yet, stays
+    for owner in ("1 another-machine\n", ""):
+        (box.target / "Meta-Llama-3-8B/consolidated.00.pth").unlink()
+        lock.mkdir()
+        (lock / "owner").write_text(owner)
+        failed(box.get("8B"), "If there is none, remove the folder Meta-Llama-3-8B/consolidated")
+        shutil.rmtree(lock)
+        succeeded(box.get("8B"))
 
 
 def test_a_body_without_end(box: Box) -> None:
