@@ -166,8 +166,9 @@ class Llama:
         groups = parallel.current_groups()
         n_ranks, rank = groups.size, groups.rank
         first_process = not dist.is_initialized() or dist.get_rank() == 0
-        if quiet_ranks and not first_process:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
+        if quiet_ranks and not first_process and getattr(sys.stdout, "name", None) != os.devnull:
+            # open as long as the process; whatever the first rank can print must be no error here
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
         with parallel.failing_together():
             found = checkpoint.find(ckpt_dir)
             tokenizer = open_tokenizer(
@@ -211,7 +212,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter: ChatFormat | Llama2ChatFormat = chat_format(tokenizer)
         self._device = model.output.weight.device
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._generator = _new_generator(seed, self._device)
         self._step = fast.accelerate(model, compile=compile)
 
     def stream(
@@ -258,7 +259,7 @@ class Llama:
         )
         generator = self._generator
         if seed is not None:
-            generator = torch.Generator(self._device).manual_seed(seed)
+            generator = _new_generator(seed, self._device)
         model = self.model
         output, embedding = model.output.weight, model.tok_embeddings.weight
         planned = memory.plan(
@@ -416,7 +417,8 @@ class Llama:
             if seed is None:
                 draw = torch.empty((), dtype=torch.int64, device=self._device)
                 seed = int(draw.random_(generator=self._generator))
-            seed = (seed + replica) % 2**63
+            _new_generator(seed, self._device)  # a seed out of range is an error here too
+            seed = (seed + replica) % 2**64
             parallel.agree("Llama.generate", {"prompt_tokens": prompts})
         share = prompts[replica::n_replicas]
         rows = [_Generated() for _ in share]
@@ -638,6 +640,19 @@ def _token_lists(prompt_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
     return prompts
 
 
+def _new_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator with this seed.
+
+    Raises:
+        TypeError, ValueError: it isn't an integer that torch takes.
+    """
+    if not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed is {seed!r}, expected an integer")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected -2**63 to 2**64 - 1")
+    return torch.Generator(device).manual_seed(int(seed))
+
+
 def _check_ranks(n_ranks: int, args: ModelArgs, found: checkpoint.Checkpoint) -> None:
     if n_ranks in args.rank_counts:
         return
@@ -667,8 +682,9 @@ class _TextDecoder:
         data = b"" if finish_reason == "stop" else self._tokenizer.decode_bytes([token])
         if data and self._drop_space:
             self._drop_space = False
-            if not self._tokenizer.decode([token]).startswith(" "):  # a space of its own stays
-                data = data.removeprefix(b" ")
+            dropped = data.removeprefix(b" ")
+            if self._tokenizer.decode([token]) == dropped.decode(errors="replace"):
+                data = dropped  # else the space is the token's own, as of " \u2047 "
         return self._utf8.decode(data, final=finish_reason is not None)
 
 

@@ -120,19 +120,20 @@ def current_groups() -> Groups:
     """The groups of the latest ``initialize``, or those that the caller made with fairscale."""
     if not fairscale_groups.model_parallel_is_initialized():
         return Groups()
-    size = fairscale_groups.get_model_parallel_world_size()
-    tensors = control = None
-    if size > 1:
-        tensors = fairscale_groups.get_model_parallel_group()
-        if _control is not None and _made_in is dist.group.WORLD and _control.size() == size:
-            control = _control
+    size, rank = (
+        fairscale_groups.get_model_parallel_world_size(),
+        fairscale_groups.get_model_parallel_rank(),
+    )
+    tensors = fairscale_groups.get_model_parallel_group() if size > 1 else None
+    if _made_in is not dist.group.WORLD:  # not by ``initialize``: nothing to put replicas together
+        return Groups(size, rank, tensors=tensors)
     return Groups(
         size,
-        fairscale_groups.get_model_parallel_rank(),
+        rank,
         fairscale_groups.get_data_parallel_world_size(),
         fairscale_groups.get_data_parallel_rank(),
         tensors,
-        control,
+        _control if _control is not None and _control.size() == size else None,
     )
 
 
@@ -228,6 +229,8 @@ def _listen(size: int, rank_timeout: float) -> None:
     """Start the watch, and the groups for what is said in Python."""
     global _everyone, _control, _made_in, _watch
     if _made_in is not dist.group.WORLD:
+        if _made_in is not None:  # fairscale's groups belong to one that is gone
+            fairscale_groups.destroy_model_parallel()
         _everyone, _control = dist.new_group(backend="gloo", timeout=_FOREVER), None
         _made_in = dist.group.WORLD
     if dist.is_torchelastic_launched() and n_processes() > 1:

@@ -423,6 +423,8 @@ def test_generation_leaves_the_global_generator_alone(llm: Llama) -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"top_p": math.nan}, "top_p is nan"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616, expected -2\*\*63 to 2\*\*64 - 1"),
+        ({"seed": -(2**63) - 1}, "seed is -9223372036854775809"),
     ],
 )
 def test_arguments_out_of_range(llm: Llama, arguments: dict[str, Any], message: str) -> None:

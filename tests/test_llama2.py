@@ -13,6 +13,7 @@ from conftest import DEMO, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama.generation import _TextDecoder
 from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -334,3 +335,29 @@ def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) 
     path.write_text(json.dumps({"normalizer": {"type": "Sequence"}, "model": model}))
     with pytest.raises(ValueError, match=r"SentencePiece's own file, tokenizer\.model"):
         open_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  two spaces, and three   inside",
+        " ",
+        "    ",
+        "Hello \U0001f44b\U0001f3fd w\xf6rld ",
+        "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+        "e\u0301a\u0308 \u0928\u092e\u0938\u094d\u0924\u0947 \U0001d4b3",
+        "\x00\x01 x<0x41>y </s>",
+    ],
+)
+def test_a_text_is_streamed_from_every_split(llama2: SentencePieceTokenizer, text: str) -> None:
+    """As a continuation it is the bytes of its pieces; as a text of its own what decode gives."""
+    ids = llama2.encode(text, bos=False, eos=False)
+    for start in range(len(ids)):
+        for starts_text in (False, True):
+            decoder = _TextDecoder(llama2, starts_text=starts_text)
+            pieces = [decoder.add(token, None) for token in ids[start:]]
+            streamed = "".join([*pieces, decoder.add(llama2.eos_id, "stop")])
+            expected = llama2.decode_bytes(ids[start:]).decode(errors="replace")
+            if starts_text and "\ufffd" not in expected:  # sentencepiece counts them otherwise
+                expected = llama2.decode(ids[start:])
+            assert streamed == expected
