@@ -8,6 +8,7 @@ that Llama 2 was trained with: they are text. A content that holds one is refuse
 from collections.abc import Sequence
 from typing import Any
 
+from llama.files import summary
 from llama.tokenizer import (
     ChatFormat,
     Dialog,
@@ -65,8 +66,8 @@ class SentencePieceTokenizer:
             self._bytes = [self._piece_bytes(i) for i in range(self.n_words)]
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{model_path!r} is damaged: sentencepiece cannot read it ({error}); download the "
-                "file again"
+                f"{model_path!r} is damaged: sentencepiece cannot read it ({summary(error)}); "
+                "download the file again"
             ) from error
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()

@@ -318,6 +318,14 @@ def with_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | ropes | {"model_type": "llama"}))
 
 
+def with_pieces(folder: Path) -> None:  # sentencepiece's own message shows them
+    fuzz.sentencepiece_folder(folder)
+    piece = b"\x0a" + bytes([len(ESCAPE)]) + ESCAPE.encode()
+    twice = 2 * (b"\x0a" + bytes([len(piece)]) + piece)
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes()[:16] + twice + path.read_bytes()[16:])
+
+
 def with_files(folder: Path) -> None:
     (folder / ESCAPE.replace("/", "")).touch()
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff")).touch()
@@ -336,6 +344,7 @@ WITH_ESCAPES = [
     with_safetensors,
     with_dtype,
     with_config,
+    with_pieces,
     with_files,
     with_shards,
 ]
