@@ -66,6 +66,8 @@ def _check_options(words: list[str], command: _Command) -> None:
     """Exit if an option is unknown, or a text has no value: Fire would take it to be "True", or
     "False" after --no."""
     names, texts = inspect.signature(command).parameters, _texts(command)
+    if "--" in words:  # Fire's own options follow
+        words = words[: words.index("--")]
     for word, following in zip(words, [*words[1:], "--"], strict=False):
         option = re.match(r"--?([a-zA-Z][\w-]*)", word)
         if not option or option[1] in ("help", "h"):

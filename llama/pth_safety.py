@@ -17,7 +17,7 @@ from llama.files import escaped
 
 _LARGEST_PICKLE = 2**20  # that of a shard of 405B has 0.14 MB
 _LARGEST_DIRECTORY = 2**21
-_LARGEST_ITEM = 1000  # a tensor is 25: the items of a tuple or call, and theirs
+_LARGEST_ITEM = 1000  # items of a tuple or call and of those in it; a tensor's call has 25
 
 # Records of APPNOTE.TXT, sections 4.3.16, 4.3.15, 4.3.14, 4.3.12 and 4.3.7, little-endian.
 _END = struct.Struct("<4s4H2LH")
