@@ -180,6 +180,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.params, self.output = llm.model.params, llm.model.output
         self.tok_embeddings = llm.model.tok_embeddings
+        self.groups, self.lock = llm.model.groups, llm.model.lock
         self.texts, self.said = texts, 0
 
     def hidden(self, tokens: Tensor, places: Any, *, ends_only: bool) -> Tensor:
