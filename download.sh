@@ -219,8 +219,8 @@ request() {
 }
 
 # fetch KIB INPUT COMMAND...: run the command with INPUT as a line of its input and a limit on the
-# files it writes, its output in the lock. In the background: bash handles a signal while it waits
-# for a job, but not while it runs a command.
+# files it writes. Its output goes into the lock, which is private: a server may repeat the link.
+# In the background: bash handles a signal while it waits for a job, not while it runs a command.
 fetch() {
   (limit_size "$1" && exec "${@:3}") < <(printf '%s\n' "$2") >"$LOCK/answer" &
   await
@@ -253,7 +253,7 @@ stop() {
 # lock PART: two runs must not write to the same file. The lock of a run that was killed is removed.
 lock() {
   local pid='' host=''
-  until mkdir "$1.lock" 2>/dev/null; do
+  until mkdir -m 700 "$1.lock" 2>/dev/null; do
     [[ -d $1.lock ]] || die "cannot make $1.lock: choose another place with --dir"
     read -r pid host 2>/dev/null <"$1.lock/owner" || :
     if [[ $host != "$HOSTNAME" || $pid == *[!0-9]* ]] || kill -0 "$pid" 2>/dev/null ||

@@ -64,8 +64,8 @@ def convert(
         n_shards: of a native folder; a Hugging Face folder has none.
         dtype: None keeps every tensor's own.
         bos_token, stop_tokens: for the configs of a Hugging Face folder.
-        force: replace ``target`` if it is there. Only an empty folder is, or a checkpoint with no
-            other files beside its own and none of the source's.
+        force: replace ``target`` if it is an empty folder, or a checkpoint folder that holds
+            nothing else and no file of the source.
 
     Raises:
         FileExistsError: ``target`` is there.

@@ -15,7 +15,7 @@ from typing import Any
 
 import fuzz
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 # --- Pickles ------------------------------------------------------------------------------------
 
@@ -377,6 +377,7 @@ def seeds(target: str, folder: Path) -> Iterator[bytes]:
         yield from [change(path.read_bytes()) for change in LIES]
     elif target == "safetensors":
         yield from map(safetensors_file, SAFETENSORS.values())
+        yield save(load(intact) | {"norm.weight": torch.ones(fuzz.PARAMS["dim"])})  # two of them
     elif target == "checklist.chk":
         yield from CHECKLISTS
     elif target == "dialog":
