@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,17 @@ def test_two_objects_around_one_model_in_two_threads(
         passes = [pool.submit(fresh.model.forward, prompt, 0) for _ in range(6)]
         assert [result.result() for result in results] == [expected] * 12
         assert all(torch.equal(result.result(), logits) for result in passes)
+
+
+def test_a_step_of_a_stream_waits_for_other_threads(fresh: Llama, expected: Any) -> None:
+    """In prefill and in decoding."""
+    stream = fresh.stream(PROMPTS, 20, seed=3)
+    with ThreadPoolExecutor(1) as pool:
+        for column in range(2):
+            with fresh.model.lock:
+                step = pool.submit(next, stream)
+                assert not wait([step], timeout=0.2).done
+            assert [event.token for event in step.result()] == [row[column] for row in expected[0]]
 
 
 def test_a_model_can_be_copied(fresh: Llama, expected: Any) -> None:
