@@ -69,6 +69,7 @@ def convert(
 
     Raises:
         FileExistsError: ``target`` is there.
+        ImportError: ``layout`` is "hf", and the package safetensors is missing.
         OSError: the disk is full, or cannot be written to; nothing is left on it.
         ValueError: the source is damaged, does not divide by ``n_shards``, or holds numbers that
             ``dtype`` cannot; the message names the tensor.
@@ -389,6 +390,7 @@ def _write_huggingface(
     stop_tokens: set[int],
     wrote: Callable[[int], Any],
 ) -> None:
+    safetensors = huggingface.import_safetensors()
     groups: list[list[str]] = [[]]
     held = 0
     for key in keys:
@@ -398,9 +400,6 @@ def _write_huggingface(
             held = 0
         groups[-1].append(key)
         held += size
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     files, n_bytes = {}, 0
     for i, group in enumerate(groups, start=1):
         single = len(groups) == 1
@@ -416,8 +415,8 @@ def _write_huggingface(
             wrote(tensor.numel())
             n_bytes += tensor.nbytes
         try:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # the disk is full, say
+            safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # the disk is full, say
             raise OSError(str(error)) from error
         for tensor in tensors.values():
             weights.release(tensor)

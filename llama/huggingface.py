@@ -9,6 +9,7 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -250,6 +251,18 @@ def stop_tokens(folder: Path) -> set[int]:
     return set()
 
 
+def import_safetensors() -> ModuleType:
+    """The package, with safetensors.torch; an ImportError gives the command that installs it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face's files need the package safetensors: pip install 'llama[hf]', or "
+            "pip install -e '.[hf]' in a checkout"
+        ) from error
+    return safetensors
+
+
 def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """Mapped tensors of all files by native name; rows of wq and wk in Hugging Face's order.
 
@@ -257,13 +270,7 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
         ImportError: the package safetensors is missing.
         ValueError: a file is damaged, or two hold the same tensor.
     """
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            "Hugging Face's files need the package safetensors: pip install 'llama[hf]', or "
-            "pip install -e '.[hf]' in a checkout"
-        ) from error
+    safetensors = import_safetensors()
     tensors: dict[str, Tensor] = {}
     for path in files:
         try:

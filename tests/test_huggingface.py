@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, PARAMS, run
+from conftest import DEMO, PARAMS
 from safetensors.torch import load_file, save_file
 from test_tokenizer import hf_config
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Tokenizer, huggingface
+from llama import Llama, ModelArgs, Tokenizer, __main__, huggingface
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -246,17 +246,19 @@ def test_integers_are_no_weights(folder: Path) -> None:
         build(folder)
 
 
-def test_a_missing_package_names_the_extra(folder: Path) -> None:
-    script = f"""
-import sys
-sys.modules["safetensors"] = None
-from llama import Llama
-Llama.build({str(folder)!r}, device="cpu")
-"""
-    result = run(sys.executable, "-c", script)
-    assert result.returncode != 0
-    assert "ImportError: Hugging Face's files need the package safetensors" in result.stderr
-    assert "llama[hf]" in result.stderr
+def test_a_missing_package_names_the_extra(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For reading and for writing."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    words = r"Hugging Face's files need the package safetensors: .*llama\[hf\]"
+    with pytest.raises(ImportError, match=words):
+        build(folder)
+    words_typed = ["-m", "convert", str(DEMO), str(tmp_path / "new"), "--format", "hf"]
+    monkeypatch.setattr(sys, "argv", words_typed)
+    with pytest.raises(SystemExit, match=f"error: {words}"):
+        __main__.main()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
