@@ -367,7 +367,8 @@ def test_messages_do_not_reach_into_the_terminal(
     make(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
-    assert "x1b]52;c;" in str(error.value)
+    if make not in (hostile.with_dtype, hostile.with_pieces):  # it's the library's message
+        assert "x1b]52;c;" in str(error.value)
     assert not CONTROL.search(str(error.value))
     str(error.value).encode()
 
