@@ -88,8 +88,8 @@ def _check_options(words: list[str], command: _Command) -> None:
 
 
 def _bound(command: _Command, calls: list[Callable[[], None]]) -> _Command:
-    """What Fire calls instead of ``command``: it checks the types of the arguments and leaves the
-    call in ``calls``. Fire then stops at a misspelt option before anything has been done."""
+    """Wrap ``command`` for Fire: check the types of the arguments and append the call to ``calls``.
+    Nothing has been done yet when Fire stops at words that are left over."""
     hints = get_type_hints(command)
 
     @wraps(command)

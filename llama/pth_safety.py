@@ -187,14 +187,14 @@ def _decoded(raw_name: bytes) -> str:
 
 
 class _Item(NamedTuple):
-    """What the unpickler has on its stack, as far as it matters here.
+    """An entry of the unpickler's stack.
 
     Attributes:
-        weight: one, and that of the items of a tuple or of a call's arguments: so much hashing it
-            takes, which the memo can double with every opcode. Lists and dicts are one: they can't
-            be hashed.
-        name: of a callable.
-        is_dict: an OrderedDict, whose attributes may be set.
+        weight: 1 plus the weights of the items of a tuple or of a call's arguments: the cost of
+            hashing it, which the memo can double with every opcode. Lists and dicts weigh 1, since
+            they can't be hashed.
+        name: the name of a callable, else empty.
+        is_dict: it is an OrderedDict, whose attributes may be set.
     """
 
     weight: int = 1
@@ -203,7 +203,7 @@ class _Item(NamedTuple):
 
 
 def _check_pickle(data: bytes) -> None:
-    """Follow the unpickler's stack, without making the objects."""
+    """Run the pickle on a stack of weights, without constructing its objects."""
     stack: list[_Item | None] = []  # None: a mark
     memo: dict[Any, _Item] = {}  # by the opcode's argument
 

@@ -139,8 +139,8 @@ class Watch:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def detach_child(self) -> None:
-        """In a forked process: take back everything by which it would act as the rank. Its SIGTERM
-        would arrive in the rank, whose pipe it shares, and its failure end all ranks."""
+        """In a forked process: remove the rank's signal handler, pipe and excepthook. A SIGTERM to
+        the child would arrive in the rank, whose pipe it shares, and its failure end all ranks."""
         if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             descriptor = signal.set_wakeup_fd(-1)
