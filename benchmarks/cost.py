@@ -30,7 +30,7 @@ def weight_bytes(args: ModelArgs, n_ranks: int, size: int) -> float:
 
 def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
     """Keys and values of one position on one rank."""
-    return 2 * args.n_layers * args.kv_heads_of(n_ranks) * args.head_dim * size
+    return 2 * args.n_layers * args.n_local_kv_heads(n_ranks) * args.head_dim * size
 
 
 def step_bytes(args: ModelArgs, n_ranks: int, size: int, batch: int, context: int) -> float:

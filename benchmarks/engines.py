@@ -62,6 +62,7 @@ class Ours(Engine):
         compile: bool,
     ) -> None:
         from llama import Llama, ModelArgs, Tokenizer, Transformer
+        from llama.accel import accelerate
 
         if n_ranks == 1:
             self.llm = Llama.build(
@@ -71,6 +72,7 @@ class Ours(Engine):
                 device=device,
                 dtype=dtype,
                 compile=compile,
+                prefix_caching=False,
             )
         else:
             _imagine_ranks(n_ranks)
@@ -82,7 +84,8 @@ class Ours(Engine):
             model.load_state_dict(weights, assign=True)
             model.to(device=device, dtype=getattr(torch, dtype))
             tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-            self.llm = Llama(model, tokenizer, compile=compile)
+            accelerate(model, compile=compile)
+            self.llm = Llama(model, tokenizer, prefix_caching=False)
         self.llm.tokenizer.stop_tokens = set()
 
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
@@ -92,17 +95,19 @@ class Ours(Engine):
     def paths(self) -> dict[str, Any]:
         """Which ways were chosen: the linear layers' functions, the form of a step, and the
         attention kernels that run in prefill and in decoding."""
-        from llama import model, parallel
+        from llama import model
+        from llama.distributed import layers
 
-        kinds = (parallel.ColumnParallelLinear, parallel.RowParallelLinear)
+        kinds = (layers.ColumnParallelLinear, layers.RowParallelLinear)
         modules = list(self.llm.model.modules())
         functions = [m.linear for m in modules if isinstance(m, kinds)]
         ffn = {m.compute.__name__ for m in modules if isinstance(m, model.FeedForward)}
+        decode = self.llm.model.decode
         prompts = [[5] * 300, [6] * 200]
         return {
             "feed_forward": sorted(ffn),
             "linear": sorted({getattr(f, "__name__", type(f).__name__) for f in functions}),
-            "step": getattr(self.llm._step, "__qualname__", type(self.llm._step).__name__),
+            "step": getattr(decode, "__qualname__", type(decode).__name__),
             "prefill": _attention_kernels(lambda: list(self.steps(prompts, 1))),
             "prefill and decoding": _attention_kernels(lambda: list(self.steps(prompts, 3))),
         }

@@ -27,8 +27,9 @@ from benchmarks import cost  # noqa: E402
 from benchmarks.engines import ENGINES, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of  # noqa: E402
-from llama import ModelArgs, fast, sampling  # noqa: E402
-from llama.generation import default_dtype  # noqa: E402
+from llama import ModelArgs, sampling  # noqa: E402
+from llama.accel.cpu import cpu_features  # noqa: E402
+from llama.device import default_dtype  # noqa: E402
 
 FIGURES = ("load", "prefill", "decode", "ragged", "sampling", "overhead")
 PREFILL_LENGTHS = (128, 512, 2048, 8192)
@@ -156,7 +157,7 @@ class Benchmark:
             logits = 3 * torch.randn(batch, 128256, device=self.device, generator=generator)
             probs = torch.softmax(logits / 0.6, dim=-1)
             for name, run in {
-                "sampling, top_p 0.9": lambda logits=logits: sampling.next_tokens(
+                "sampling, top_p 0.9": lambda logits=logits: sampling.sample(
                     logits, 0.6, 0.9, generator
                 ),
                 "sorting all tokens": lambda probs=probs: torch.sort(
@@ -306,7 +307,7 @@ class Benchmark:
         return folder
 
     def _configuration(self) -> dict[str, Any]:
-        features = fast.cpu_features()
+        features = cpu_features()
         with self._engine("ours", 512, 2) as engine:
             paths = engine.paths()
         shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}

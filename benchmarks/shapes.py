@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from llama import ModelArgs, checkpoint
+from llama import ModelArgs
+from llama.checkpoint.sharding import local_slices, shard_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,11 @@ def random_weights(shape: Shape) -> dict[str, torch.Tensor]:
     """Weights that keep the size of the activations, as a trained model's do."""
     generator = torch.Generator().manual_seed(1)
     weights = {}
-    for key, cut in checkpoint.cuts(ModelArgs(**shape.params)).items():
-        sizes = [stop - start for start, stop in checkpoint.box(cut, shape.n_ranks, 0)]
+    for key, spec in shard_specs(ModelArgs(**shape.params)).items():
+        sizes = [stop - start for start, stop in local_slices(spec, shape.n_ranks, 0)]
         weights[key] = torch.ones(sizes, dtype=torch.bfloat16)
         if len(sizes) == 2:
-            std = 1.0 if key.startswith("tok_embeddings") else cut.sizes[1] ** -0.5
+            std = 1.0 if key.startswith("tok_embeddings") else spec.sizes[1] ** -0.5
             weights[key].normal_(std=std, generator=generator)
     return weights
 

@@ -26,9 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import data
-from llama import ModelArgs, checkpoint, huggingface
+from llama import ModelArgs
+from llama.checkpoint import huggingface
+from llama.checkpoint.sharding import shard_specs
 from llama.tokenizer import ChatFormat, Tokenizer
-from llama.vocabulary import SPLIT_PATTERN
+from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
 PARAMS: dict[str, Any] = {
     "dim": 128,
@@ -201,7 +203,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
     """Write weights, params.json and checklist.chk in the native layout."""
     source = model.state_dict()
     native = {}
-    for key in checkpoint.cuts(ModelArgs(**PARAMS)):
+    for key in shard_specs(ModelArgs(**PARAMS)):
         tensor = source[huggingface.huggingface_key(key)]
         if huggingface.is_rotated(key):
             head_dim = PARAMS["dim"] // PARAMS["n_heads"]

@@ -1,12 +1,14 @@
 """The reference inference library for Llama.
 
-Reading order: model.py, parallel.py, generation.py, sampling.py, tokenizer.py, checkpoint.py.
+Reading order: config.py, cache.py, attention.py, model.py, sampling.py, request.py, slots.py,
+engine.py, generation.py; tokenizer.py, chat.py; distributed/, checkpoint/, accel/.
 """
 
+from llama.config import ModelArgs
+from llama.distributed.watchdog import RankError
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, TokenEvent
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
-from llama.watch import RankError
 
 __all__ = [
     "ChatFormat",

@@ -1,4 +1,4 @@
-"""python -m llama: look at a checkpoint folder, check it, convert it, or run one prompt on it."""
+"""python -m llama: inspect, verify or convert a checkpoint folder, or run a prompt."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,12 +7,19 @@ from typing import Any, Literal
 
 import torch
 
-from llama import checkpoint, cli, convert, generation, memory
-from llama import verify as verification
+from llama import cli, memory
+from llama.chat import Message
+from llama.checkpoint import convert
+from llama.checkpoint import verify as verification
+from llama.checkpoint.folder import LLAMA32_SCALING, Checkpoint, find_checkpoint
+from llama.checkpoint.reader import Weights
+from llama.checkpoint.sharding import n_bytes, shard_specs
+from llama.config import ModelArgs
+from llama.device import parse_dtype, resolve_device
 from llama.files import escaped
-from llama.llama2 import open_tokenizer
-from llama.model import ModelArgs
-from llama.tokenizer import Message
+from llama.generation import Llama
+from llama.request import TokenEvent
+from llama.tokenizer import load_tokenizer
 
 
 def _opened(
@@ -20,19 +27,19 @@ def _opened(
     tokenizer_path: str | None,
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
-) -> tuple[checkpoint.Checkpoint, Any, ModelArgs]:
+) -> tuple[Checkpoint, Any, ModelArgs]:
     """A folder, its tokenizer and its parameters."""
-    found = checkpoint.find(folder)
+    ckpt = find_checkpoint(folder)
     if max_seq_len is None:
-        max_seq_len = min(512, found.context or 512)
-    path = tokenizer_path or str(found.tokenizer_path)
-    tokenizer = open_tokenizer(path, llama31=found.is_llama31)
-    return found, tokenizer, found.args(tokenizer.n_words, max_seq_len, max_batch_size)
+        max_seq_len = min(512, ckpt.context or 512)
+    path = tokenizer_path or str(ckpt.tokenizer_path)
+    tokenizer = load_tokenizer(path, llama31=ckpt.is_llama31)
+    return ckpt, tokenizer, ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size)
 
 
 def _family(args: ModelArgs) -> str:
     if args.use_scaled_rope:
-        is_llama32 = args.rope_scaling_factor == checkpoint.LLAMA32_SCALING
+        is_llama32 = args.rope_scaling_factor == LLAMA32_SCALING
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
     return {10000.0: "Llama 2", 500000.0: "Llama 3"}.get(args.rope_theta, "unknown")
 
@@ -53,7 +60,7 @@ def info(
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
 ) -> None:
-    """Show what a folder holds and what it needs. The weights themselves are not read.
+    """Show what a folder holds and the memory it needs, without reading the weights.
 
     Args:
         ckpt_dir: checkpoint folder.
@@ -63,32 +70,30 @@ def info(
         max_batch_size: rows that run together.
         dtype: bfloat16, float16 or float32.
     """
-    found, tokenizer, args = _opened(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-    n_ranks = found.n_shards if mp is None else mp
-    if n_ranks not in args.rank_counts:
-        raise ValueError(f"mp is {n_ranks}, expected one of {args.rank_counts}")
-    weights = checkpoint.Weights(found, args)
-    faults = [fault for i in range(found.n_shards) for fault in weights.faults(i)]
-    numbers = sum(checkpoint.n_bytes(cut, 1, torch.uint8) for cut in checkpoint.cuts(args).values())
-    if found.tied:
+    ckpt, tokenizer, args = _opened(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+    n_ranks = ckpt.n_shards if mp is None else mp
+    args.check_tp_size(n_ranks)
+    weights = Weights(ckpt, args)
+    faults = [fault for i in range(ckpt.n_shards) for fault in weights.faults(i)]
+    numbers = sum(n_bytes(spec, 1, torch.uint8) for spec in shard_specs(args).values())
+    if ckpt.tied:
         numbers -= args.vocab_size * args.dim
     stored = "?"
     if not faults:
-        dtypes = {t.dtype for i in range(found.n_shards) for t in weights.shard(i).values()}
+        dtypes = {t.dtype for i in range(ckpt.n_shards) for t in weights.shard(i).values()}
         stored = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    device = generation.resolve_device(None)
-    plan = memory.plan(args, n_ranks, generation.dtype_of(dtype), device, tied=found.tied)
+    plan = memory.plan(args, n_ranks, parse_dtype(dtype), resolve_device(None), tied=ckpt.tied)
     rows = {
-        "folder": f"{ckpt_dir} ({'Meta' if found.layout == 'native' else 'Hugging Face'} layout)",
+        "folder": f"{ckpt_dir} ({'Meta' if ckpt.layout == 'native' else 'Hugging Face'} layout)",
         "family": _family(args),
         "parameters": _count(numbers),
         "shape": f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
         f"{args.kv_heads} key/value heads, feed-forward {args.ffn_hidden_dim}",
-        "files": f"{len(found.files)}, cut for {found.n_shards} rank(s)",
+        "files": f"{len(ckpt.files)}, split for {ckpt.n_shards} rank(s)",
         "stored as": stored,
-        "context": f"{found.context or 'unknown'} tokens",
+        "context": f"{ckpt.context or 'unknown'} tokens",
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.n_words} tokens",
-        "runs on": f"{', '.join(map(str, args.rank_counts))} ranks",
+        "runs on": f"{', '.join(map(str, args.valid_tp_sizes))} ranks",
         "memory": str(plan),
     }
     for name, value in rows.items():
@@ -100,19 +105,19 @@ def info(
 
 
 def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
-    """Check a folder: sums of checklist.chk, archives, every key, shape, dtype and number.
+    """Check a folder: checksums, archives, and the key, shape, dtype and values of every tensor.
 
     Args:
         ckpt_dir: checkpoint folder.
         tokenizer_path: default the one in the folder.
     """
-    found, _, args = _opened(ckpt_dir, tokenizer_path)
-    faults = verification.verify(found, args, progress=True)
+    ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
+    faults = verification.verify(ckpt, args, progress=True)
     for fault in faults:
         print(fault)
     if faults:
         raise SystemExit(1)
-    print(f"{ckpt_dir}: all is well")
+    print(f"{ckpt_dir}: no faults found")
 
 
 def convert_folder(
@@ -129,43 +134,43 @@ def convert_folder(
 
     Args:
         src: checkpoint folder.
-        dst: folder to write; it appears when it is whole.
+        dst: folder to write; it appears when it is complete.
         mp: shards of a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
-        dtype: bfloat16, float16 or float32; default what the files have.
-        force: replace dst if it is there.
+        dtype: bfloat16, float16 or float32; default as stored.
+        force: replace dst if it exists.
         tokenizer_path: default the one in src.
     """
     if format not in ("native", "hf"):
         raise ValueError(f"format is {format!r}, expected 'native' or 'hf'")
     if format == "hf" and mp is not None:
-        raise ValueError("Hugging Face's layout is not cut for ranks: leave --mp out")
-    found, tokenizer, args = _opened(src, tokenizer_path)
+        raise ValueError("Hugging Face's layout isn't split for ranks: leave --mp out")
+    ckpt, tokenizer, args = _opened(src, tokenizer_path)
     convert.convert(
-        found,
+        ckpt,
         args,
         Path(dst),
         layout=format,
         n_shards=1 if mp is None else mp,
-        dtype=None if dtype is None else generation.dtype_of(dtype),
-        tokenizer_path=Path(tokenizer_path or found.tokenizer_path),
+        dtype=None if dtype is None else parse_dtype(dtype),
+        tokenizer_path=Path(tokenizer_path or ckpt.tokenizer_path),
         bos_token=tokenizer.bos_id,
-        stop_tokens=tokenizer.stop_tokens | found.stop_tokens,
+        stop_tokens=tokenizer.stop_tokens | ckpt.stop_tokens,
         force=force,
         progress=True,
     )
     print(f"{dst} written")
-    new = checkpoint.find(dst)
-    if new.context != found.context:
+    new = find_checkpoint(dst)
+    if new.context != ckpt.context:
         print(
-            f"note: {dst} cannot say that the context is {found.context} tokens; it will be taken "
-            f"to be {new.context}"
+            f"note: {dst} can't record the context of {ckpt.context} tokens; it will be read as "
+            f"{new.context}"
         )
-    if lost := found.stop_tokens - tokenizer.stop_tokens - new.stop_tokens:
-        print(f"note: {dst} cannot say that {sorted(lost)} end a generation")
+    if lost := ckpt.stop_tokens - tokenizer.stop_tokens - new.stop_tokens:
+        print(f"note: {dst} can't record that {sorted(lost)} end a generation")
 
 
-def _write(steps: Iterator[list[generation.TokenEvent]]) -> None:
+def _write(steps: Iterator[list[TokenEvent]]) -> None:
     for events in steps:
         for event in events:
             _show(event.text)
@@ -173,7 +178,7 @@ def _write(steps: Iterator[list[generation.TokenEvent]]) -> None:
 
 
 def _show(text: str) -> None:
-    """Print a piece of text; a terminal would obey the control characters in it."""
+    """Print a piece of text, on a terminal without control characters."""
     print(escaped(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
@@ -190,21 +195,21 @@ def complete(
     device: str | None = None,
     seed: int = 1,
 ) -> None:
-    """Continue a text and show it as it comes.
+    """Continue a text and show it as it is generated.
 
     Args:
         ckpt_dir: checkpoint folder.
         prompt: the text.
         tokenizer_path: default the one in the folder.
-        temperature: divides the logits; 0 always takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that sum up to this probability.
         max_seq_len: longest prompt and generation together, in tokens.
         max_gen_len: longest generation, in tokens; default what max_seq_len leaves.
-        dtype: bfloat16, float16 or float32; default what the device computes best in.
-        device: cuda, mps or cpu; default the first of them that is there.
+        dtype: bfloat16, float16 or float32; default by device.
+        device: cuda, mps or cpu; default the first that is available.
         seed: of the draws.
     """
-    llm = generation.Llama.build(
+    llm = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
     )
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
@@ -226,22 +231,22 @@ def chat(
     device: str | None = None,
     seed: int = 1,
 ) -> None:
-    """Answer a message and show the answer as it comes.
+    """Answer a message and show the answer as it is generated.
 
     Args:
         ckpt_dir: checkpoint folder.
         prompt: the message.
         system: a system message before it.
         tokenizer_path: default the one in the folder.
-        temperature: divides the logits; 0 always takes the likeliest token.
+        temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that sum up to this probability.
         max_seq_len: longest prompt and answer together, in tokens.
         max_gen_len: longest answer, in tokens; default what max_seq_len leaves.
-        dtype: bfloat16, float16 or float32; default what the device computes best in.
-        device: cuda, mps or cpu; default the first of them that is there.
+        dtype: bfloat16, float16 or float32; default by device.
+        device: cuda, mps or cpu; default the first that is available.
         seed: of the draws.
     """
-    llm = generation.Llama.build(
+    llm = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
     )
     dialog: list[Message] = [{"role": "user", "content": prompt}]

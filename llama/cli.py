@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import fire
 import torch
 
-from llama import parallel
+from llama.distributed.groups import n_processes
 
 _Command = Callable[..., None]
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
@@ -48,8 +48,8 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
         FloatingPointError,
         torch.OutOfMemoryError,
     ) as error:
-        if parallel.n_processes() > 1:
-            raise  # one of the ranks will say it
+        if n_processes() > 1:
+            raise  # one of the ranks reports it
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted")

@@ -21,11 +21,11 @@ def check_regular(path: str | Path) -> None:
     """Raise ValueError for what is there but no file with an end: reading a pipe or a device could
     take for ever. Links are followed; FileNotFoundError if there is nothing."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{str(path)!r} is no regular file: give a folder of plain files")
+        raise ValueError(f"{str(path)!r} isn't a regular file: give a folder of plain files")
 
 
 def what_to_do(path: str | Path) -> str:
-    """The likely cause why a file cannot be read and what to do, as the end of a message."""
+    """The likely cause why a file can't be read and what to do, as the end of a message."""
     try:
         check_regular(path)
         with open(path, "rb") as file:

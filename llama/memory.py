@@ -1,16 +1,19 @@
-"""Will it fit? The memory a rank needs, by formulas from the shape of the model alone."""
+"""Will it fit? The memory that a rank needs, by formulas from the shape of the model."""
 
 import contextlib
 import dataclasses
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
 
-from llama import checkpoint, fast
-from llama.model import ModelArgs
+from llama.accel.cpu import packs_weights
+from llama.checkpoint.sharding import n_bytes, shard_specs
+from llama.config import ModelArgs
+from llama.engine import MAX_PREFILL_TOKENS, SCORING_LOGITS
 
 GIB = 2**30
 _ROOT = Path("/")
@@ -21,12 +24,12 @@ class Plan:
     """Bytes that one of ``n_ranks`` needs.
 
     Attributes:
-        tied: the embedding is the output layer too and is held once.
-        device: where it will be; None leaves out what ``fast`` adds on a device.
-        weights: the parameters, and the copies of them that some processors want
-            (``fast.packs_weights``).
+        tied: the embedding is also the output layer and is held once.
+        device: where it will be; None leaves out what ``accel`` adds on a device.
+        max_prefill_tokens: tokens of the largest pass.
+        weights: the parameters, and packed copies on some processors (``accel.cpu``).
         cache: keys and values of max_batch_size x max_seq_len positions.
-        workspace: what a pass over as many prompt tokens holds beside them at its peak.
+        workspace: activations at the peak of a pass.
     """
 
     args: ModelArgs
@@ -34,6 +37,7 @@ class Plan:
     dtype: torch.dtype
     device: torch.device | None
     tied: bool
+    max_prefill_tokens: int
     weights: int
     cache: int
     workspace: int
@@ -59,36 +63,38 @@ def plan(
     device: torch.device | None = None,
     *,
     tied: bool = False,
+    max_prefill_tokens: int = MAX_PREFILL_TOKENS,
 ) -> Plan:
-    """What each of ``n_ranks`` needs. Nothing is allocated, whatever the size."""
-    cuts = checkpoint.cuts(args)
-    sizes = {key: checkpoint.n_bytes(cut, n_ranks, dtype) for key, cut in cuts.items()}
+    """What each of ``n_ranks`` needs. Nothing is allocated."""
+    specs = shard_specs(args)
+    sizes = {key: n_bytes(spec, n_ranks, dtype) for key, spec in specs.items()}
     weights = sum(sizes.values()) - (sizes["output.weight"] if tied else 0)
-    if device is not None and fast.packs_weights(device, dtype):
+    if device is not None and packs_weights(device, dtype):
         weights += sum(
             sizes[key]
-            for key, cut in cuts.items()
-            if len(cut.sizes) == 2 and not key.startswith("tok_embeddings")
+            for key, spec in specs.items()
+            if len(spec.sizes) == 2 and not key.startswith("tok_embeddings")
         )
     positions = args.max_batch_size * args.max_seq_len
-    kv_width = args.kv_heads_of(n_ranks) * args.head_dim
+    kv_width = args.n_local_kv_heads(n_ranks) * args.head_dim
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
-    workspace = _workspace(args, n_ranks, dtype)
+    workspace = _workspace(args, n_ranks, dtype, max_prefill_tokens)
     if device is not None and device.type == "cpu":
-        workspace *= 3  # with fast.keep_freed_memory the heap has gaps: 1.3 to 2.5 was measured
-    return Plan(args, n_ranks, dtype, device, tied, weights, cache, workspace)
+        workspace *= 3  # with keep_freed_memory the heap has gaps: 1.3 to 2.5 was measured
+    return Plan(args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace)
 
 
-def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
-    """Peak of the temporary tensors of a pass over max_batch_size prompts of max_seq_len tokens.
+def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_tokens: int) -> int:
+    """Peak of the temporary tensors of an engine's step.
 
-    A term for each place in a layer that may be the peak, counted from the tensors that model.py
-    holds there at once; then the logits and what the sampler makes of them.
+    One term for each place in a layer that may be the peak, counted from the tensors that model.py
+    holds there at once; then the logits and the sampler's tensors, of a batch or of a prompt that
+    is scored.
     """
-    n_tokens = args.max_batch_size * args.max_seq_len
+    n_tokens = min(max_prefill_tokens, args.max_batch_size * args.max_seq_len)
     heads = args.dim // n_ranks
     ffn = args.ffn_hidden_dim // n_ranks
-    kv = args.kv_heads_of(n_ranks) * args.head_dim
+    kv = args.n_local_kv_heads(n_ranks) * args.head_dim
     size, single = dtype.itemsize, 4
     residual = 2 * args.dim * size
     per_token = max(
@@ -98,15 +104,19 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype) -> int:
         residual + args.dim * size + 2 * ffn * size,  # SwiGLU
     )
     angles = args.head_dim * single  # cos and sin, gathered for every token
-    indices = 4 * 8 + 36  # rows, positions and ids, the latter as Python numbers first
+    indices = 4 * 8 + 36  # slots, positions and ids, the latter as Python numbers first
+    mask = args.max_seq_len * (1 + size)  # of a chunk after the first, as booleans and as numbers
     table = args.max_seq_len * args.head_dim * single
     sampling = args.max_batch_size * args.vocab_size * (8 * single + 2 * 8)
-    tensors = n_tokens * (per_token + angles + indices) + table + sampling
+    n_scored = min(n_tokens, max(1, SCORING_LOGITS // args.vocab_size))
+    scoring = n_scored * args.vocab_size * (size + 2 * single)
+    layers = n_tokens * (per_token + angles + indices + mask)
+    tensors = max(layers, scoring) + table + sampling
     return tensors * 9 // 8  # allocators and matrix libraries keep some more
 
 
 def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
-    """Memory that one of ``n_local_ranks`` on this machine may still take; None if not known."""
+    """Memory available to each of ``n_local_ranks`` on this machine; None if not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -119,7 +129,7 @@ def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
 
 def _free_host_bytes() -> int | None:
     meminfo = _ROOT / "proc/meminfo"
-    if not meminfo.is_file():  # macOS says how much there is, but not how much is free
+    if not meminfo.is_file():  # macOS reports the total, but not what is free
         names = os.sysconf_names
         if "SC_PHYS_PAGES" not in names:
             return None
@@ -132,8 +142,8 @@ def _free_host_bytes() -> int | None:
 
 
 class _Files(NamedTuple):
-    """Where a control group of one version has its limit, its use, and its file pages, which the
-    kernel gives back when it needs memory."""
+    """Files of a control group with its limit, its usage, and its file pages, which the kernel can
+    reclaim."""
 
     limit: str
     used: str
@@ -147,8 +157,8 @@ _CGROUP2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file
 
 
 def _free_in_control_groups() -> Iterator[int]:
-    """Memory left in each control group with a limit that this process is in: a container's, a
-    systemd slice's, a Slurm job's. The kernel kills a process that takes more (cgroups(7))."""
+    """Memory left in each limited control group of this process: a container, a systemd slice, a
+    Slurm job. The kernel kills a process that takes more (cgroups(7))."""
     try:
         mounts = (_ROOT / "proc/self/mountinfo").read_text().splitlines()
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
@@ -169,7 +179,7 @@ def _free_in_control_groups() -> Iterator[int]:
         else:
             continue
         top = _ROOT / mounted_at.lstrip("/")
-        inside = PurePosixPath(path)  # and outside of this mount with a namespace of its own
+        inside = PurePosixPath(path)  # outside of this mount in another namespace
         group = top / (inside.relative_to(root) if inside.is_relative_to(root) else "")
         for folder in (group, *group.parents):
             if folder.is_relative_to(top):
@@ -186,23 +196,23 @@ def _free_in_control_group(folder: Path, files: _Files) -> Iterator[int]:
     yield limit - used + sum(int(stat.get(name, 0)) for name in files.reclaimable)
 
 
-def check(needed: Plan, free: int | None, device: torch.device) -> None:
+def check(needed: Plan, free: int | None) -> None:
     """Raise MemoryError, with the sizes that would fit, if ``free`` bytes are too few."""
     if free is None or needed.total <= free:
         return
     raise MemoryError(
-        f"this needs {needed}, but {device} has {free / GIB:.2f} GiB free for this rank; "
-        f"{_what_fits(needed, free)}"
+        f"this needs {needed}, but {needed.device or 'the device'} has {free / GIB:.2f} GiB free "
+        f"for this rank; {_what_fits(needed, free)}"
     )
 
 
 @contextlib.contextmanager
-def explained(planned: Plan) -> Iterator[None]:
-    """Add the plan to the message if a device runs out of memory all the same."""
+def explain_oom(plan: Callable[[], Plan]) -> Iterator[None]:
+    """Add the plan to the message if a device runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error}\nThe plan was {planned}") from error
+        raise torch.OutOfMemoryError(f"{error}\nThe plan was {plan()}") from error
 
 
 def _what_fits(needed: Plan, free: int) -> str:
@@ -210,30 +220,33 @@ def _what_fits(needed: Plan, free: int) -> str:
 
     def fits(batch: int, length: int) -> bool:
         smaller = dataclasses.replace(args, max_batch_size=batch, max_seq_len=length)
-        planned = plan(smaller, needed.n_ranks, needed.dtype, needed.device, tied=needed.tied)
+        planned = plan(
+            smaller,
+            needed.n_ranks,
+            needed.dtype,
+            needed.device,
+            tied=needed.tied,
+            max_prefill_tokens=needed.max_prefill_tokens,
+        )
         return planned.total <= free
+
+    def largest(holds: Callable[[int], bool], limit: int) -> int:
+        """Largest number from 0 up to below ``limit`` for which ``holds``, which it does from 0 to
+        some number."""
+        return bisect_left(range(1, limit), True, key=lambda n: not holds(n))
 
     batch, length = args.max_batch_size, args.max_seq_len
     if not fits(1, 1):
-        counts = ", ".join(map(str, args.rank_counts))
+        counts = ", ".join(map(str, args.valid_tp_sizes))
         return (
-            "the weights leave no room for any cache: use more ranks (the model divides by "
-            f"{counts}) or a smaller dtype"
+            f"the weights leave no room for a cache: use more ranks (possible: {counts}) or a "
+            "smaller dtype"
         )
     sizes = [
-        (batch, _last_true(lambda n: fits(batch, n), length)),
-        (_last_true(lambda n: fits(n, length), batch), length),
+        (batch, largest(lambda n: fits(batch, n), length)),
+        (largest(lambda n: fits(n, length), batch), length),
     ]
     possible = [(b, n) for b, n in sizes if b and n]
-    possible = possible or [(1, _last_true(lambda n: fits(1, n), length))]
+    possible = possible or [(1, largest(lambda n: fits(1, n), length))]
     words = [f"max_seq_len {n} at max_batch_size {b}" for b, n in possible]
     return f"what fits is {' or '.join(words)}"
-
-
-def _last_true(holds: Callable[[int], bool], stop: int) -> int:
-    """Largest number in 0 ... ``stop`` - 1 for which ``holds``; it holds up to some number."""
-    low, high = 0, stop
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

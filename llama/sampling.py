@@ -1,25 +1,122 @@
-"""From logits to the next token."""
+"""Sampling parameters, and the step from logits to the next token."""
 
+import dataclasses
 import math
+import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# The nucleus is looked for among so many of the likeliest tokens before all of them are sorted.
+# Try the top 1,024 tokens before sorting the vocabulary.
 _HEAD = 1024
+# Below this, logits / temperature would overflow float32.
+_MIN_TEMPERATURE = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Attributes:
+        max_gen_len: tokens to generate at most; None for as many as fit.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: see ``sample_top_p``; 0 takes the likeliest token.
+        stop: strings that end the text, which is cut before them, and token ids that end it, in
+            addition to ``tokenizer.stop_tokens``.
+        logprobs: compute log-probabilities of the tokens; with ``echo``, of the prompt's too.
+        top_logprobs: for each token, also give the log-probabilities of this many of the likeliest.
+        echo: give the prompt's tokens before those that are generated.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of its range; the message has the limit and the value.
+    """
+
+    max_gen_len: int | None = None
+    temperature: float = 0.6
+    top_p: float = 0.9
+    stop: Sequence[str | int] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("max_gen_len", numbers.Integral),
+            ("temperature", numbers.Real),
+            ("top_p", numbers.Real),
+            ("top_logprobs", numbers.Integral),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "max_gen_len" and value is None):
+                raise TypeError(f"{name} is {value!r}, expected a number")
+        if self.max_gen_len is not None and self.max_gen_len < 0:
+            raise ValueError(f"max_gen_len is {self.max_gen_len}, expected 0 or more")
+        if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}, expected 0 (greedy) or at least "
+                f"{_MIN_TEMPERATURE}"
+            )
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected 0 to 1")
+        if self.top_logprobs < 0:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}, expected 0 or more")
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop is the str {self.stop!r:.60}, expected a list: write [stop]")
+        for item in self.stop:
+            if not isinstance(item, str | numbers.Integral) or item == "":
+                raise TypeError(
+                    f"stop has {item!r:.60}, expected strings that aren't empty, or ids"
+                )
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [item for item in self.stop if isinstance(item, str)]
+
+    @property
+    def stop_ids(self) -> set[int]:
+        return {int(item) for item in self.stop if not isinstance(item, str)}
+
+
+def new_generator(seed: int, device: torch.device) -> torch.Generator:
+    """A generator with this seed.
+
+    Raises:
+        TypeError, ValueError: it isn't an integer that torch accepts.
+    """
+    if not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed is {seed!r}, expected an integer")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected -2**63 to 2**64 - 1")
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each row of ``logits`` [B, V]: the likeliest at temperature 0, else a draw.
+
+    Returns:
+        int64 [B].
+    """
+    if temperature == 0:
+        return torch.argmax(logits, dim=-1)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    return sample_top_p(probs, top_p, generator=generator)[:, 0]
 
 
 def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Draw one token per row from its nucleus (Holtzman et al., 2020, section 3.1).
 
-    The nucleus is the most likely tokens, each kept while the tokens before it sum up to at most
-    ``p``; equally likely ones come in ascending order of their ids. The token is the one that
-    ``torch.multinomial`` draws from the sorted nucleus: the largest of probability / exponential
-    noise. Written out, because ``multinomial`` makes a CUDA device wait for its checks.
+    The nucleus is the most likely tokens, each kept while those before it sum to at most ``p``;
+    ties are in ascending order of ids. The draw is that of ``torch.multinomial`` from the sorted
+    nucleus, the argmax of probability / exponential noise, written out because the checks of
+    ``multinomial`` synchronize a CUDA device.
 
     Args:
-        probs: [B, V], each row a distribution. Left as it is.
-        generator: source of randomness; None is torch's global one.
+        probs: [B, V], each row a distribution. Not modified.
+        generator: source of the noise; default torch's global one.
 
     Returns:
         int64 [B, 1].
@@ -34,32 +131,18 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
 
 
 def _ranked_head(probs: Tensor, p: float) -> tuple[Tensor, Tensor] | None:
-    """The first of the sorted probabilities, with zeros behind them, and their ids; None if the
-    nucleus may reach beyond them. Only for the CPU: sorting 128,000 numbers takes it 10 ms, and
-    other devices would have to wait for the answer."""
+    """The ``_HEAD`` largest probabilities, sorted and padded with zeros, and their ids; None if the
+    nucleus may be larger. Only on the CPU, which takes 10 ms to sort 128,000 numbers; other devices
+    would have to synchronize."""
     if probs.device.type != "cpu" or probs.shape[-1] <= _HEAD:
         return None
-    head, ids = torch.topk(probs, _HEAD, dim=-1)  # in any order among equals
+    head, ids = torch.topk(probs, _HEAD, dim=-1)  # ties are in any order
     kept = torch.cumsum(head, dim=-1) - head <= p
     smallest = head.masked_fill(~kept, math.inf).amin(dim=-1)
-    if not (smallest > head[:, -1]).all():  # equals of the last one may have been left out
+    if not (smallest > head[:, -1]).all():  # ties with the last one may be missing
         return None
     ids, by_id = torch.sort(ids, dim=-1)
     head, by_rank = torch.sort(head.gather(-1, by_id), dim=-1, descending=True, stable=True)
-    ranked = torch.zeros_like(probs)  # as long as the row: the noise and the sums are the same
+    ranked = torch.zeros_like(probs)  # full length, so that noise and sums are the same
     ranked[:, :_HEAD] = head
     return ranked, ids.gather(-1, by_rank)
-
-
-def next_tokens(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    """Next token of every row of ``logits`` [B, V]: the likeliest at temperature 0, else a draw.
-
-    Returns:
-        int64 [B].
-    """
-    if temperature == 0:
-        return torch.argmax(logits, dim=-1)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    return sample_top_p(probs, top_p, generator=generator)[:, 0]

@@ -1,46 +1,22 @@
-"""Text to token ids and back (Llama 3, tiktoken), and the Llama 3 chat format.
+"""Text to token ids and back: Llama 3's tokenizer, and the choice between it and Llama 2's.
 
-Two rules hold throughout: text that comes from a user is always encoded as plain text, and the
-ids of special tokens are put in by structure only. A user who types ``<|eot_id|>`` gets the ids of
-those ten characters and cannot end the turn.
+The chat formats (chat.py) are importable from here, as in the published package.
 """
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal, TypedDict, get_args
+from typing import Literal
 
 import tiktoken
 
-from llama.vocabulary import (
-    SPLIT_PATTERN,
-    is_sentencepiece,
-    parse_tiktoken,
-    parse_tokenizer_json,
-    read_vocabulary,
-)
+from llama.chat import ChatFormat, Dialog, Message, Role
+from llama.vocab.file import check_ids, check_text, is_sentencepiece, read_vocabulary
+from llama.vocab.huggingface import parse_tokenizer_json
+from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.vocab.tiktoken_file import SPLIT_PATTERN, parse_tiktoken
 
-Role = Literal["system", "user", "assistant", "ipython"]
-
-
-class _RoleAndContent(TypedDict):
-    role: Role
-    content: str
-
-
-class Message(_RoleAndContent, total=False):
-    """One turn of a dialog. What a tool answered has the role ``ipython``.
-
-    ``tool_call`` and ``eom`` belong to messages of the assistant from Llama 3.1 on: the text that
-    follows ``<|python_tag|>``, and whether the message ends in ``<|eom_id|>`` (the assistant waits
-    for the tool) instead of ``<|eot_id|>`` (the turn is over).
-    """
-
-    tool_call: str
-    eom: bool
-
-
-Dialog = Sequence[Message]
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer", "load_tokenizer"]
 
 N_SPECIAL_TOKENS = 256
 # Offsets from the end of the byte-pair vocabulary; the ids between them are reserved.
@@ -59,7 +35,7 @@ _LLAMA31_NAMES = {
 }
 
 # tiktoken's regular expression engine overflows its stack on very long pieces. The published
-# tokenizer cuts text at these two lengths, so the cuts are part of what the ids are.
+# tokenizer splits text at these two lengths, so the ids depend on them.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
 _RUNS = re.compile(rf"(?:\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}})")
@@ -68,8 +44,8 @@ _RUNS = re.compile(rf"(?:\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}})")
 def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
     """Names and ids of the 256 special tokens that follow ``n_base`` byte-pair tokens.
 
-    Llama 3 and 3.1 share the ids; 3.1 gave names to three that were reserved, and numbered the
-    reserved ones anew.
+    Llama 3 and 3.1 share the ids; 3.1 names three that were reserved, and renumbers the reserved
+    names.
     """
     names = _LLAMA31_NAMES if llama31 else _LLAMA3_NAMES
     reserved = iter(range(N_SPECIAL_TOKENS))
@@ -82,7 +58,7 @@ def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
 def _check_added_tokens(
     added: Mapping[str, int], special: Mapping[str, int], names: Collection[str], path: str
 ) -> None:
-    """Added tokens must lie where our special tokens do, those that chat needs at the same ids."""
+    """Check that added tokens are among our special tokens, those needed for chat at our ids."""
     first, last = min(special.values()), max(special.values())
     for name, token_id in added.items():
         if type(token_id) is not int or not first <= token_id <= last:
@@ -109,12 +85,13 @@ class Tokenizer:
         model: the underlying ``tiktoken.Encoding``.
         n_words: vocabulary size, special tokens included.
         bos_id, eos_id: ids of ``<|begin_of_text|>`` and ``<|end_of_text|>``.
-        pad_id: -1, an id that no text has.
+        pad_id: -1, which isn't a token's id.
         stop_tokens: ids that end a generation: end of text, end of turn and, with ``llama31``, end
             of message.
-        special_tokens: name to id of every special token. Names that a tokenizer.json gives to
-            reserved ones are not taken over.
-        drops_first_space: False: the text of the ids is their bytes, from the first on.
+        special_tokens: name to id of every special token. A tokenizer.json's names of reserved
+            ones are ignored.
+        control_ids: ids that no text may be encoded to.
+        drops_first_space: False: the text of the ids is exactly their bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -129,7 +106,7 @@ class Tokenizer:
             raise ValueError(
                 f"{model_path!r} "
                 "is a SentencePiece vocabulary (Llama 2), expected a tiktoken vocabulary "
-                "(Llama 3): open it by llama.llama2.open_tokenizer or Llama.build, which take "
+                "(Llama 3): open it with llama.tokenizer.load_tokenizer or Llama.build, which take "
                 "either, or give the tokenizer.model that belongs to the weights"
             )
         if data.lstrip()[:1] == b"{":
@@ -148,6 +125,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
         self.n_words: int = self.model.n_vocab
+        self.control_ids = set(self.special_tokens.values())
         self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
         self.eos_id: int = self.special_tokens["<|end_of_text|>"]
         self.pad_id: int = -1
@@ -164,7 +142,7 @@ class Tokenizer:
         allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
-        """Ids of a text, with ``bos_id`` before and ``eos_id`` behind it where asked for.
+        """Ids of a text, with ``bos_id`` before and ``eos_id`` after it on request.
 
         Args:
             allowed_special: special tokens whose names in ``s`` become their ids. With the default
@@ -184,7 +162,7 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of the ids; bytes that are no UTF-8 become U+FFFD.
+        """Text of the ids; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -197,151 +175,30 @@ class Tokenizer:
         return self.model.decode_bytes(list(t))
 
 
-def check_text(s: str) -> None:
-    """Raise TypeError or ValueError for what is no text that can be encoded."""
-    if not isinstance(s, str):
-        raise TypeError(f"encode takes a str, got {type(s).__name__}: {s!r:.60}")
-    try:
-        s.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text is not valid Unicode: character {error.start} is {s[error.start]!r}, "
-            "half of a surrogate pair; decode the input as UTF-8 with errors='replace'"
-        ) from None
-
-
-def check_ids(ids: Sequence[int], n_words: int) -> None:
-    """Raise ValueError for an id that is not in a vocabulary of ``n_words``."""
-    for token in ids:
-        if not 0 <= token < n_words:
-            raise ValueError(f"token id {token} is outside the vocabulary (0 to {n_words - 1})")
-
-
 def _bounded_pieces(s: str) -> Iterator[str]:
-    """Cut ``s`` so that no piece is too long for tiktoken (see ``_MAX_CHARS``)."""
+    """Split ``s`` so that no piece is too long for tiktoken (see ``_MAX_CHARS``)."""
     for start in range(0, len(s), _MAX_CHARS):
         chunk = s[start : start + _MAX_CHARS]
         piece_start, previous = 0, None
         for run in _RUNS.finditer(chunk):
             is_space = run[0][0].isspace()
-            if is_space is previous:  # the same run goes on past the limit: cut here
+            if is_space is previous:  # the same run continues past the limit: split here
                 yield chunk[piece_start : run.start()]
                 piece_start = run.start()
             previous = is_space
         yield chunk[piece_start:]
 
 
-# --- Chat ---------------------------------------------------------------------------------------
-
-
-class ChatFormat:
-    """The Llama 3 chat format.
-
-    A message is ``<|start_header_id|>role<|end_header_id|>``, two newlines, the content without
-    surrounding whitespace, ``<|eot_id|>``. A prompt is ``<|begin_of_text|>``, the messages, and the
-    header of the assistant's answer. With the names of Llama 3.1, a call of a tool stands behind
-    the assistant's content as ``<|python_tag|>`` and its text, unchanged.
-
-    Attributes:
-        tool_call_id: id of ``<|python_tag|>``, None before Llama 3.1.
-        eom_id: id of ``<|eom_id|>``, None before Llama 3.1.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.tool_call_id: int | None = tokenizer.special_tokens.get("<|python_tag|>")
-        self.eom_id: int | None = tokenizer.special_tokens.get("<|eom_id|>")
-
-    def encode_header(self, message: Message) -> list[int]:
-        """Ids of the header that opens ``message``.
-
-        Raises:
-            ValueError: the message is not a role that is known and a text, or holds more than this
-                model knows.
-        """
-        self._check(message, "the message")
-        return self._header(message["role"])
-
-    def encode_message(self, message: Message) -> list[int]:
-        """Ids of a whole message, its ``<|eot_id|>`` or ``<|eom_id|>`` included."""
-        self._check(message, "the message")
-        return self._message(message)
-
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """Ids of a dialog, ready for the assistant's next message to be generated.
-
-        Raises:
-            ValueError: the dialog is empty, or one of its messages is not valid.
-        """
-        if not dialog:
-            raise ValueError("the dialog is empty, expected at least one message")
-        ids = [self.tokenizer.bos_id]
-        for i, message in enumerate(dialog):
-            self._check(message, f"message {i}")
-            ids += self._message(message)
-        return ids + self._header("assistant")
-
-    def _check(self, message: Message, where: str) -> None:
-        check_message(message, where, tools=self.tool_call_id is not None)
-
-    def _message(self, message: Message) -> list[int]:
-        special = self.tokenizer.special_tokens
-        ids = self._header(message["role"])
-        ids += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
-        if "tool_call" in message:
-            ids.append(special["<|python_tag|>"])
-            ids += self.tokenizer.encode(message["tool_call"], bos=False, eos=False)
-        return [*ids, special["<|eom_id|>" if message.get("eom") else "<|eot_id|>"]]
-
-    def _header(self, role: str) -> list[int]:
-        special = self.tokenizer.special_tokens
-        return [
-            special["<|start_header_id|>"],
-            *self.tokenizer.encode(role, bos=False, eos=False),
-            special["<|end_header_id|>"],
-            *self.tokenizer.encode("\n\n", bos=False, eos=False),
-        ]
-
-
-_TOOL_KEYS = {"tool_call": str, "eom": bool}
-
-
-def check_message(message: Message, where: str, *, tools: bool) -> None:
-    """Raise ValueError for what is no message; ``where`` names it, as in ``message 2``.
+def load_tokenizer(path: str, *, llama31: bool = False) -> Tokenizer | SentencePieceTokenizer:
+    """The tokenizer of a vocabulary file, chosen by its content.
 
     Args:
-        tools: the model knows calls of tools and their answers (Llama 3.1 and later).
+        llama31: name the special tokens of a Llama 3 vocabulary as Llama 3.1 does; SentencePiece
+            files hold their own names.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as the tokenizers do.
     """
-    keys = set(message) if isinstance(message, dict) else set()
-    if not {"role", "content"} <= keys or keys - {"role", "content", *_TOOL_KEYS}:
-        more = ", and optionally 'tool_call' and 'eom'" if tools else ""
-        raise ValueError(
-            f"{where} is {message!r:.200}, expected a dict of 'role' and 'content'{more}"
-        )
-    role = message["role"]
-    roles = [name for name in get_args(Role) if tools or name != "ipython"]
-    if not tools and (role == "ipython" or keys & set(_TOOL_KEYS)):
-        found = "the role 'ipython'" if role == "ipython" else f"{min(keys & set(_TOOL_KEYS))!r}"
-        raise ValueError(
-            f"{where} has {found}, which needs Llama 3.1 or later: for such a model, open the "
-            "tokenizer with llama31=True"
-        )
-    if role not in roles:
-        raise ValueError(f"{where} has the role {role!r}, expected one of {', '.join(roles)}")
-    if not isinstance(message["content"], str):
-        raise ValueError(
-            f"the content of {where} is a {type(message['content']).__name__}, expected a str"
-        )
-    for key, kind in _TOOL_KEYS.items():
-        if key not in keys:
-            continue
-        if role != "assistant":
-            raise ValueError(
-                f"{where} has {key!r} but the role {role!r}, expected it in messages of the "
-                "assistant only"
-            )
-        value = dict(message)[key]
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"the {key} of {where} is a {type(value).__name__}, expected a {kind.__name__}"
-            )
+    if is_sentencepiece(read_vocabulary(path, 16)):
+        return SentencePieceTokenizer(path)
+    return Tokenizer(path, llama31=llama31)

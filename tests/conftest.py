@@ -25,7 +25,7 @@ DEMO = ROOT / "demo" / "model"
 SHARED = ROOT.parent / "shared" / "models"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
-# fast.Packed runs where oneDNN has bfloat16: on x86, from AVX-512 on
+# PackedLinear runs where oneDNN has bfloat16: on x86, from AVX-512 on
 CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 needs_packing = pytest.mark.skipif(not CAN_PACK, reason="needs oneDNN with bfloat16")
 

@@ -33,8 +33,11 @@ except ImportError:  # the folders below are test_hostile.py's too
 with instrumented:
     from conftest import random_weights
 
-    from llama import Llama, ModelArgs, RankError, checkpoint, huggingface, verify
-    from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer
+    from llama import Llama, ModelArgs, RankError
+    from llama.chat import Llama2ChatFormat
+    from llama.checkpoint import huggingface, verify
+    from llama.checkpoint.folder import find_checkpoint
+    from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 PARAMS: dict[str, Any] = {
     "dim": 16,
@@ -105,7 +108,8 @@ def tokenizer_json_folder(folder: Path) -> None:
 
 def tokenizer_json() -> dict[str, Any]:
     from llama.tokenizer import special_tokens
-    from llama.vocabulary import _BYTE_OF_LETTER, SPLIT_PATTERN
+    from llama.vocab.huggingface import _BYTE_OF_LETTER
+    from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
     letters = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated"}
@@ -144,7 +148,7 @@ def build(folder: Path) -> None:
 
 
 def verify_folder(folder: Path) -> None:
-    found = checkpoint.find(str(folder))
+    found = find_checkpoint(str(folder))
     for fault in verify.verify(found, found.args(512, 16, 1), progress=False):
         assert fault
 
@@ -191,7 +195,7 @@ def outcome(folder: Path, use: Callable[[Path], None]) -> str:
         use(folder)
     except UNEXPECTED:
         raise
-    except FloatingPointError:  # numbers that are not finite are found when they are met
+    except FloatingPointError:  # numbers that aren't finite are found when they are met
         return "FloatingPointError"
     except EXPECTED as error:
         return type(error).__name__ if str(error) else "an error without a message"

@@ -166,7 +166,7 @@ def other_name(data: bytes) -> bytes:
 LIES: dict[Callable[[bytes], bytes], str] = {
     directory_twice: "was not loaded: the directory .* doesn't end at the end record",
     lambda data: zip64(data, 2**40): "was not loaded: the directory .* doesn't end",
-    lambda data: data + b"PK\5\6" + bytes(18): "no readable checkpoint|was not loaded",
+    lambda data: data + b"PK\5\6" + bytes(18): "read as a checkpoint|was not loaded",
     same_record: "was not loaded: .* overlaps another member",
     other_name: "was not loaded: .* has two names",
 }
@@ -190,7 +190,11 @@ BULKY: dict[str, tuple[str, bytes, str]] = {
     "params.json": ("params.json", filled(b'{"dim":[', b"{},", b"{}]}", 64 * MIB), "too many"),
     "config.json": ("config.json", filled(b'{"ignored":[', b"{},", b"{}]}", 2 * MIB), "too many"),
     "an index": ("index", filled(b'{"weight_map":[', b"{},", b"{}]}", 9 * MIB), "too many"),
-    "a tiktoken file": ("tiktoken", filled(b"", b"AA== 0\n", b"", 33 * MIB), "no vocabulary is"),
+    "a tiktoken file": (
+        "tiktoken",
+        filled(b"", b"AA== 0\n", b"", 33 * MIB),
+        "too many for a vocabulary",
+    ),
     "short lines": ("tiktoken", filled(b"", b"\n", b"x", 32 * MIB), "damaged"),
     "many tokens": (
         "tiktoken",

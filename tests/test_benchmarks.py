@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cost
 from benchmarks.shapes import SHAPES, checkpoint_of, random_weights
 from llama import Llama, ModelArgs, Transformer
-from llama.model import Places, Span
+from llama.cache import Prefill
 
 
 @pytest.mark.parametrize("params", [PARAMS, SHAPES["1B"].params], ids=["small", "1B"])
@@ -34,9 +34,9 @@ def test_bytes_and_operations_are_those_of_the_model(params: dict[str, Any]) -> 
     # a prompt: the products as torch counts them, and attention
     length, device = 50, torch.device("meta")
     with FlopCounterMode(display=False) as counter:
-        places = Places.of_spans([Span(0, length)], device)
+        batch = Prefill([0], [0], [length], device, logits_for=[0])
         tokens = torch.zeros(length, dtype=torch.int64, device=device)
-        model.logits(model.hidden(tokens, places, ends_only=True))
+        model(tokens, batch)
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     scores = 2 * args.dim * ((args.n_layers - 1) * length**2 + 2 * length)
     assert cost.prefill_flops(args, 1, length) == products + scores

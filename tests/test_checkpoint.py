@@ -14,7 +14,8 @@ import torch
 from conftest import DEMO, PARAMS, run, write_checkpoint
 from torch import Tensor
 
-from llama import Llama, checkpoint
+from llama import Llama
+from llama.checkpoint import reader
 
 
 def build(folder: Path, **arguments: Any) -> Llama:
@@ -46,7 +47,7 @@ def test_dtypes_are_converted_while_loading(
 
 def test_chunks_of_a_conversion_join(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     whole = build(folder, dtype="bfloat16").model.state_dict()
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(reader, "_CHUNK_BYTES", 5000)
     for key, tensor in build(folder, dtype="bfloat16").model.state_dict().items():
         assert torch.equal(tensor, whole[key])
 
@@ -181,7 +182,7 @@ def test_damaged_files(copy: Path) -> None:
             {"norm.weight": torch.ones(128).to_sparse()},
             "_rebuild_sparse_tensor; expected",
         ),
-        ({"norm.weight": [1.0] * 128}, "no dense tensor: list"),
+        ({"norm.weight": [1.0] * 128}, "isn't a dense tensor: list"),
         (
             {"norm.weight": torch.ones(128, device="meta")},
             "_rebuild_meta_tensor.*; expected",

@@ -27,7 +27,9 @@ from test_tokenizer import hf_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama import Llama, Tokenizer, __main__, checkpoint, convert
+from llama import Llama, Tokenizer, __main__
+from llama.checkpoint import convert
+from llama.checkpoint.folder import find_checkpoint
 
 
 def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
@@ -128,7 +130,7 @@ def test_resharding_on_disk(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     assert same(tensors_of(tmp_path / "1"), weights)
     cli("verify", tmp_path / "8")
     message = cli("convert", source, tmp_path / "3", "--mp", "3", code=1)
-    assert "does not divide by 3 shards, but by 1, 2, 4, 8, 16" in message
+    assert "can't be split over 3 shards (possible: 1, 2, 4, 8, 16)" in message
 
 
 def test_shards_can_be_mapped_and_are_the_same_every_time(tmp_path: Path, folder: Path) -> None:
@@ -151,7 +153,7 @@ def test_large_huggingface_folders_have_an_index(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "_SAFETENSORS_BYTES", 300_000)
-    found = checkpoint.find(str(folder))
+    found = find_checkpoint(str(folder))
     convert.convert(
         found,
         found.args(1024, 64, 1),
@@ -178,7 +180,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path, folder: Path) -> N
     target = tmp_path / "target"
     target.mkdir()
     (target / "precious").write_text("keep")
-    assert "is there already: give --force" in cli("convert", folder, target, code=1)
+    assert "already exists: give --force" in cli("convert", folder, target, code=1)
     assert "--force is 'false', expected True" in cli(
         "convert", folder, target, "--force=false", code=1
     )
@@ -298,7 +300,7 @@ def test_a_replacement_that_fails_is_taken_back(
     with pytest.raises(KeyboardInterrupt):
         convert._put_in_place(part, target, [folder], force=True)
     assert contents(target) == before
-    with pytest.raises(FileExistsError, match="is there already"):  # it came in the meantime
+    with pytest.raises(FileExistsError, match="already exists"):  # it came in the meantime
         convert._put_in_place(part, target, [folder], force=False)
 
 
@@ -365,7 +367,7 @@ def test_the_tokenizer_gets_the_name_of_its_kind(
 
 def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None:
     words = cli("convert", stories / "hf", tmp_path / "native")
-    assert "cannot say that the context is 512 tokens; it will be taken to be 4096" in words
+    assert "can't record the context of 512 tokens; it will be read as 4096" in words
     assert "note" not in cli("convert", tmp_path / "native", tmp_path / "hf", "--format", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["max_position_embeddings"] == 4096
@@ -388,7 +390,7 @@ def test_a_full_disk(
         code=1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )
-    assert "new' could not be written, and nothing of it is left: [Errno 27]" in said
+    assert "new' couldn't be written, and nothing of it is left: [Errno 27]" in said
     said = cli(
         "convert",
         folder,
@@ -398,7 +400,7 @@ def test_a_full_disk(
         code=1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )
-    assert "new' could not be written, and nothing of it is left: " in said
+    assert "new' couldn't be written, and nothing of it is left: " in said
     assert "File too large" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -435,7 +437,9 @@ def test_numbers_beyond_the_new_dtype_are_refused(
     torch.save(weights | {key: large}, source / "consolidated.00.pth")
     command = ["convert", str(source), str(tmp_path / "new"), "--format", layout]
     said = cli(*command, "--dtype", "float16", code=1)
-    assert f"{key} holds 65520, but torch.float16 ends at 65504: give --dtype bfloat16" in said
+    assert (
+        f"{key} holds 65520, but the largest torch.float16 is 65504: give --dtype bfloat16" in said
+    )
     assert not (tmp_path / "new").exists()
     cli(*command, "--dtype", "bfloat16")
     large[5, 7] = math.inf  # as it is in the source
@@ -511,8 +515,8 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     source = write_checkpoint(tmp_path / "source", PARAMS, weights, n_shards=2)
     folder = tmp_path / "folder"
     cli("convert", source, folder, "--mp", "2")
-    assert "all is well" in cli("verify", folder)
-    assert "all is well" in cli("verify", source)  # it has no checklist
+    assert "no faults found" in cli("verify", folder)
+    assert "no faults found" in cli("verify", source)  # it has no checklist
     # one bit in the middle of the numbers: only sums can tell
     path = folder / "consolidated.01.pth"
     data = bytearray(path.read_bytes())
@@ -555,7 +559,7 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     assert "'archive/more' in it is compressed or encrypted" in found
     (source / "consolidated.00.pth").write_bytes(b"nothing")
     found = cli("verify", source, code=1)
-    assert "is no readable archive" in found
+    assert "can't be read as an archive" in found
     assert "lacks 'norm.weight'" in found
 
 
@@ -569,12 +573,12 @@ def test_verify_reads_lists_with_care(tmp_path: Path, folder: Path) -> None:
 
 
 def test_verify_of_a_huggingface_folder(tmp_path: Path, stories: Path) -> None:
-    assert "all is well" in cli("verify", stories / "hf-tied")
+    assert "no faults found" in cli("verify", stories / "hf-tied")
     copy = tmp_path / "copy"
     shutil.copytree(stories / "hf", copy)
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    assert "no readable safetensors file" in cli("verify", copy, code=1)
+    assert "can't be read as a safetensors file" in cli("verify", copy, code=1)
 
 
 # --- info, complete, chat -----------------------------------------------------------------------
@@ -590,10 +594,12 @@ def test_info(tmp_path: Path, stories: Path) -> None:
     assert "per rank (2 rank(s), float32)" in words
     words = cli("info", stories / "mp4-llama2style")
     assert "family:      Llama 2" in words
-    assert "cut for 4 rank(s)" in words
+    assert "split for 4 rank(s)" in words
     assert "SentencePieceTokenizer, 512 tokens" in words
     assert "stored as:   float32" in words
-    assert "mp is 3, expected one of" in cli("info", DEMO, "--mp", "3", code=1)
+    assert "can't be split over 3 ranks (possible: 1, 2, 4, 8)" in cli(
+        "info", DEMO, "--mp", "3", code=1
+    )
     assert "no checkpoint folder at 'nowhere'" in cli("info", "nowhere", code=1)
     shutil.copytree(DEMO, tmp_path / "demo")
     (tmp_path / "demo" / "consolidated.00.pth").write_bytes(b"")

@@ -237,9 +237,9 @@ llm = Llama.build(folder, max_batch_size=2, **options)
 prompts = [[7, 20, 300], [9], [500, 2, 600, 13], [3, 4], [5, 5, 5, 5, 5]]
 counted = []
 hidden = llm.model.hidden
-def counting(tokens, places, **options):
-    counted.append(set(places.rows.tolist()))
-    return hidden(tokens, places, **options)
+def counting(tokens, batch):
+    counted.append(set(batch.slots.tolist()))
+    return hidden(tokens, batch)
 llm.model.hidden = counting
 results = {
     "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
@@ -362,7 +362,7 @@ except Exception as error:
     result = torchrun(2, path, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "rank 1 failed (ValueError: " in (tmp_path / "0").read_text()
-    assert "consolidated.01.pth' is no readable checkpoint" in (tmp_path / "1").read_text()
+    assert "consolidated.01.pth' can't be read as a checkpoint" in (tmp_path / "1").read_text()
     assert "Loaded" not in result.stdout
 
 

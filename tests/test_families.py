@@ -15,8 +15,10 @@ from peers import huggingface_model, published_model
 from reference import relative_error
 from torch import Tensor
 
-from llama import Dialog, Llama, Tokenizer, checkpoint
-from llama.generation import _Generated, _TextDecoder
+from llama import Dialog, Llama, Tokenizer
+from llama.checkpoint.folder import find_checkpoint
+from llama.detokenizer import Detokenizer
+from llama.predictions import Completion
 
 LLAMA3_VOCABULARY = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 LLAMA2_VOCABULARY = SHARED / "llama2-tokenizer" / "tokenizer.model"
@@ -165,7 +167,7 @@ def test_native_llama_32_is_recognised_by_its_shape(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "consolidated.00.pth").write_bytes(b"")
         (folder / "params.json").write_text(json.dumps({"use_scaled_rope": True, **params}))
-        found = checkpoint.find(str(folder))
+        found = find_checkpoint(str(folder))
         return found.args(1000, 64, 1).rope_scaling_factor
 
     assert factor(dim=2048, n_layers=16) == factor(dim=3072, n_layers=28) == 32
@@ -177,7 +179,9 @@ def test_the_factor_can_be_given(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, FAMILIES["Llama 3.1 8B"])
     assert build(folder, rope_scaling_factor=32).model.params.rope_scaling_factor == 32
     plain = folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])
-    with pytest.raises(ValueError, match=r"rope_scaling_factor is 32, .* no model with scaled"):
+    with pytest.raises(
+        ValueError, match=r"rope_scaling_factor is 32, .* isn't a model with scaled"
+    ):
         build(plain, rope_scaling_factor=32)
 
 
@@ -234,8 +238,8 @@ def test_llama_31_tool_calls_come_back_in_their_place(demo: Llama) -> None:
     tag, eom = tools.special_tokens["<|python_tag|>"], tools.special_tokens["<|eom_id|>"]
     code = ' print("é")\n'
     ids = [tag, *tools.encode(code, bos=False, eos=False)]
-    decoder = _TextDecoder(tools, starts_text=False)
-    row = _Generated(ids, [decoder.add(i, None) for i in ids], stop_token=eom)
+    decoder = Detokenizer(tools, starts_text=False)
+    row = Completion(ids, [decoder.add(i) for i in ids], stop_token=eom)
     message = llm._answer(row)
     assert message == {"role": "assistant", "content": "", "tool_call": code, "eom": True}
     assert llm.formatter.encode_message(message)[-len(ids) - 1 :] == [*ids, eom]  # type: ignore[union-attr]

@@ -16,13 +16,15 @@ from conftest import DEMO, PARAMS, needs_packing, new_model, random_weights, run
 from reference import relative_error
 from torch import Tensor, nn
 
-from llama import Llama, Transformer, fast, memory, parallel
+from llama import Llama, Transformer, accel, memory
+from llama.accel import cpu, cuda
+from llama.accel.compile import rotate_real
+from llama.attention import attention
+from llama.cache import Decode, Prefill
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import (
     Attention,
     FeedForward,
-    Places,
-    Span,
-    attention,
     precompute_freqs_cis,
     rotate,
     swiglu,
@@ -31,8 +33,12 @@ from llama.model import (
 PROMPTS = [[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]]
 
 
+def attentions(model: Transformer) -> list[Attention]:
+    return [layer for layer in model.modules() if isinstance(layer, Attention)]
+
+
 def linears(model: Transformer) -> list[Any]:
-    kinds = parallel.ColumnParallelLinear | parallel.RowParallelLinear
+    kinds = ColumnParallelLinear | RowParallelLinear
     return [layer for layer in model.modules() if isinstance(layer, kinds)]
 
 
@@ -40,18 +46,18 @@ def linears(model: Transformer) -> list[Any]:
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 128, 129])
-def test_weight_first_is_linear(n_rows: int) -> None:
+def test_weight_lhs_is_linear(n_rows: int) -> None:
     """bfloat16 products are summed in float32 and rounded once: half a unit in the last place."""
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     exact = x.double() @ weight.double().T
-    y = fast.weight_first(x, weight)
+    y = cpu.weight_lhs_matmul(x, weight)
     assert (y.shape, y.dtype, y.is_contiguous()) == ((n_rows, 96), torch.bfloat16, True)
     assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
-def test_weight_first_takes_any_shape() -> None:
+def test_weight_lhs_takes_any_shape() -> None:
     x, weight = torch.randn(2, 3, 64), torch.randn(32, 64)
-    torch.testing.assert_close(fast.weight_first(x, weight), nn.functional.linear(x, weight))
+    torch.testing.assert_close(cpu.weight_lhs_matmul(x, weight), nn.functional.linear(x, weight))
 
 
 def test_onednn_meets_few_numbers_of_rows() -> None:
@@ -64,7 +70,7 @@ def test_onednn_meets_few_numbers_of_rows() -> None:
 
     for n_rows in range(1, 1100):
         x = torch.randn(n_rows, 3)
-        y = fast._in_parts(x, double)
+        y = cpu._in_chunks(x, double)
         assert torch.equal(y, 2 * x)
         assert y.is_contiguous()
     assert len(met) == 27
@@ -72,14 +78,14 @@ def test_onednn_meets_few_numbers_of_rows() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)])
-def test_swiglu_weight_first_is_swiglu(shape: tuple[int, ...]) -> None:
+def test_swiglu_weight_lhs_is_swiglu(shape: tuple[int, ...]) -> None:
     """In float32, where nothing is rounded but the sums; rows that are cut into parts included."""
     x = torch.randn(shape)
-    w1, w3 = parallel.ColumnParallelLinear(64, 96), parallel.ColumnParallelLinear(64, 96)
-    w2 = parallel.RowParallelLinear(96, 64)
+    w1, w3 = ColumnParallelLinear(64, 96), ColumnParallelLinear(64, 96)
+    w2 = RowParallelLinear(96, 64)
     for layer in (w1, w2, w3):
         layer.weight.copy_(torch.randn(layer.weight.shape) / 8)
-    y = fast.swiglu_weight_first(x, w1, w2, w3)
+    y = cpu.swiglu_weight_lhs(x, w1, w2, w3)
     assert y.is_contiguous()
     torch.testing.assert_close(y, swiglu(x, w1, w2, w3), rtol=1e-5, atol=1e-5)
 
@@ -89,21 +95,21 @@ def test_swiglu_weight_first_is_swiglu(shape: tuple[int, ...]) -> None:
 def test_packed_is_linear(n_rows: int) -> None:
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     exact = x.double() @ weight.double().T
-    y = fast.Packed(weight)(x, weight)
+    y = cpu.PackedLinear(weight)(x, weight)
     assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
 
 
 @needs_packing
 def test_packed_follows_a_weight_that_changes() -> None:
     x, weight = torch.ones(1, 64).bfloat16(), torch.ones(32, 64).bfloat16()
-    packed = fast.Packed(weight)
+    packed = cpu.PackedLinear(weight)
     weight.mul_(2)
     assert packed(x, weight).unique().tolist() == [128]
     other = torch.zeros_like(weight)
     assert packed(x, other).unique().tolist() == [0]
     with torch.inference_mode():  # its tensors count no versions
         weight = torch.ones(32, 64).bfloat16()
-        assert fast.Packed(weight)(x, weight).unique().tolist() == [64]
+        assert cpu.PackedLinear(weight)(x, weight).unique().tolist() == [64]
 
 
 def features(*names: str) -> Callable[[], set[str]]:
@@ -113,8 +119,8 @@ def features(*names: str) -> Callable[[], set[str]]:
 @pytest.mark.parametrize(
     ("names", "dtype", "expected"),
     [
-        (("avx512_bf16", "amx_bf16"), torch.bfloat16, "weight_first"),
-        pytest.param(("avx512_bf16",), torch.bfloat16, "Packed", marks=needs_packing),
+        (("avx512_bf16", "amx_bf16"), torch.bfloat16, "weight_lhs_matmul"),
+        pytest.param(("avx512_bf16",), torch.bfloat16, "PackedLinear", marks=needs_packing),
         (("avx2",), torch.bfloat16, "linear"),
         (("bf16",), torch.bfloat16, "linear"),  # ARM
         (("avx512_bf16", "amx_bf16"), torch.float32, "linear"),
@@ -125,24 +131,24 @@ def test_the_processor_decides(
     names: tuple[str, ...], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice for every kind of processor; and logits of bfloat16's accuracy on this one."""
-    monkeypatch.setattr(fast, "cpu_features", features(*names))
+    monkeypatch.setattr(cpu, "cpu_features", features(*names))
     params = PARAMS | {"dim": 1024, "n_layers": 1, "vocab_size": 2048}
     weights = random_weights(params)
     model = new_model(params, {k: w.to(dtype) for k, w in weights.items()}, max_batch_size=4)
     plain = [model.forward(torch.tensor([p]), 0)[0, -1:] for p in PROMPTS]
-    fast.accelerate(model)
+    accel.accelerate(model)
     chosen = {
         getattr(layer.linear, "__name__", type(layer.linear).__name__) for layer in linears(model)
     }
     assert expected in chosen
     assert chosen <= {expected, "linear"}
     ffn = {layer.compute.__name__ for layer in model.modules() if isinstance(layer, FeedForward)}
-    assert ffn == {"swiglu_weight_first" if expected == "weight_first" else "swiglu"}
+    assert ffn == {"swiglu_weight_lhs" if expected == "weight_lhs_matmul" else "swiglu"}
     rounding = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
     for prompt, logits in zip(PROMPTS, plain, strict=True):
         assert relative_error(model.forward(torch.tensor([prompt]), 0)[0, -1:], logits) < rounding
-    packed = fast.packs_weights(torch.device("cpu"), dtype)
-    assert packed == (expected == "Packed")
+    packed = cpu.packs_weights(torch.device("cpu"), dtype)
+    assert packed == (expected == "PackedLinear")
     plans = [memory.plan(model.params, 1, dtype, d).weights for d in (torch.device("cpu"), None)]
     matrices = sum(layer.weight.nbytes for layer in linears(model))
     assert plans[0] - plans[1] == packed * matrices
@@ -150,20 +156,20 @@ def test_the_processor_decides(
 
 def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    everything = fast.cpu_features()
+    everything = cpu.cpu_features()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert fast.cpu_features() == {f for f in everything if not f.startswith("amx")}
+    assert cpu.cpu_features() == {f for f in everything if not f.startswith("amx")}
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
-    assert not {"amx_bf16", "avx512_bf16"} & fast.cpu_features()
+    assert not {"amx_bf16", "avx512_bf16"} & cpu.cpu_features()
     for limit in ("avx512_core_amx", "default", "", "a word that oneDNN does not know"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert fast.cpu_features() == everything
+        assert cpu.cpu_features() == everything
 
 
 KEPT = """
 import resource, sys, torch
-from llama import fast
-if sys.argv[1] == "kept": assert fast.keep_freed_memory()
+from llama.accel.cpu import keep_freed_memory
+if sys.argv[1] == "kept": assert keep_freed_memory()
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     for _ in range(3): torch.ones(2**24)  # 64 MiB
@@ -246,27 +252,27 @@ def documented_kernel(
     return torch.cat(outputs).to(q.dtype)
 
 
-@pytest.mark.parametrize("case", ["prompts", "prompts' ends", "pieces", "step"])
+@pytest.mark.parametrize("case", ["prompts", "prompts' ends", "chunks", "step"])
 def test_flash_attention_hands_the_kernel_what_attention_computes(
     case: str, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast, "_flash_kernel", documented_kernel)
+    monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)
     device = torch.device("cpu")
     results = []
-    for attend in (attention, fast.flash_attention):
+    for attend in (attention, cuda.flash_attention):
         model = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
-        for layer in fast._modules(model, Attention):
+        for layer in attentions(model):
             layer.attend = attend
-        spans = [Span(0, 3), Span(0, 1), Span(0, 6)]
-        ends_only = case == "prompts' ends"
-        places = Places.of_spans(spans, device)
-        hidden = model.hidden(torch.arange(10), places, ends_only=ends_only)
-        if case == "pieces":
-            spans = [Span(3, 2), Span(1, 4), Span(6, 1)]
-            hidden = model.hidden(torch.arange(50, 57), Places.of_spans(spans, device))
+        wanted = [0, 1, 2] if case == "prompts' ends" else None
+        slots = [0, 1, 2] if case == "step" else [3, 0, 2]
+        prompts = Prefill(slots, [0, 0, 0], [3, 1, 6], device, wanted)
+        hidden = model.hidden(torch.arange(10), prompts)
+        if case == "chunks":
+            chunks = Prefill(slots, [3, 1, 6], [2, 4, 1], device)
+            hidden = model.hidden(torch.arange(50, 57), chunks)
         if case == "step":
             positions = torch.tensor([3, 1, 6])
-            hidden = model.hidden(positions, Places.of_step(positions, 7, masked=True))
+            hidden = model.hidden(positions, Decode(positions, 7, ragged=True))
         results.append(hidden)
     assert relative_error(results[1], results[0]) < 1e-5
 
@@ -297,12 +303,12 @@ def test_static_steps_give_the_same_tokens(
     )
     model = static.model
     if any_length:
-        monkeypatch.setattr(fast, "_flash_kernel", documented_kernel)
-        for layer in fast._modules(model, Attention):
-            layer.attend = fast.flash_attention
+        monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)
+        for layer in attentions(model):
+            layer.attend = cuda.flash_attention
     captures: list[None] = []
-    static._step = fast.StaticStep(
-        model, model.step, any_length=any_length, capture=on_cpu(captures)
+    model.decode = cuda.GraphedStep(  # type: ignore[method-assign]
+        model, model.decode, any_length=any_length, capture=on_cpu(captures)
     )
     for n in (3, 1, 2, 3):
         tokens, logprobs = static.generate(PROMPTS[:n], 40, temperature=0, logprobs=True)
@@ -327,7 +333,7 @@ def test_static_steps_give_the_same_tokens(
     ],
 )
 def test_sizes_are_rounded_up(n: int, limit: int, least: int, expected: int) -> None:
-    assert fast._round_up(n, limit, least) == expected
+    assert cuda._round_up(n, limit, least) == expected
 
 
 # --- torch.compile --------------------------------------------------------------------------------
@@ -335,7 +341,7 @@ def test_sizes_are_rounded_up(n: int, limit: int, least: int, expected: int) -> 
 
 def test_real_rotation_is_the_complex_one() -> None:
     x, freqs_cis = torch.randn(5, 4, 16), precompute_freqs_cis(16, 5)
-    torch.testing.assert_close(fast.rotate_real(x, freqs_cis), rotate(x, freqs_cis))
+    torch.testing.assert_close(rotate_real(x, freqs_cis), rotate(x, freqs_cis))
 
 
 @pytest.fixture
@@ -388,8 +394,9 @@ def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
 
 PACKED = """
 import json, sys
-from llama import Llama, fast
-fast._MIN_WEIGHT_BYTES = 0
+from llama import Llama
+from llama.accel import cpu
+cpu._MIN_WEIGHT_BYTES = 0
 llm = Llama.build(sys.argv[1], max_seq_len=256, dtype="bfloat16", device="cpu")
 print(json.dumps([type(llm.model.output.linear).__name__,
     llm.chat_completion([[{"role": "user", "content": "What is 23 + 45?"}]], temperature=0)[0]
@@ -397,9 +404,9 @@ print(json.dumps([type(llm.model.output.linear).__name__,
 """
 
 
-@pytest.mark.skipif("avx512_bf16" not in fast.cpu_features(), reason="needs AVX512-BF16")
+@pytest.mark.skipif("avx512_bf16" not in cpu.cpu_features(), reason="needs AVX512-BF16")
 def test_a_processor_without_amx_answers_too() -> None:
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
     result = run(sys.executable, "-c", PACKED, DEMO, env=environment)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == ["Packed", "23 + 45 = 68."]
+    assert json.loads(result.stdout.splitlines()[-1]) == ["PackedLinear", "23 + 45 = 68."]

@@ -16,11 +16,11 @@ from torch import Tensor
 # FOLDER VICTIM PLACE ACTION: rank VICTIM does it when it comes to the place.
 SCRIPT = """
 import os, signal, sys, time
-from llama import Llama, checkpoint
+from llama import Llama, build
 from llama.model import Transformer
 
 folder, victim, place, action = sys.argv[1:]
-passes, hidden, load = 0, Transformer.hidden, checkpoint.load
+passes, hidden, load = 0, Transformer.hidden, build.load
 
 def reach(*names):
     if os.environ["RANK"] == victim and place in names:
@@ -41,7 +41,7 @@ def passing(*args, **options):
     reach({1: "prefill", 5: "decode"}.get(passes))
     return hidden(*args, **options)
 
-checkpoint.load, Transformer.hidden = loading, passing
+build.load, Transformer.hidden = loading, passing
 os.write(1, f"process {os.getpid()}\\n".encode())  # in one piece
 llm = Llama.build(folder, None, 64, 4, dtype="float32", device="cpu", rank_timeout=3)
 reach("between")
@@ -105,7 +105,7 @@ def test_a_rank_is_killed(
 )
 def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, place: str) -> None:
     result = torchrun(n_ranks, script, shards, str(victim), place, "raise", timeout=60)
-    assert ended(result) == f"rank {victim} failed (KeyError: 'the fault'); all ranks end"
+    assert ended(result) == f"rank {victim} failed (KeyError: 'the fault'); all ranks exit"
     assert result.stderr.count("Traceback") <= 2  # the rank's, and torchrun's own report
 
 
@@ -116,7 +116,7 @@ def test_a_rank_is_stopped(
     result = torchrun(n_ranks, script, shards, str(victim), place, "stop", timeout=60)
     message = ended(result)
     assert message.startswith(f"rank {victim} (process ")
-    assert message.endswith("gave no sign of life for 3 s: it is stopped (SIGSTOP); all ranks end")
+    assert message.endswith("sent no heartbeat for 3 s: it is stopped (SIGSTOP); all ranks exit")
 
 
 def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
     hidden = f"try:\n    {call}\nexcept KeyError:\n    time.sleep(100)"
     script.write_text(SCRIPT.replace(call, hidden))
     message = ended(torchrun(2, script, shards, "1", "decode", "raise", timeout=60))
-    assert message == "rank 1 failed (KeyError: 'the fault'); all ranks end"
+    assert message == "rank 1 failed (KeyError: 'the fault'); all ranks exit"
 
 
 def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
@@ -231,13 +231,13 @@ def test_what_is_slow_does_not_time_out(tmp_path: Path, shards: Path) -> None:
     path.write_text(
         f"""
 import os, sys, time
-from llama import Llama, checkpoint
+from llama import Llama, build
 assert sys.stdin is None
-rank, load = int(os.environ["RANK"]), checkpoint.load
+rank, load = int(os.environ["RANK"]), build.load
 def loading(*args, **kwargs):
     time.sleep(4 * rank)
     return load(*args, **kwargs)
-checkpoint.load = loading
+build.load = loading
 llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
 time.sleep(4 * (1 - rank))
 for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
@@ -287,9 +287,9 @@ while True:
         time.sleep(0.1)
     assert not any(map(is_running, pids))
     expected = {
-        "interrupted": ["interrupted; all ranks end"],
+        "interrupted": ["interrupted; all ranks exit"],
         "terminated": [],
-        "killed": ["torchrun is gone; all ranks end"],
+        "killed": ["torchrun is gone; all ranks exit"],
     }
     assert messages(result) == expected[how]
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from reference import logits, relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama import Llama, fast, memory
-from llama.model import Attention, Places, Span, attention
-from llama.sampling import next_tokens, sample_top_p
+from llama import Llama, Tokenizer, accel, memory
+from llama.accel.cuda import GraphedStep, flash_attention
+from llama.attention import attention
+from llama.cache import Decode, Prefill
+from llama.model import Attention
+from llama.sampling import sample, sample_top_p
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,14 +84,13 @@ def test_huggingface_files_load_on_the_device(stories: Path) -> None:
     assert llm.model.output.weight.data_ptr() == llm.model.tok_embeddings.weight.data_ptr()
 
 
-def test_a_pass_stays_in_its_plan() -> None:
+def test_generation_stays_in_its_plan(tokenizer: Tokenizer) -> None:
     params = PARAMS | {"dim": 1024, "vocab_size": 1024}
     weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
     model = new_model(params, weights, max_batch_size=4, max_seq_len=2048).to("cuda")
     plan = memory.plan(model.params, 1, torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
-    tokens = torch.randint(0, 1024, (4 * 2048,), device="cuda")
-    model.hidden(tokens, Places.of_spans([Span(0, 2048)] * 4, tokens.device))
+    Llama(model, tokenizer).generate([[i + 1] * 2040 for i in range(4)], 4, temperature=0)
     assert torch.cuda.max_memory_allocated() <= plan.total
 
 
@@ -96,39 +99,43 @@ PROMPTS = [[7, 20, 300], [9], [500, 2, 600, 13, 14, 15]]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_graphs_give_what_single_steps_give(folder: Path, dtype: str, compile: bool) -> None:
+def test_graphs_give_what_single_steps_give(
+    folder: Path, dtype: str, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bfloat16 logits of other kernels differ in their last bits, so its tokens may part."""
     llm = Llama.build(
         str(folder), max_seq_len=64, max_batch_size=4, dtype=dtype, device="cuda", compile=compile
     )
-    assert isinstance(llm._step, fast.StaticStep)
+    graphed_decode: Any = llm.model.decode
+    assert isinstance(graphed_decode, GraphedStep)
     for n in (3, 1, 2, 3):
         graphed = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
-        step, llm._step = llm._step, llm.model.step
-        plain = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
-        llm._step = step
+        with monkeypatch.context() as patch:
+            patch.delattr(llm.model, "decode")
+            plain = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
         if dtype == "float32":
             assert graphed[0] == plain[0]
         assert graphed[1] is not None
         assert plain[1] is not None
         for ours, theirs in zip(graphed[1], plain[1], strict=True):
             assert abs(ours[0] - theirs[0]) < (1e-4 if dtype == "float32" else 0.1)
-    assert len(step._captured) == 3
+    assert len(graphed_decode._captured) == 3
 
 
 def test_flash_attention_is_attention() -> None:
     params = PARAMS | {"dim": 1024}
     weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
-    places = Places.of_spans([Span(0, 300), Span(0, 1), Span(0, 77)], torch.device("cuda"))
+    prompts = Prefill([0, 1, 2], [0, 0, 0], [300, 1, 77], torch.device("cuda"))
     after = torch.tensor([300, 1, 77], device="cuda")
     results = []
-    for attend in (attention, fast.flash_attention):
+    for attend in (attention, flash_attention):
         model = new_model(params, weights, max_batch_size=4, max_seq_len=512).to("cuda")
-        for layer in fast._modules(model, Attention):
-            layer.attend = attend
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                layer.attend = attend
         with torch.inference_mode():
-            prefill = model.hidden(torch.arange(378, device="cuda"), places)
-            step = model.hidden(after, Places.of_step(after, 301, masked=True))
+            prefill = model.hidden(torch.arange(378, device="cuda"), prompts)
+            step = model.hidden(after, Decode(after, 301, ragged=True))
         results.append(torch.cat((prefill, step)).double().cpu())
     assert relative_error(results[1], results[0]) < 0.05
 
@@ -154,16 +161,16 @@ def test_float32_prefill_is_not_the_math_kernel() -> None:
 def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
     weights = {key: w.to(dtype) for key, w in random_weights(PARAMS).items()}
     model = new_model(PARAMS, weights, max_batch_size=2, max_seq_len=64).to("cuda")
-    step = fast.accelerate(model)
+    accel.accelerate(model)
     model.forward(torch.arange(20, device="cuda").view(2, 10), 0)
     tokens, positions = torch.tensor([[3, 4], [10, 10]], device="cuda")
     generator = torch.Generator("cuda")
     with torch.inference_mode():
-        step(tokens, positions, 11, masked=False)  # captures
+        model(tokens, Decode(positions, 11, ragged=False))  # captures
         torch.cuda.set_sync_debug_mode("error")
         try:
-            next_tokens(step(tokens, positions, 11, masked=False), 0.6, 0.9, generator)
-            model.step(tokens, positions, 11, masked=True)
+            sample(model(tokens, Decode(positions, 11, ragged=False)), 0.6, 0.9, generator)
+            model.hidden(tokens, Decode(positions, 11, ragged=True))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -13,9 +13,10 @@ from conftest import DEMO, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.generation import _TextDecoder
-from llama.llama2 import Llama2ChatFormat, SentencePieceTokenizer, chat_format, open_tokenizer
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.chat import Llama2ChatFormat, chat_format
+from llama.detokenizer import Detokenizer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, load_tokenizer
+from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 VOCABULARIES = {
     "llama2": SHARED / "llama2-tokenizer" / "tokenizer.model",
@@ -271,7 +272,7 @@ def test_contents_that_become_control_tokens_are_refused(
 def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePieceTokenizer) -> None:
     path = tmp_path / "tokenizer.json"  # the name says something else
     path.write_bytes(VOCABULARIES["llama2"].read_bytes())
-    opened = open_tokenizer(str(path), llama31=True)
+    opened = load_tokenizer(str(path), llama31=True)
     assert isinstance(opened, SentencePieceTokenizer)
     formatter = chat_format(opened)
     assert isinstance(formatter, Llama2ChatFormat)
@@ -281,7 +282,7 @@ def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePiec
 def test_other_files_are_llama3s() -> None:
     path = str(DEMO / "tokenizer.model")
     for llama31 in (False, True):
-        opened = open_tokenizer(path, llama31=llama31)
+        opened = load_tokenizer(path, llama31=llama31)
         assert isinstance(opened, Tokenizer)
         assert ("<|python_tag|>" in opened.special_tokens) is llama31
         formatter = chat_format(opened)
@@ -290,15 +291,15 @@ def test_other_files_are_llama3s() -> None:
 
 
 def test_missing_and_wrong_files(tmp_path: Path) -> None:
-    for read in (open_tokenizer, SentencePieceTokenizer):
+    for read in (load_tokenizer, SentencePieceTokenizer):
         with pytest.raises(FileNotFoundError, match="give tokenizer_path"):
             read(str(tmp_path / "tokenizer.model"))
     path = str(DEMO / "tokenizer.model")
-    with pytest.raises(ValueError, match="is no SentencePiece vocabulary") as error:
+    with pytest.raises(ValueError, match="isn't a SentencePiece vocabulary") as error:
         SentencePieceTokenizer(path)
     assert path in str(error.value)
     (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match="is no vocabulary: it is empty"):
+    with pytest.raises(ValueError, match="isn't a vocabulary: it is empty"):
         SentencePieceTokenizer(str(tmp_path / "empty"))
 
 
@@ -334,7 +335,7 @@ def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) 
     model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0}, "merges": []}
     path.write_text(json.dumps({"normalizer": {"type": "Sequence"}, "model": model}))
     with pytest.raises(ValueError, match=r"SentencePiece's own file, tokenizer\.model"):
-        open_tokenizer(str(path))
+        load_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(
@@ -354,9 +355,9 @@ def test_a_text_is_streamed_from_every_split(llama2: SentencePieceTokenizer, tex
     ids = llama2.encode(text, bos=False, eos=False)
     for start in range(len(ids)):
         for starts_text in (False, True):
-            decoder = _TextDecoder(llama2, starts_text=starts_text)
-            pieces = [decoder.add(token, None) for token in ids[start:]]
-            streamed = "".join([*pieces, decoder.add(llama2.eos_id, "stop")])
+            decoder = Detokenizer(llama2, starts_text=starts_text)
+            pieces = [decoder.add(token) for token in ids[start:]]
+            streamed = "".join([*pieces, decoder.add(None, final=True)])
             expected = llama2.decode_bytes(ids[start:]).decode(errors="replace")
             if starts_text and "\ufffd" not in expected:  # sentencepiece counts them otherwise
                 expected = llama2.decode(ids[start:])

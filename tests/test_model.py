@@ -12,7 +12,8 @@ from reference import relative_error
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.model import Places, RMSNorm, Span, apply_rotary_emb, precompute_freqs_cis
+from llama.cache import Decode, Prefill
+from llama.model import RMSNorm, apply_rotary_emb, precompute_freqs_cis
 
 TOKENS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(3))
 
@@ -183,11 +184,11 @@ def test_rows_at_their_own_positions(model: Transformer) -> None:
     lengths = [3, 10]
     with torch.inference_mode():
         packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])
-        places = Places.of_spans([Span(0, 3), Span(0, 10)], packed.device)
-        prefill = model.logits(model.hidden(packed, places))
+        prompts = [0, 1], [0, 0], lengths, packed.device
+        prefill = model(packed, Prefill(*prompts))
         model.cache = None
-        ends = model.logits(model.hidden(packed, places, ends_only=True))
-        step = model.step(torch.tensor([7, 8]), torch.tensor(lengths), 11, masked=True)
+        ends = model(packed, Prefill(*prompts, logits_for=[0, 1]))
+        step = model(torch.tensor([7, 8]), Decode(torch.tensor(lengths), 11, ragged=True))
     assert relative_error(ends, prefill[[2, 12]]) < 1e-5
     for row, (token, rows) in enumerate(zip((7, 8), (slice(0, 3), slice(3, 13)), strict=True)):
         n = lengths[row]
@@ -248,17 +249,20 @@ def test_untouched_cache_takes_no_memory_and_a_fork_has_its_own() -> None:
     assert same == "True"
 
 
-def test_places_of_spans_and_steps() -> None:
-    prompts = Places.of_spans([Span(0, 2), Span(3, 1)], torch.device("cpu"))
-    assert (prompts.rows.tolist(), prompts.positions.tolist()) == ([0, 0, 1], [0, 1, 3])
-    assert (prompts.length, prompts.mask) == (4, None)
-    assert (prompts.starts.tolist(), prompts.used.tolist()) == ([0, 2, 3], [2, 4])
-    step = Places.of_step(torch.tensor([1, 2]), 3, masked=True)
+def test_passes() -> None:
+    prompts = Prefill([5, 2], [0, 3], [2, 1], torch.device("cpu"), logits_for=[1])
+    assert (prompts.slots.tolist(), prompts.positions.tolist()) == ([5, 5, 2], [0, 1, 3])
+    assert (prompts.max_seqlen_q, prompts.max_seqlen_k) == (2, 4)
+    assert (prompts.cu_seqlens_q.tolist(), prompts.seqlens_k.tolist()) == ([0, 2, 3], [2, 4])
+    assert prompts.last_tokens().tolist() == [2]
+    last = prompts.of_last_tokens()
+    assert (last.slots.tolist(), last.positions.tolist()) == ([2], [3])
+    step = Decode(torch.tensor([1, 2]), 3, ragged=True)
     assert step.mask is not None
     assert step.mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
-    assert (step.rows.tolist(), step.starts.tolist()) == ([0, 1], [0, 1, 2])
-    assert step.used.tolist() == [2, 3]
-    assert Places.of_step(torch.tensor([4, 4]), 5, masked=False).mask is None
+    assert (step.slots.tolist(), step.cu_seqlens_q.tolist()) == ([0, 1], [0, 1, 2])
+    assert step.seqlens_k.tolist() == [2, 3]
+    assert Decode(torch.tensor([4, 4]), 5, ragged=False).mask is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from peers import huggingface_model, published_model
 from reference import logits, relative_error
 from torch import Tensor
 
-from llama import ModelArgs, Transformer, fast
+from llama import ModelArgs, Transformer, accel
+from llama.accel import cpu
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": PARAMS,
@@ -29,7 +30,7 @@ TOKENS = torch.randint(0, 1024, (24,), generator=torch.Generator().manual_seed(5
 def ours(params: dict[str, Any], weights: dict[str, Tensor], tokens: list[int]) -> Tensor:
     """Logits of a model as ``build`` prepares it, with this machine's fast paths."""
     model = new_model(params, weights, max_batch_size=1, max_seq_len=len(tokens))
-    fast.accelerate(model)
+    accel.accelerate(model)
     return model.forward(torch.tensor([tokens]), 0)[0]
 
 
@@ -90,8 +91,8 @@ def test_bfloat16_error_is_no_larger_than_the_published_one(
     processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the linear layers of every kind of processor (test_fast.py shows which they are)."""
-    monkeypatch.setattr(fast, "cpu_features", lambda: {processor})
-    monkeypatch.setattr(fast, "_MIN_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(cpu, "cpu_features", lambda: {processor})
+    monkeypatch.setattr(cpu, "_MIN_WEIGHT_BYTES", 0)
     errors = [bfloat16_errors(seed) for seed in range(8)]
     mean_ours, mean_published = (sum(column) / len(errors) for column in zip(*errors, strict=True))
     assert 0 < mean_ours <= mean_published

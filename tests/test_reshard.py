@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama import ModelArgs, checkpoint
-from llama.checkpoint import Cut, box, cuts, reads, take
+from llama import ModelArgs
+from llama.checkpoint.sharding import (
+    ShardSpec,
+    copies,
+    local_slices,
+    n_bytes,
+    narrow,
+    shard_specs,
+)
 
 COUNTS = [1, 2, 4, 8, 16]
 
@@ -24,19 +31,19 @@ def numbered(sizes: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(sizes)).reshape(sizes)
 
 
-def split(cut: Cut, tensor: Tensor, n: int) -> list[Tensor]:
-    return [take(tensor, box(cut, n, rank)).clone() for rank in range(n)]
+def split(cut: ShardSpec, tensor: Tensor, n: int) -> list[Tensor]:
+    return [narrow(tensor, local_slices(cut, n, rank)).clone() for rank in range(n)]
 
 
-def moved(source: Cut, shards: list[Tensor], target: Cut, n_ranks: int) -> list[Tensor]:
+def moved(source: ShardSpec, shards: list[Tensor], target: ShardSpec, n_ranks: int) -> list[Tensor]:
     """The ranks' tensors; every number of them must have been written once."""
     results = []
     for rank in range(n_ranks):
-        result = torch.full([b - a for a, b in box(target, n_ranks, rank)], -1)
-        for read in reads(source, len(shards), target, n_ranks, rank):
-            where = take(result, read.target)
+        result = torch.full([b - a for a, b in local_slices(target, n_ranks, rank)], -1)
+        for read in copies(source, len(shards), target, n_ranks, rank):
+            where = narrow(result, read.target)
             assert (where == -1).all()
-            where.copy_(take(shards[read.shard], read.source))
+            where.copy_(narrow(shards[read.shard], read.source))
         assert (result != -1).all()
         results.append(result)
     return results
@@ -61,7 +68,7 @@ def shapes(draw: st.DrawFn) -> ModelArgs:
 @given(shapes(), st.sampled_from(COUNTS), st.sampled_from(COUNTS), st.booleans())
 def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_columns: bool) -> None:
     """M -> N is M -> 1 -> N, and M -> 1 gives back what was cut, for every kind of tensor."""
-    for key, cut in cuts(args).items():
+    for key, cut in shard_specs(args).items():
         full = numbered(cut.sizes)
         stored = cut
         if embedding_columns and key == "tok_embeddings.weight":
@@ -79,15 +86,15 @@ def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_colu
 def test_more_ranks_than_key_heads_repeat_them_interleaved() -> None:
     """Query head q shares key head q // 4: ranks 0 to 3 hold the first, never 0, 4, 8, 12."""
     args = shape(kv_heads=4)
-    cut = cuts(args)["layers.0.attention.wk.weight"]
-    held = [box(cut, 16, rank)[0][0] // args.head_dim for rank in range(16)]
+    cut = shard_specs(args)["layers.0.attention.wk.weight"]
+    held = [local_slices(cut, 16, rank)[0][0] // args.head_dim for rank in range(16)]
     assert held == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
 def test_a_rank_with_its_own_shard_reads_no_other() -> None:
-    for key, cut in cuts(shape()).items():
+    for key, cut in shard_specs(shape()).items():
         for rank in range(8):
-            found = reads(cut, 8, cut, 8, rank)
+            found = copies(cut, 8, cut, 8, rank)
             assert [read.shard for read in found] == [rank], key
 
 
@@ -99,7 +106,7 @@ def test_the_table_is_the_model_at_every_size() -> None:
     with torch.device("meta"):
         model = Transformer(args)
     assert {key: t.shape for key, t in model.state_dict().items()} == {
-        key: torch.Size(cut.sizes) for key, cut in cuts(args).items()
+        key: torch.Size(cut.sizes) for key, cut in shard_specs(args).items()
     }
 
 
@@ -108,24 +115,24 @@ def test_the_table_is_the_model_at_every_size() -> None:
     [(4, [1, 2, 4, 8, 16]), (16, [1, 2, 4, 8, 16]), (1, [1, 2, 4, 8, 16])],
 )
 def test_the_numbers_of_ranks_that_work(kv_heads: int, expected: list[int]) -> None:
-    assert shape(kv_heads).rank_counts == expected
+    assert shape(kv_heads).valid_tp_sizes == expected
 
 
 def test_key_heads_are_not_cut_in_two() -> None:
     """Three key heads on two or four ranks: no."""
     args = shape(kv_heads=3, dim=96, n_heads=12, multiple_of=48)
     assert args.ffn_hidden_dim == 288
-    assert args.rank_counts == [1, 3, 6, 12]
+    assert args.valid_tp_sizes == [1, 3, 6, 12]
 
 
 def test_published_shapes_divide_as_published() -> None:
     llama2_13b = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
-    assert llama2_13b.rank_counts == [1, 2, 4, 8]  # its feed-forward layer does not divide by 5
+    assert llama2_13b.valid_tp_sizes == [1, 2, 4, 8]  # its feed-forward layer does not divide by 5
     llama3_70b = ModelArgs(
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256,
         multiple_of=4096, ffn_dim_multiplier=1.3,
     )  # fmt: skip
-    assert llama3_70b.rank_counts == [1, 2, 4, 8, 16, 32, 64]
-    assert checkpoint.n_bytes(cuts(llama3_70b)["output.weight"], 8, torch.bfloat16) == (
+    assert llama3_70b.valid_tp_sizes == [1, 2, 4, 8, 16, 32, 64]
+    assert n_bytes(shard_specs(llama3_70b)["output.weight"], 8, torch.bfloat16) == (
         128256 * 8192 * 2 // 8
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llama import sampling
 from llama.generation import sample_top_p
-from llama.sampling import next_tokens
+from llama.sampling import sample
 
 
 def direct(logits: Tensor, temperature: float, p: float) -> Tensor:
@@ -38,7 +38,7 @@ def test_draws_equal_the_published_rule(dtype: torch.dtype, n_rows: int) -> None
         torch.manual_seed(seed)
         for logits in steps:
             expected = direct(logits, temperature=0.8, p=0.9)
-            assert torch.equal(next_tokens(logits, 0.8, 0.9, ours), expected)
+            assert torch.equal(sample(logits, 0.8, 0.9, ours), expected)
 
 
 def full_sort(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -109,11 +109,11 @@ def test_frequencies_follow_the_renormalised_nucleus() -> None:
 def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
-    assert next_tokens(torch.tensor([[0.1, 3.0, 2.0]]), 0, 0.9, generator).tolist() == [1]
+    assert sample(torch.tensor([[0.1, 3.0, 2.0]]), 0, 0.9, generator).tolist() == [1]
     assert torch.equal(generator.get_state(), before)
 
 
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    next_tokens(torch.randn(2, 50, generator=torch.Generator()), 1.0, 0.9, torch.Generator())
+    sample(torch.randn(2, 50, generator=torch.Generator()), 1.0, 0.9, torch.Generator())
     assert torch.equal(torch.get_rng_state(), before)

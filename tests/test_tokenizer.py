@@ -20,9 +20,9 @@ from llama_models.llama3.tokenizer import Tokenizer as PublishedTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Dialog, Message, Tokenizer
-from llama.generation import _TextDecoder
+from llama.detokenizer import Detokenizer
 from llama.tokenizer import special_tokens
-from llama.vocabulary import SPLIT_PATTERN
+from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
 LLAMA3_VOCABULARY = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 
@@ -162,22 +162,22 @@ def test_pieces_never_split_a_character(real: Tokenizer) -> None:
     text = "naïve 👩‍👩‍👧‍👦 ꙮ 漢字 🏳️‍🌈"
     ids = real.encode(text, bos=False, eos=False)
     assert any("\ufffd" in real.decode([i]) for i in ids)
-    decoder = _TextDecoder(real, starts_text=True)
-    pieces = [decoder.add(token, None) for token in ids]
+    decoder = Detokenizer(real, starts_text=True)
+    pieces = [decoder.add(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     # cut inside a character: what is left over comes out at the end, as in a decoding of the whole
     for end in range(len(ids)):
-        decoder = _TextDecoder(real, starts_text=True)
-        cut = "".join(decoder.add(token, None) for token in ids[:end]) + decoder.add(0, "stop")
+        decoder = Detokenizer(real, starts_text=True)
+        cut = "".join(decoder.add(t) for t in ids[:end]) + decoder.add(None, final=True)
         assert cut == real.decode(ids[:end])
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 1023), max_size=40))
 def test_pieces_join_to_the_decoded_whole(ids: list[int]) -> None:
-    decoder = _TextDecoder(SMALL, starts_text=True)
-    pieces = [decoder.add(t, "length" if i == len(ids) - 1 else None) for i, t in enumerate(ids)]
+    decoder = Detokenizer(SMALL, starts_text=True)
+    pieces = [decoder.add(t, final=i == len(ids) - 1) for i, t in enumerate(ids)]
     assert "".join(pieces) == SMALL.decode(ids)
 
 
@@ -361,8 +361,8 @@ BYTES = [base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256)]
         (b"".join([*BYTES, b"YWI= x\n"]), "line 257"),
         (b"".join([*BYTES, b"YWI= 300\n"]), "line 257 has rank 300, expected .* rank 256"),
         (b"".join([*BYTES, b"AA== 256\n"]), "line 257 repeats a token"),
-        (b"<!DOCTYPE html>\n", "is no vocabulary: it is a web page"),
-        (b"", "is no vocabulary: it is empty"),
+        (b"<!DOCTYPE html>\n", "isn't a vocabulary: it is a web page"),
+        (b"", "isn't a vocabulary: it is empty"),
         (codecs.BOM_UTF8 + b"".join(BYTES), "line 1"),
     ],
 )
@@ -384,7 +384,7 @@ def test_llama2_vocabulary_is_named() -> None:
     path = SHARED / "llama2-tokenizer" / "tokenizer.model"
     if not path.is_file():
         pytest.skip(f"needs the real vocabulary {path}")
-    with pytest.raises(ValueError, match=r"is a SentencePiece .*\(Llama 2\), .*open_tokenizer"):
+    with pytest.raises(ValueError, match=r"is a SentencePiece .*\(Llama 2\), .*load_tokenizer"):
         Tokenizer(str(path))
 
 
@@ -569,8 +569,8 @@ FIRST = list(CONFIG["model"]["vocab"])[256]
         ),
         (lambda c: c[PRE]["pretokenizers"][1].update(use_regex=True), "'use_regex': True"),
         (lambda c: c[PRE]["pretokenizers"].append({}), "pre_tokenizer"),
-        (changed(vocab=[]), "vocab is no object"),
-        (changed(vocab={"a": "0"}), "vocab is no object"),
+        (changed(vocab=[]), "vocab isn't an object"),
+        (changed(vocab={"a": "0"}), "vocab isn't an object"),
         (lambda c: c["model"]["vocab"].update({LAST: 9999}), "the id 9999, expected 767"),
         (lambda c: c["model"]["vocab"].update({LAST: 5}), "the id 5, expected 6"),
         (lambda c: c["model"]["vocab"].update({"a b": 768}), "'a b', expected 1 to 1024 letters"),

@@ -1,4 +1,4 @@
-"""Check a folder: sums of its files, archives, and every tensor in them."""
+"""Verify a folder: checksums of its files and archives, and every tensor in them."""
 
 import re
 import zipfile
@@ -10,31 +10,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llama import checkpoint, pth_safety
-from llama.checkpoint import Checkpoint, Weights
+from llama.checkpoint import pth_safety
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.reader import Weights, chunks
+from llama.config import ModelArgs
 from llama.files import LARGEST_CONFIG, md5, read_bounded
-from llama.model import ModelArgs
 
 _READ_BYTES = 16 * 2**20
-# A name may not lead out of the folder or look like an option.
+# A name must not leave the folder or look like an option.
 _CHECKLIST_LINE = re.compile(
     rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
 )
 
 
-def verify(found: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
-    """Faults of a folder: files that are not the listed ones, damaged archives, tensors that are
-    missing, unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
+def verify(ckpt: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
+    """Faults of a folder: files whose checksums differ, damaged archives, tensors that are missing,
+    unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
     faults = []
-    listed = read_checklist(found.folder / "checklist.chk")
-    archives = found.files if found.layout == "native" else []
-    paths = [found.folder / name for name in listed] + archives
+    listed = read_checklist(ckpt.folder / "checklist.chk")
+    archives = ckpt.files if ckpt.layout == "native" else []
+    paths = [ckpt.folder / name for name in listed] + archives
     total = sum(path.stat().st_size for path in paths if path.is_file())
     with tqdm(
-        total=total, desc=found.folder.name, unit="B", unit_scale=True, disable=not progress
+        total=total, desc=ckpt.folder.name, unit="B", unit_scale=True, disable=not progress
     ) as bar:
         for name, digest in listed.items():
-            path = found.folder / name
+            path = ckpt.folder / name
             if not path.is_file():
                 faults.append(f"{str(path)!r} is missing, but checklist.chk lists it")
             elif (got := md5(path, bar.update)) != digest:
@@ -43,23 +44,23 @@ def verify(found: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
                 )
         for path in archives:
             faults += _archive_faults(path, bar.update)
-    weights = Weights(found, args)
-    of_shards = [fault for i in range(found.n_shards) for fault in weights.faults(i)]
-    if not of_shards:
-        of_shards = list(_wrong_numbers(weights))
-    return faults + of_shards
+    weights = Weights(ckpt, args)
+    shard_faults = [fault for i in range(ckpt.n_shards) for fault in weights.faults(i)]
+    if not shard_faults:
+        shard_faults = list(_not_finite(weights))
+    return faults + shard_faults
 
 
-def _wrong_numbers(weights: Weights) -> Iterator[str]:
-    for i in range(weights.found.n_shards):
-        name = weights.found.files[i] if weights.found.layout == "native" else weights.found.folder
+def _not_finite(weights: Weights) -> Iterator[str]:
+    for i in range(weights.ckpt.n_shards):
+        name = weights.ckpt.files[i] if weights.ckpt.layout == "native" else weights.ckpt.folder
         for key, tensor in weights.shard(i).items():
-            n_wrong = 0
-            for start, stop in checkpoint.chunks(tensor):
-                n_wrong += int((~torch.isfinite(tensor[start:stop])).sum())
+            n_faults = 0
+            for start, stop in chunks(tensor):
+                n_faults += int((~torch.isfinite(tensor[start:stop])).sum())
                 weights.release(tensor[start:stop])
-            if n_wrong:
-                yield f"{key} in {str(name)!r} has {n_wrong} values that are not finite"
+            if n_faults:
+                yield f"{key} in {str(name)!r} has {n_faults} values that aren't finite"
     try:
         weights.check_same_model()
     except ValueError as error:
@@ -82,20 +83,20 @@ def read_checklist(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         if not line.removesuffix(b"\r").strip(b" \t"):
             continue
-        found = _CHECKLIST_LINE.fullmatch(line)
-        if not found or b".." in found[2]:
+        match = _CHECKLIST_LINE.fullmatch(line)
+        if not match or b".." in match[2]:
             raise ValueError(
                 f"{str(path)!r} is damaged: line {number} is {line[:60]!r}, expected an MD5 sum "
                 "and a file name"
             )
-        sums[found[2].decode()] = found[1].decode().lower()
+        sums[match[2].decode()] = match[1].decode().lower()
     if not sums:
         raise ValueError(f"{str(path)!r} is damaged: it lists no file")
     return sums
 
 
 def _archive_faults(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
-    """Members of a shard whose bytes do not have the check sum that the archive holds for them."""
+    """Members of a shard whose bytes don't match their checksum in the archive."""
     try:
         with path.open("rb") as file:
             for member in pth_safety.members(file):
@@ -107,4 +108,4 @@ def _archive_faults(path: Path, read: Callable[[int], Any]) -> Iterator[str]:
                 if crc != member.crc:
                     yield f"{str(path)!r} is damaged: Bad CRC-32 for {member.name!r}"
     except (zipfile.BadZipFile, pth_safety.UnsafeFileError, OSError) as error:
-        yield f"{str(path)!r} is no readable archive: {error}"
+        yield f"{str(path)!r} can't be read as an archive: {error}"

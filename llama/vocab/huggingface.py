@@ -1,121 +1,22 @@
-"""Vocabulary files: tiktoken's tokenizer.model and Hugging Face's tokenizer.json, as ranks.
+"""Hugging Face's tokenizer.json, read as tiktoken ranks.
 
-A rank is both the id of a token and its place in line when pairs are merged.
+A rank is the id of a token and its priority in merging.
 """
 
-import base64
-import binascii
-import io
-import os
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import blobfile
+from llama.files import parse_json
+from llama.vocab.file import check_single_bytes, check_size
+from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
-from llama.files import check_regular, parse_json, seems
-
-_LARGEST = 2**25  # bytes; Llama 3's tokenizer.json has 17 million
-LARGEST_VOCABULARY = 2**20  # tokens
 _MOST_STEPS = 2**25  # of merging every token again; Llama 3's take 8 million
-
-# How Llama 3 cuts text before byte-pair merging: contractions, words with at most one leading
-# character that is neither letter, digit nor newline, groups of up to three digits, punctuation,
-# newlines, other whitespace.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
-
-
-def read_vocabulary(path: str, size: int = -1) -> bytes:
-    """The first ``size`` bytes of a vocabulary file, by default all of them.
-
-    The file is read here and not by ``tiktoken.load``, which caches by the path as it was written:
-    a relative ``tokenizer.model`` could come back as another model's.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not the file but what a download left instead, or far too long.
-    """
-    try:
-        if os.path.exists(path) and not os.path.isdir(path):  # else blobfile may find it in a cloud
-            check_regular(path)
-        with blobfile.BlobFile(path, "rb") as file:
-            data = bytes(file.read(min(size % 2**63, _LARGEST + 1)))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"no tokenizer at {path!r}: give tokenizer_path, the tokenizer.model file that was "
-            "downloaded with the weights"
-        ) from error
-    if len(data) > _LARGEST:
-        raise ValueError(f"{path!r} has more than {_LARGEST:,} bytes: no vocabulary is that large")
-    if mistake := seems(data[:512]):
-        raise ValueError(f"{path!r} is no vocabulary: {mistake}")
-    return data
-
-
-def is_sentencepiece(data: bytes) -> bool:
-    """Whether a vocabulary file that begins like this is SentencePiece's (its first piece)."""
-    return b"<unk>" in data[:16]
-
-
-def parse_tiktoken(data: bytes, path: str) -> dict[bytes, int]:
-    """Ranks of a tiktoken vocabulary: ``base64(token bytes) rank`` per line, ranks 0, 1, 2, ...
-
-    Raises:
-        ValueError: this is not a tiktoken vocabulary; the message names ``path`` and the line.
-    """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(io.BytesIO(data), start=1):
-        if not line.strip():
-            continue
-        check_size(len(ranks) + 1, path)
-        try:
-            token_base64, rank_text = line.split()
-            token, rank = base64.b64decode(token_base64, validate=True), int(rank_text)
-        except (ValueError, binascii.Error):
-            raise ValueError(
-                f"{path!r} is damaged: line {number} is {line.strip()[:60]!r}, expected a base64 "
-                "token, a space and its rank; download the file again"
-            ) from None
-        if rank != len(ranks) or token in ranks:
-            problem = "repeats a token" if token in ranks else f"has rank {rank}"
-            raise ValueError(
-                f"{path!r} is damaged: line {number} {problem}, expected a new token with rank "
-                f"{len(ranks)}; download the file again"
-            )
-        ranks[token] = rank
-    _check_single_bytes(ranks, path)
-    return ranks
-
-
-def check_size(n_tokens: int, path: str) -> None:
-    """Raise ValueError for more tokens than any Llama has: their objects fill the memory."""
-    if n_tokens > LARGEST_VOCABULARY:
-        raise ValueError(f"{path!r} has more than {LARGEST_VOCABULARY:,} tokens")
-
-
-def _check_single_bytes(ranks: Mapping[bytes, int], path: str) -> None:
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(
-            f"{path!r} is no byte-level vocabulary: {len(missing)} of the 256 single bytes are "
-            f"missing (the first is {missing[0]:#04x}); download the file again"
-        )
-
-
-# --- Hugging Face's tokenizer.json --------------------------------------------------------------
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters that stand for bytes: a printable byte is its own Latin-1 letter, the n-th of
-    the others is the letter U+0100 + n."""
+    """The letters that encode bytes: a printable byte is its own Latin-1 letter, the n-th of the
+    others is U+0100 + n."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -130,13 +31,13 @@ _MAX_TOKEN_BYTES = 1024  # Llama 3's longest has 128
 def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Ranks, and ids by name of the added tokens, of Hugging Face's ``tokenizer.json``.
 
-    Only a file that gives the ids which tiktoken gives is read. Hugging Face merges the pair that
-    comes first in a list, tiktoken the pair whose union has the lowest id. In both, the merges
-    inside the bytes of a token go the same way whatever stands around them, so that tiktoken only
-    ever makes a token from one pair: the last one when the token's own bytes are merged. The two
-    agree when these pairs are listed in the order of the ids they make; other pairs in the list
-    are never met. A token that no merges make is found only where it is a whole word: tiktoken
-    always looks whole words up, Hugging Face with ``ignore_merges``.
+    Only files that give the same ids with tiktoken are accepted. Hugging Face merges the pair that
+    comes first in a list, tiktoken the pair whose union has the lowest id. In both, merges inside
+    the bytes of a token don't depend on its context, so that tiktoken makes a token from one pair
+    only: the last one when the token's own bytes are merged. The two agree when these pairs are
+    listed in the order of the ids they make; other pairs never occur. A token that no merges make
+    is found only as a whole word: tiktoken always looks whole words up, Hugging Face with
+    ``ignore_merges``.
 
     Raises:
         ValueError: the file is damaged, or would give other ids; the message says why.
@@ -157,12 +58,12 @@ def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict
             "is true), expected a byte-level one (Llama 3): give SentencePiece's own file, "
             "tokenizer.model"
         )
-    _check_text_is_cut_as_ours(config, path)
+    _check_split(config, path)
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"{path!r} sets {name} to {model[name]!r:.80}, expected none")
     ranks = _parse_vocab(model.get("vocab"), path)
-    _check_single_bytes(ranks, path)
+    check_single_bytes(ranks, path)
     _check_merges(model.get("merges"), bool(model.get("ignore_merges")), ranks, path)
     try:
         added = {token["content"]: token["id"] for token in config.get("added_tokens", [])}
@@ -174,8 +75,8 @@ def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict
     return ranks, added
 
 
-def _check_text_is_cut_as_ours(config: Mapping[str, Any], path: str) -> None:
-    """Hugging Face's normalizer and pre_tokenizer must do what SPLIT_PATTERN does."""
+def _check_split(config: Mapping[str, Any], path: str) -> None:
+    """Hugging Face's normalizer and pre_tokenizer must split text as SPLIT_PATTERN does."""
     if config.get("normalizer") is not None:
         raise ValueError(
             f"{path!r} changes the text by a normalizer, {config['normalizer']!r:.80}, expected "
@@ -217,12 +118,12 @@ def _bytes_of_letters(text: Any, path: str) -> bytes:
 def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
     if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
         raise ValueError(
-            f"{path!r} is damaged: its vocab is no object of tokens and ids; download the file "
+            f"{path!r} is damaged: its vocab isn't an object of tokens and ids; download the file "
             "again"
         )
     check_size(len(vocab), path)
     if sum(len(text) ** 2 for text in vocab) > _MOST_STEPS:
-        raise ValueError(f"{path!r} has too many long tokens: no vocabulary of Llama is like this")
+        raise ValueError(f"{path!r} has too many long tokens for a Llama vocabulary")
     in_order = sorted(vocab.items(), key=lambda item: item[1])
     for expected, (text, token_id) in enumerate(in_order):
         if token_id != expected:
@@ -234,7 +135,7 @@ def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
 
 
 def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], path: str) -> None:
-    """Whether the list of merges leads to tiktoken's ids (see ``parse_tokenizer_json``)."""
+    """Check that the list of merges gives tiktoken's ids (see ``parse_tokenizer_json``)."""
     if not isinstance(merges, list):
         raise ValueError(
             f"{path!r} is damaged: its merges are {merges!r:.80}, expected a list of pairs; "
@@ -284,7 +185,7 @@ def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], 
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The pair that makes ``token`` when its bytes are merged by rank; None if they end apart."""
+    """The pair that makes ``token`` when its bytes are merged by rank; None if no pair does."""
     none = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
     joined = [ranks.get(a + b, none) for a, b in pairwise(parts)]

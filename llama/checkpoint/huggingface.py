@@ -1,8 +1,8 @@
 """Hugging Face folders: config.json and safetensors files, under native names.
 
-The model is the same, but for three things: other names; rotary embeddings that turn the halves of
-a head (x_j, x_{j + D/2}) where native ones turn neighbours (x_2j, x_2j+1), so that the rows of wq
-and wk stand in another order; and a token embedding that may be the output layer as well.
+The model is the same, with three differences: the names; RoPE rotates the halves of a head
+(x_j, x_{j + D/2}), where native weights rotate neighbours (x_2j, x_2j+1), so that the rows of wq
+and wk are permuted; and the token embedding may also be the output layer.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
-from llama.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 2**20  # bytes; that of 405B in one file would have 0.15 million
-# Native module to Hugging Face's; inside of a layer, and outside.
+# Native module names to Hugging Face's, in a layer and outside.
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -38,7 +38,7 @@ _NAMES = {
     "output": "lm_head",
 }
 _NATIVE_NAMES = {theirs: ours for ours, theirs in (_LAYER_NAMES | _NAMES).items()}
-# Fields of config.json that change the mathematics, and the values that change nothing.
+# Fields of config.json that would change the result, and their neutral values.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -53,7 +53,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": HIGH_FREQ_FACTOR,
     "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
-# multiple_of and ffn_dim_multiplier of the published models, told apart by the widths they give.
+# multiple_of and ffn_dim_multiplier of the published models; the width tells them apart.
 _FFN_SHAPES: tuple[tuple[int, float | None], ...] = (
     (256, None),
     (256, 1.5),
@@ -64,7 +64,7 @@ _FFN_SHAPES: tuple[tuple[int, float | None], ...] = (
 
 
 def native_key(key: str) -> str:
-    """Native name of a tensor; a name that is not known comes back as it is."""
+    """Native name of a tensor; unknown names are returned unchanged."""
     if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", key):
         ours = _NATIVE_NAMES.get(layer[2])
         return f"layers.{layer[1]}.{ours}.weight" if ours in _LAYER_NAMES else key
@@ -80,7 +80,7 @@ def huggingface_key(key: str) -> str:
 
 
 def is_rotated(key: str) -> bool:
-    """Whether the rows of this tensor stand in another order in the two layouts."""
+    """Whether the rows of this tensor are permuted between the two layouts."""
     return key.endswith((".attention.wq.weight", ".attention.wk.weight"))
 
 
@@ -97,11 +97,11 @@ def pairs_as_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; none if it is not in this layout.
+    """The safetensors files of a folder; empty if it isn't in this layout.
 
     Raises:
-        FileNotFoundError: the index names a file that is not there.
-        ValueError: the index cannot be read.
+        FileNotFoundError: the index names a file that is missing.
+        ValueError: the index can't be read.
     """
     if not (folder / "config.json").is_file():
         return []
@@ -124,12 +124,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Config(NamedTuple):
-    """What a config.json says.
+    """The content of a config.json.
 
     Attributes:
         params: fields of ModelArgs.
-        context: the longest context the model was trained for; None if it does not say.
-        tied: the embedding is the output layer too.
+        context: longest context the model was trained for; None if not given.
+        tied: the embedding is also the output layer.
     """
 
     params: dict[str, Any]
@@ -200,9 +200,9 @@ def read_config(path: Path) -> Config:
 def write_config(
     args: ModelArgs, context: int | None, dtype: torch.dtype, *, tied: bool = False
 ) -> dict[str, Any]:
-    """The config.json of a model; it also keeps the two parameters that only native files have.
+    """The config.json of a model, with the two parameters that only native files have.
 
-    A ``context`` that is not known is left out.
+    A ``context`` of None is left out.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
@@ -280,9 +280,9 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (FileNotFoundError, PermissionError, MemoryError):
             raise
-        except Exception as error:  # whatever a damaged file makes of the library
+        except Exception as error:  # a damaged file can make the library raise anything
             raise ValueError(
-                f"{str(path)!r} is no readable safetensors file ({summary(error)}): "
+                f"{str(path)!r} can't be read as a safetensors file ({summary(error)}): "
                 f"{what_to_do(path)}"
             ) from error
         for key, tensor in found.items():
@@ -356,11 +356,11 @@ def _ffn_params(dim: int, width: int, first: tuple[Any, Any]) -> dict[str, Any]:
     do, those of a published model, or any."""
     base = int(2 * (4 * dim) / 3)
     candidates = [first, *_FFN_SHAPES, *((2**i, None) for i in range(7, -1, -1))]
-    # any width; half a unit more, so that rounding down gives it whatever the last digit
+    # any width; half a unit more, so that rounding down gives it despite rounding errors
     candidates.append((1, (width + 0.5) / base))
     for multiple_of, multiplier in candidates:
         params = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
-        with contextlib.suppress(ValueError):  # too wide, or no numbers
+        with contextlib.suppress(ValueError):  # too wide, or not numbers
             if ModelArgs(dim=dim, n_heads=1, **params).ffn_hidden_dim == width:
                 return params
     raise AssertionError("the last candidate gives every width")

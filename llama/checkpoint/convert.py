@@ -1,51 +1,41 @@
-"""Checkpoints on disk: cut for another number of ranks, or turned into the other layout.
+"""Checkpoints on disk: reshard for another number of ranks, or convert to the other layout.
 
-A tensor at a time is in memory. The new folder has its name only when it is whole: it is written
-under another one beside it, params.json or config.json last.
+One tensor at a time is in memory. The new folder gets its name once it is complete: it is written
+under a temporary name next to it, params.json or config.json last.
 """
 
-import collections
-import ctypes
 import dataclasses
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 import stat
-import sys
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import checkpoint, huggingface
-from llama.checkpoint import Checkpoint, Weights
+from llama.checkpoint import huggingface
+from llama.checkpoint.folder import Checkpoint, find_checkpoint
+from llama.checkpoint.pth_writer import PthWriter
+from llama.checkpoint.reader import Weights, chunks
+from llama.checkpoint.sharding import n_bytes
+from llama.config import ModelArgs
 from llama.files import listed, md5
-from llama.model import ModelArgs
-from llama.vocabulary import read_vocabulary
+from llama.vocab.file import read_vocabulary
 
 _CPU = torch.device("cpu")
 # Tensors of one safetensors file are in memory together.
 _SAFETENSORS_BYTES = 2 * 2**30
-_WRITE_BYTES = 16 * 2**20
-_STORAGES = {
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.float16: torch.HalfStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float64: torch.DoubleStorage,
-}
 
 
 def convert(
-    found: Checkpoint,
+    ckpt: Checkpoint,
     args: ModelArgs,
     target: Path,
     *,
@@ -61,7 +51,7 @@ def convert(
     """Write a checkpoint in ``layout`` to the folder ``target``, with its tokenizer.
 
     Args:
-        n_shards: of a native folder; a Hugging Face folder has none.
+        n_shards: of a native folder; ignored for a Hugging Face folder.
         dtype: None keeps every tensor's own.
         bos_token, stop_tokens: for the configs of a Hugging Face folder.
         force: replace ``target`` if it is an empty folder, or a checkpoint folder that holds
@@ -70,28 +60,24 @@ def convert(
     Raises:
         FileExistsError: ``target`` is there.
         ImportError: ``layout`` is "hf", and the package safetensors is missing.
-        OSError: the disk is full, or cannot be written to; nothing is left on it.
-        ValueError: the source is damaged, does not divide by ``n_shards``, or holds numbers that
-            ``dtype`` cannot; the message names the tensor.
+        OSError: the disk is full, or can't be written to; nothing is left on it.
+        ValueError: the source is damaged, can't be split into ``n_shards``, or holds values beyond
+            ``dtype``'s range; the message names the tensor.
     """
-    sources = [*found.folder.iterdir(), tokenizer_path]
+    sources = [*ckpt.folder.iterdir(), tokenizer_path]
     _check_target(target, sources, force)
-    if n_shards not in args.rank_counts:
-        raise ValueError(
-            f"the model does not divide by {n_shards} shards, but by "
-            f"{', '.join(map(str, args.rank_counts))}"
-        )
-    weights = Weights(found, args)
+    args.check_tp_size(n_shards, parts="shards")
+    weights = Weights(ckpt, args)
     target.parent.mkdir(parents=True, exist_ok=True)
     n_files = n_shards if layout == "native" else 1
-    keys = list(weights.cuts)
+    keys = list(weights.specs)
     if layout == "hf" and _is_tied(weights):
         keys.remove("output.weight")
     _check_room(weights, keys, n_files, dtype, tokenizer_path, target)
     part = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     part.mkdir()
     try:
-        one = sum(checkpoint.n_bytes(weights.cuts[key], n_files, torch.uint8) for key in keys)
+        one = sum(n_bytes(weights.specs[key], n_files, torch.uint8) for key in keys)
         with tqdm(
             total=one * n_files,
             desc=target.name,
@@ -99,7 +85,7 @@ def convert(
             unit_scale=True,
             disable=not progress,
         ) as bar:
-            # under the name that goes with its content, whatever it was called
+            # renamed after its content, whatever it was called
             is_json = read_vocabulary(str(tokenizer_path), 1) == b"{"
             name = "tokenizer.json" if is_json else "tokenizer.model"
             shutil.copyfile(tokenizer_path, part / name)
@@ -114,7 +100,7 @@ def convert(
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
-            f"{str(target)!r} could not be written, and nothing of it is left: {error}"
+            f"{str(target)!r} couldn't be written, and nothing of it is left: {error}"
         ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -124,7 +110,7 @@ def convert(
 
 
 def _is_tied(weights: Weights) -> bool:
-    """Whether the source has one tensor for the embedding and the output layer."""
+    """Whether the source stores one tensor for the embedding and the output layer."""
     return weights.place("tok_embeddings.weight", 1, 0) == weights.place("output.weight", 1, 0)
 
 
@@ -136,15 +122,14 @@ def _check_room(
     tokenizer_path: Path,
     target: Path,
 ) -> None:
-    """Every file has norms, and key/value heads that its ranks share, of its own."""
-    n_bytes = tokenizer_path.stat().st_size + n_files * sum(
-        checkpoint.n_bytes(weights.cuts[key], n_files, dtype or _dtype(weights, key))
-        for key in keys
+    """Each file has its own copy of the norms, and of key/value heads that ranks share."""
+    needed = tokenizer_path.stat().st_size + n_files * sum(
+        n_bytes(weights.specs[key], n_files, dtype or _dtype(weights, key)) for key in keys
     )
     free = shutil.disk_usage(target.parent).free
-    if free < n_bytes:
+    if free < needed:
         raise OSError(
-            f"{str(target)!r} needs {n_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB "
+            f"{str(target)!r} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB "
             "free: make room, or give another folder"
         )
 
@@ -165,13 +150,13 @@ def _check_target(target: Path, sources: list[Path], force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise FileExistsError(f"{str(target)!r} is there already: give --force to replace it")
+        raise FileExistsError(f"{str(target)!r} already exists: give --force to replace it")
     if target.is_symlink() or not target.is_dir():
         raise FileExistsError(
             f"{str(target)!r} isn't a folder and is not replaced: give another name, or move it "
             "away"
         )
-    for source in sources:  # links lead to the file that would be lost
+    for source in sources:  # resolved, since a link may lead to a file that would be deleted
         if any(folder.samefile(target) for folder in source.resolve().parents):
             raise FileExistsError(
                 f"{str(target)!r} holds {str(source)!r} of the source, which replacing it would "
@@ -181,7 +166,7 @@ def _check_target(target: Path, sources: list[Path], force: bool) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise FileExistsError for a folder that has more in it than a checkpoint."""
+    """Raise FileExistsError for a folder that holds more than a checkpoint."""
     paths = sorted(folder.iterdir())
     others = [
         path.name
@@ -195,7 +180,7 @@ def _check_replaceable(folder: Path) -> None:
         )
     if paths:
         try:
-            checkpoint.find(str(folder))
+            find_checkpoint(str(folder))
         except (FileNotFoundError, ValueError) as error:
             raise FileExistsError(
                 f"{str(folder)!r} is not replaced, since it isn't a checkpoint folder ({error}): "
@@ -204,15 +189,15 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _put_in_place(part: Path, target: Path, sources: list[Path], force: bool) -> Path | None:
-    """Give the new folder its name; where the folder that had it is now."""
-    _check_target(target, sources, force)  # it may have come since
+    """Rename the new folder to ``target``. Returns where the replaced folder is now."""
+    _check_target(target, sources, force)  # it may have been created meanwhile
     if not target.exists():
         part.rename(target)
         return None
     old = target.parent / f".{target.name}.old-{uuid.uuid4().hex[:8]}"
     target.rename(old)
     try:
-        _check_replaceable(old)  # a file may have come before it was moved
+        _check_replaceable(old)  # a file may have been added before the rename
         part.rename(target)
     except BaseException:
         old.rename(target)
@@ -221,7 +206,7 @@ def _put_in_place(part: Path, target: Path, sources: list[Path], force: bool) ->
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint's files, and the folder unless it has got others since."""
+    """Delete a checkpoint's files, and the folder unless other files were added to it."""
     for path in list(folder.iterdir()):
         if _CHECKPOINT_FILES.fullmatch(path.name):
             path.unlink()
@@ -238,7 +223,7 @@ def _delete(folder: Path) -> None:
 
 
 def resolved_params(args: ModelArgs) -> dict[str, Any]:
-    """What params.json says, with nothing left to defaults."""
+    """The content of params.json, with nothing left to defaults."""
     params = dataclasses.asdict(args) | {"n_kv_heads": args.kv_heads}
     dropped = {"max_seq_len", "max_batch_size"}
     if args.ffn_dim_multiplier is None:
@@ -256,8 +241,8 @@ def _write_native(
     wrote: Callable[[int], Any],
 ) -> None:
     for rank in range(n_shards):
-        with _ShardFile(folder / f"consolidated.{rank:02d}.pth") as file:
-            for key in weights.cuts:
+        with PthWriter(folder / f"consolidated.{rank:02d}.pth") as file:
+            for key in weights.specs:
                 tensor = _read(weights, key, n_shards, rank, dtype)
                 file.add(key, tensor)
                 weights.release(tensor)
@@ -279,103 +264,21 @@ def _read(weights: Weights, key: str, n_ranks: int, rank: int, dtype: torch.dtyp
     """A rank's part of a tensor.
 
     Raises:
-        ValueError: the dtype's range is too small for it. Numbers that are not finite in the source
-            stay so: ``verify`` finds them.
+        ValueError: a value is beyond the dtype's range. Values that aren't finite in the source are
+            kept; ``verify`` reports them.
     """
     tensor = weights.read(key, n_ranks, rank, dtype or _dtype(weights, key), _CPU)
-    if any(tensor[a:b].isinf().any() for a, b in checkpoint.chunks(tensor)):
+    if any(tensor[a:b].isinf().any() for a, b in chunks(tensor)):
         for piece, _ in weights.pieces(key, n_ranks, rank):
-            for a, b in checkpoint.chunks(piece):
+            for a, b in chunks(piece):
                 source = piece[a:b]
                 finite = source.masked_fill(~source.isfinite(), 0)
                 if finite.to(tensor.dtype).isinf().any():
                     raise ValueError(
-                        f"{key} holds {finite.abs().max():g}, but {tensor.dtype} ends at "
+                        f"{key} holds {finite.abs().max():g}, but the largest {tensor.dtype} is "
                         f"{torch.finfo(tensor.dtype).max:g}: give --dtype bfloat16 or float32"
                     )
     return tensor
-
-
-class _Storage(NamedTuple):
-    number: int
-    dtype: torch.dtype
-    size: int
-
-
-class _Entry(NamedTuple):
-    storage: _Storage
-    shape: tuple[int, ...]
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles a dict of _Entry as torch.save pickles a dict of contiguous tensors."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, _Entry):
-            return NotImplemented
-        stride, strides = 1, []
-        for size in reversed(obj.shape):
-            strides.append(stride)
-            stride *= size
-        rebuild = torch._utils._rebuild_tensor_v2
-        hooks: dict[Any, Any] = collections.OrderedDict()
-        return rebuild, (obj.storage, 0, obj.shape, tuple(reversed(strides)), False, hooks)
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, _Storage):
-            return None
-        return "storage", _STORAGES[obj.dtype], str(obj.number), "cpu", obj.size
-
-
-class _ShardFile:
-    """A file like torch.save's, written tensor by tensor: torch.save wants all of them in memory.
-
-    It is a zip archive of stored members: ``data.pkl``, and ``data/0``, ``data/1``, ... with the
-    numbers of each tensor, which start at multiples of 64 bytes so that they can be mapped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._entries: dict[str, _Entry] = {}
-
-    def __enter__(self) -> "_ShardFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            data = io.BytesIO()
-            _Pickler(data, protocol=2).dump(self._entries)
-            self._write("data.pkl", iter([data.getvalue()]), data.tell())
-            order = sys.byteorder.encode()
-            self._write("byteorder", iter([order]), len(order))
-            self._write("version", iter([b"3\n"]), 2)
-        self._zip.close()
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        tensor = tensor.contiguous()
-        storage = _Storage(len(self._entries), tensor.dtype, tensor.numel())
-        self._write(f"data/{storage.number}", _bytes_of(tensor), tensor.nbytes)
-        self._entries[key] = _Entry(storage, tuple(tensor.shape))
-
-    def _write(self, name: str, pieces: Iterator[Any], size: int) -> None:
-        info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: the same bytes every time
-        info.file_size = size
-        assert self._zip.fp is not None
-        # 30 bytes of header, the name, 20 bytes of long sizes, and an extra field that fills up
-        start = self._zip.fp.tell() + 30 + len(info.filename) + 20 + 4
-        filling = -start % 64
-        info.extra = b"FB" + filling.to_bytes(2, "little") + bytes(filling)
-        with self._zip.open(info, "w", force_zip64=True) as member:
-            for piece in pieces:
-                member.write(piece)
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a contiguous tensor, in pieces."""
-    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    view = memoryview(array).cast("B")
-    for start in range(0, len(view), _WRITE_BYTES):
-        yield view[start : start + _WRITE_BYTES]
 
 
 # --- Hugging Face -----------------------------------------------------------------------------
@@ -394,13 +297,13 @@ def _write_huggingface(
     groups: list[list[str]] = [[]]
     held = 0
     for key in keys:
-        size = checkpoint.n_bytes(weights.cuts[key], 1, dtype or _dtype(weights, key))
+        size = n_bytes(weights.specs[key], 1, dtype or _dtype(weights, key))
         if groups[-1] and held + size > _SAFETENSORS_BYTES:
             groups.append([])
             held = 0
         groups[-1].append(key)
         held += size
-    files, n_bytes = {}, 0
+    files, total_size = {}, 0
     for i, group in enumerate(groups, start=1):
         single = len(groups) == 1
         name = "model.safetensors" if single else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -413,19 +316,19 @@ def _write_huggingface(
             tensors[huggingface.huggingface_key(key)] = tensor.contiguous()
             files[huggingface.huggingface_key(key)] = name
             wrote(tensor.numel())
-            n_bytes += tensor.nbytes
+            total_size += tensor.nbytes
         try:
             safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:  # the disk is full, say
+        except safetensors.SafetensorError as error:  # for example: the disk is full
             raise OSError(str(error)) from error
         for tensor in tensors.values():
             weights.release(tensor)
     if len(groups) > 1:
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": files}
+        index = {"metadata": {"total_size": total_size}, "weight_map": files}
         (folder / huggingface.INDEX).write_text(json.dumps(index, indent=1) + "\n")
     ids = {"bos_token_id": bos_token, "eos_token_id": sorted(stop_tokens)}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
     tied = "output.weight" not in keys
-    config = huggingface.write_config(weights.args, weights.found.context, stored, tied=tied) | ids
+    config = huggingface.write_config(weights.args, weights.ckpt.context, stored, tied=tied) | ids
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,0 +1,168 @@
+"""The key/value cache, and which of its slots the tokens of one pass occupy.
+
+The tokens of a pass are packed: T tokens of B sequences, one sequence after the other, as in
+FlashAttention's varlen kernels, whose names (cu_seqlens, seqlens_k, max_seqlen) are used here. A
+pass is a ``Prefill`` (prompts or chunks of them, lengths known on the host) or a ``Decode`` (one
+token per sequence, lengths on the device, so that a CUDA graph can replay it).
+"""
+
+import math
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llama.config import ModelArgs
+
+
+class KVCache:
+    """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D].
+
+    The first axis is the slots, one sequence each.
+    """
+
+    def __init__(self, args: ModelArgs, tp_size: int, like: Tensor) -> None:
+        n_kv_heads = args.n_local_kv_heads(tp_size)
+        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
+        self.k = _zeros(shape, like)
+        self.v = _zeros(shape, like)
+
+    def update(self, k: Tensor, v: Tensor, batch: "Prefill | Decode") -> None:
+        """Store the keys and values [T, K, D] of a pass."""
+        self.k[batch.slots, :, batch.positions] = k
+        self.v[batch.slots, :, batch.positions] = v
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a slot to another."""
+        for x in (self.k, self.v):
+            x[target, :, :length] = x[source, :, :length]
+
+    def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
+        """Exchange two slots, of which the first ``length_a`` and ``length_b`` positions are
+        used."""
+        for x in (self.k, self.v):
+            saved = x[a, :, :length_a].clone()
+            x[a, :, :length_b] = x[b, :, :length_b]
+            x[b, :, :length_a] = saved
+
+
+class Prefill:
+    """The next tokens of some sequences: ``seqlens[i]`` of them in slot ``slot_ids[i]``, from
+    position ``start_pos[i]`` on.
+
+    Args:
+        logits_for: indices of the sequences whose last token's logits are wanted; None for the
+            logits of all tokens.
+
+    Attributes:
+        slots, positions: int64 [T].
+        cu_seqlens_q: int32 [B + 1], where each sequence starts in the packed tokens.
+        seqlens_k: int32 [B], positions in use after this pass.
+    """
+
+    def __init__(
+        self,
+        slot_ids: Sequence[int],
+        start_pos: Sequence[int],
+        seqlens: Sequence[int],
+        device: torch.device,
+        logits_for: Sequence[int] | None = None,
+    ) -> None:
+        self.slot_ids, self.start_pos, self.seqlens = slot_ids, start_pos, seqlens
+        self.logits_for = logits_for
+        self.ends = [start + n for start, n in zip(start_pos, seqlens, strict=True)]
+        self.max_seqlen_q, self.max_seqlen_k = max(seqlens), max(self.ends)
+        self.slots = torch.tensor(slot_ids, device=device).repeat_interleave(
+            torch.tensor(seqlens, device=device), output_size=sum(seqlens)
+        )
+        spans = zip(start_pos, self.ends, strict=True)
+        self.positions = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+        starts = list(accumulate(seqlens, initial=0))
+        self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
+        self.seqlens_k = torch.tensor(self.ends, dtype=torch.int32, device=device)
+
+    def last_tokens(self) -> Tensor:
+        """Indices int64 [n] of the tokens that ``logits_for`` asks for."""
+        ends = list(accumulate(self.seqlens))
+        index = [ends[i] - 1 for i in self.logits_for or []]
+        return torch.tensor(index, dtype=torch.int64, device=self.positions.device)
+
+    def of_last_tokens(self) -> "Prefill":
+        """A pass of these tokens alone."""
+        rows = self.logits_for or []
+        slot_ids, starts = [self.slot_ids[i] for i in rows], [self.ends[i] - 1 for i in rows]
+        return Prefill(slot_ids, starts, [1] * len(rows), self.positions.device)
+
+
+class Decode:
+    """One token in each of the slots 0, 1, ..., B - 1.
+
+    Args:
+        positions: int64 [B], below ``max_seqlen_k``.
+        ragged: the positions differ.
+        seqlens_k: int32 [B], positions to attend to; default ``positions`` + 1.
+    """
+
+    max_seqlen_q = 1
+
+    def __init__(
+        self,
+        positions: Tensor,
+        max_seqlen_k: int,
+        *,
+        ragged: bool,
+        seqlens_k: Tensor | None = None,
+    ) -> None:
+        device = positions.device
+        self.positions, self.max_seqlen_k, self.ragged = positions, max_seqlen_k, ragged
+        self.slots = torch.arange(len(positions), device=device)
+        self.cu_seqlens_q = torch.arange(len(positions) + 1, dtype=torch.int32, device=device)
+        self.seqlens_k = (positions + 1).int() if seqlens_k is None else seqlens_k
+        self.mask: Tensor | None = None  # bool [B, 1, 1, L]
+        if ragged:
+            every = torch.arange(max_seqlen_k, device=device)
+            self.mask = (every < self.seqlens_k[:, None])[:, None, None]
+
+
+Batch = Prefill | Decode
+
+
+class CacheLock:
+    """Held while a model's cache is in use: calls from several threads run one after the other.
+
+    A copy of the model has a lock of its own. So has a forked process, because the thread that
+    holds the lock isn't there; nor are OpenMP's threads, for which libgomp would wait forever.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.RLock(), os.getpid()
+            torch.set_num_threads(1)
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["CacheLock"], tuple[()]]:
+        return CacheLock, ()
+
+
+def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """Zeros with ``like``'s dtype and device. Not empty: masked positions are multiplied by 0, and
+    0 * NaN is NaN. On the CPU the pages are mapped but take no memory until they are written;
+    MAP_PRIVATE gives a forked process its own copy. Elsewhere the memory order is [slot, position,
+    head, D], which the kernels prefer."""
+    if like.device.type != "cpu":
+        n_slots, n_heads, n_positions, head_dim = shape
+        shape = (n_slots, n_positions, n_heads, head_dim)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
+    n_bytes = math.prod(shape) * like.element_size()
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)

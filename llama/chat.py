@@ -1,0 +1,285 @@
+"""Dialogs as token ids: the chat formats of Llama 3 and Llama 2.
+
+Two rules hold: user text is always encoded as plain text, and the ids of special tokens are
+inserted by structure only. A user who types ``<|eot_id|>`` gets the ids of those ten characters and
+can't end the turn. The tags of Llama 2's format are text, which that model was trained with;
+content that holds one is refused.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypedDict, get_args
+
+Role = Literal["system", "user", "assistant", "ipython"]
+
+
+class _RoleAndContent(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_RoleAndContent, total=False):
+    """One turn of a dialog. A tool's answer has the role ``ipython``.
+
+    Two optional keys of assistant messages from Llama 3.1 on: ``tool_call``, the text after
+    ``<|python_tag|>``, and ``eom``, whether the message ends in ``<|eom_id|>`` (the assistant waits
+    for the tool) instead of ``<|eot_id|>`` (the turn is over).
+    """
+
+    tool_call: str
+    eom: bool
+
+
+Dialog = Sequence[Message]
+
+
+class ChatTokenizer(Protocol):
+    """What a chat format needs of a tokenizer."""
+
+    bos_id: int
+    special_tokens: dict[str, int]
+    control_ids: set[int]
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]: ...
+
+    def decode(self, t: Sequence[int]) -> str: ...
+
+
+class ChatFormat:
+    """The Llama 3 chat format.
+
+    A message is ``<|start_header_id|>role<|end_header_id|>``, two newlines, the content without
+    surrounding whitespace, ``<|eot_id|>``. A prompt is ``<|begin_of_text|>``, the messages, and the
+    header of the assistant's answer. From Llama 3.1 on, a tool call follows the assistant's content
+    as ``<|python_tag|>`` and its text, unchanged.
+
+    Attributes:
+        tool_call_id: id of ``<|python_tag|>``, None before Llama 3.1.
+        eom_id: id of ``<|eom_id|>``, None before Llama 3.1.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tool_call_id: int | None = tokenizer.special_tokens.get("<|python_tag|>")
+        self.eom_id: int | None = tokenizer.special_tokens.get("<|eom_id|>")
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Ids of the header that opens ``message``.
+
+        Raises:
+            ValueError: the message isn't a known role and a text, or has keys that this model
+                doesn't support.
+        """
+        self._check(message, "the message")
+        return self._header(message["role"])
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Ids of a whole message, its ``<|eot_id|>`` or ``<|eom_id|>`` included."""
+        self._check(message, "the message")
+        return self._message(message)
+
+    def encode_dialog_prompt(
+        self, dialog: Dialog, *, continue_final_message: bool = False
+    ) -> list[int]:
+        """Ids of a dialog, ready for the assistant's next message to be generated.
+
+        Args:
+            continue_final_message: leave the last message, the assistant's, open for its
+                continuation instead.
+
+        Raises:
+            ValueError: the dialog is empty, or one of its messages isn't valid.
+        """
+        check_dialog(dialog, continue_final_message)
+        ids = [self.tokenizer.bos_id]
+        for i, message in enumerate(dialog):
+            self._check(message, f"message {i}")
+            ids += self._message(message)
+        return ids[:-1] if continue_final_message else ids + self._header("assistant")
+
+    def starts_answer(self, tokens: Sequence[int]) -> bool:
+        """Whether a text starts after these ids, whose leading space is to be dropped."""
+        return False
+
+    def _check(self, message: Message, where: str) -> None:
+        check_message(message, where, tools=self.tool_call_id is not None)
+
+    def _message(self, message: Message) -> list[int]:
+        special = self.tokenizer.special_tokens
+        ids = self._header(message["role"])
+        ids += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+        if "tool_call" in message:
+            ids.append(special["<|python_tag|>"])
+            ids += self.tokenizer.encode(message["tool_call"], bos=False, eos=False)
+        return [*ids, special["<|eom_id|>" if message.get("eom") else "<|eot_id|>"]]
+
+    def _header(self, role: str) -> list[int]:
+        special = self.tokenizer.special_tokens
+        return [
+            special["<|start_header_id|>"],
+            *self.tokenizer.encode(role, bos=False, eos=False),
+            special["<|end_header_id|>"],
+            *self.tokenizer.encode("\n\n", bos=False, eos=False),
+        ]
+
+
+def check_dialog(dialog: Dialog, continue_final_message: bool) -> None:
+    if not dialog:
+        raise ValueError("the dialog is empty, expected at least one message")
+    if continue_final_message and dialog[-1].get("role") != "assistant":
+        raise ValueError(
+            f"continue_final_message is set, but message {len(dialog) - 1}, the last, has the role "
+            f"{dialog[-1].get('role')!r:.40}, expected 'assistant'"
+        )
+
+
+_TOOL_KEYS = {"tool_call": str, "eom": bool}
+
+
+def check_message(message: Message, where: str, *, tools: bool) -> None:
+    """Raise ValueError unless this is a message; ``where`` names it, as in ``message 2``.
+
+    Args:
+        tools: the model supports tool calls (Llama 3.1 and later).
+    """
+    keys = set(message) if isinstance(message, dict) else set()
+    if not {"role", "content"} <= keys or keys - {"role", "content", *_TOOL_KEYS}:
+        more = ", and optionally 'tool_call' and 'eom'" if tools else ""
+        raise ValueError(
+            f"{where} is {message!r:.200}, expected a dict of 'role' and 'content'{more}"
+        )
+    role = message["role"]
+    roles = [name for name in get_args(Role) if tools or name != "ipython"]
+    if not tools and (role == "ipython" or keys & set(_TOOL_KEYS)):
+        found = "the role 'ipython'" if role == "ipython" else f"{min(keys & set(_TOOL_KEYS))!r}"
+        raise ValueError(
+            f"{where} has {found}, which needs Llama 3.1 or later: for such a model, open the "
+            "tokenizer with llama31=True"
+        )
+    if role not in roles:
+        raise ValueError(f"{where} has the role {role!r}, expected one of {', '.join(roles)}")
+    if not isinstance(message["content"], str):
+        raise ValueError(
+            f"the content of {where} is a {type(message['content']).__name__}, expected a str"
+        )
+    for key, kind in _TOOL_KEYS.items():
+        if key not in keys:
+            continue
+        if role != "assistant":
+            raise ValueError(
+                f"{where} has {key!r} but the role {role!r}, expected it in messages of the "
+                "assistant only"
+            )
+        value = dict(message)[key]
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"the {key} of {where} is a {type(value).__name__}, expected a {kind.__name__}"
+            )
+
+
+# --- Llama 2 ------------------------------------------------------------------------------------
+
+_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+class Llama2ChatFormat:
+    """The Llama 2 chat format.
+
+    A question and its answer are ``<s>``, the text ``[INST] question [/INST] answer`` and one
+    space, ``</s>``; the last question is ``<s>`` and ``[INST] question [/INST]``. A system message
+    goes into the first question, between ``<<SYS>>`` and ``<</SYS>>``. Whitespace around questions
+    and answers is stripped.
+
+    Attributes:
+        tool_call_id, eom_id: None; Llama 2 has no tools.
+    """
+
+    tool_call_id: int | None = None
+    eom_id: int | None = None
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_dialog_prompt(
+        self, dialog: Dialog, *, continue_final_message: bool = False
+    ) -> list[int]:
+        """Ids of a dialog, ready for the assistant's next message to be generated.
+
+        Args:
+            continue_final_message: leave the last message, the assistant's, open for its
+                continuation instead.
+
+        Raises:
+            ValueError: a message isn't valid or holds a tag of this format, or the messages aren't
+                an optional system message, then user and assistant in turns, the user last.
+        """
+        check_dialog(dialog, continue_final_message)
+        for i, message in enumerate(dialog):
+            check_message(message, f"message {i}", tools=False)
+            self._refuse_tags(message["content"], i)
+        turns = _turns(dialog[:-1] if continue_final_message else dialog)
+        ids: list[int] = []
+        for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+            text = f"[INST] {question.strip()} [/INST] {answer.strip()} "
+            ids += self.tokenizer.encode(text, bos=True, eos=True)
+        text = f"[INST] {turns[-1].strip()} [/INST]"
+        if continue_final_message:
+            text += f" {dialog[-1]['content'].strip()}"
+        return ids + self.tokenizer.encode(text, bos=True, eos=False)
+
+    def _refuse_tags(self, content: str, index: int) -> None:
+        """Also checks the decoded ids: the vocabulary may normalize other characters to a tag."""
+        ids = self.tokenizer.encode(content, bos=False, eos=False)
+        for text in (content, self.tokenizer.decode(ids)):
+            for tag in _TAGS:
+                if tag in text:
+                    raise ValueError(
+                        f"the content of message {index} holds {tag}, which the Llama 2 chat "
+                        "format reserves for its structure: remove it, or ask the user to"
+                    )
+        if controls := self.tokenizer.control_ids.intersection(ids):
+            raise ValueError(
+                f"the content of message {index} is encoded to the control token {min(controls)}, "
+                "expected text only: give the tokenizer.model that belongs to the weights"
+            )
+
+    def starts_answer(self, tokens: Sequence[int]) -> bool:
+        """Whether these ids end like a dialog prompt: the answer is a new text, whose leading space
+        is to be dropped."""
+        return self.tokenizer.decode(tokens[-8:]).endswith("[/INST]")
+
+
+def _turns(dialog: Dialog) -> list[str]:
+    """Contents of user and assistant messages in turns; the first includes the system's."""
+    system = dialog[0]["content"] if dialog[0]["role"] == "system" else None
+    first = 0 if system is None else 1
+    if first == len(dialog):
+        raise ValueError(
+            "the dialog is message 0 from the system alone, expected a message of the user after it"
+        )
+    for i, message in enumerate(dialog[first:], start=first):
+        role, expected = message["role"], "assistant" if (i - first) % 2 else "user"
+        if role == "system":
+            raise ValueError(f"message {i} is from the system, expected that as message 0 only")
+        if role != expected and i == first:
+            raise ValueError(f"message {i} is from the assistant, expected the user to begin")
+        if role != expected:
+            raise ValueError(
+                f"messages {i - 1} and {i} are both from the {role}, expected user and assistant "
+                "in turns"
+            )
+    if (len(dialog) - first) % 2 == 0:
+        raise ValueError(
+            f"message {len(dialog) - 1}, the last, is from the assistant, expected the user: the "
+            "model writes the next answer"
+        )
+    turns = [message["content"] for message in dialog[first:]]
+    if system is not None:
+        turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
+    return turns
+
+
+def chat_format(tokenizer: ChatTokenizer) -> ChatFormat | Llama2ChatFormat:
+    """The chat format of the models with this tokenizer, by its special tokens."""
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return ChatFormat(tokenizer)
+    return Llama2ChatFormat(tokenizer)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: find, read, reshard, convert, verify."""

@@ -1,0 +1,200 @@
+"""Checkpoint folders: find the files and read what describes them, before any weights.
+
+A native folder holds ``consolidated.00.pth`` ... ``consolidated.{M-1:02d}.pth``, a dict of tensors
+for each of M model-parallel ranks, and ``params.json``. A Hugging Face folder (see huggingface.py)
+counts as one shard.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from llama.checkpoint import huggingface
+from llama.config import ModelArgs
+from llama.files import listed, read_json
+
+# params.json of Llama 2 has no rope_theta: 10000 is what it was trained with.
+LLAMA2_ROPE_THETA = 10000.0
+# Longest context that each generation was trained for, by its rotary embedding.
+LLAMA31_CONTEXT = 131072
+CONTEXTS = {10000.0: 4096, 500000.0: 8192}
+# Native folders don't hold the factor of scaled RoPE: 8, but 32 in Llama 3.2, known by its shapes.
+LLAMA32_SCALING = 32.0
+LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The metadata of a folder, known before any weights are read.
+
+    Attributes:
+        layout: "native", or "hf" for Hugging Face's.
+        files: the shards, or the safetensors files.
+        params: fields of ModelArgs. vocab_size is -1 or missing where the tokenizer's counts.
+        context: longest context the model was trained for, in tokens; None if not known.
+        stop_tokens: ids that end a generation, in addition to the tokenizer's own.
+        tied: the embedding is also the output layer.
+    """
+
+    folder: Path
+    layout: Literal["native", "hf"]
+    files: list[Path]
+    params: dict[str, Any]
+    context: int | None
+    stop_tokens: set[int]
+    tied: bool = False
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.files) if self.layout == "native" else 1
+
+    @property
+    def is_llama31(self) -> bool:
+        """Whether this is Llama 3.1 or later, which have scaled RoPE."""
+        return self.params.get("use_scaled_rope") is True
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's file. Llama 2's is in the parent folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        names = ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
+        candidates = [self.folder / name for name in names]
+        if self.layout == "native":
+            candidates.append(self.folder.resolve().parent / "tokenizer.model")
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise FileNotFoundError(
+            f"no tokenizer in {str(self.folder)!r} ({', '.join(names)}): give tokenizer_path, the "
+            "tokenizer.model file that was downloaded with the weights"
+        )
+
+    def args(
+        self,
+        n_words: int,
+        max_seq_len: int,
+        max_batch_size: int,
+        rope_scaling_factor: float | None = None,
+    ) -> ModelArgs:
+        """ModelArgs for a tokenizer of ``n_words`` and a cache of this size.
+
+        Raises:
+            ValueError: a value is impossible, the tokenizer belongs to another model, or
+                ``max_seq_len`` exceeds the context.
+        """
+        params = dict(self.params)
+        if params.get("vocab_size", -1) == -1:
+            params["vocab_size"] = n_words
+        if rope_scaling_factor is not None:
+            if not self.is_llama31:
+                raise ValueError(
+                    f"rope_scaling_factor is {rope_scaling_factor}, but {str(self.folder)!r} isn't "
+                    "a model with scaled RoPE (Llama 3.1 or later): leave it out"
+                )
+            params["rope_scaling_factor"] = rope_scaling_factor
+        try:
+            args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        except ValueError as error:
+            raise ValueError(f"{str(self.folder)!r} or an argument of build: {error}") from None
+        if args.vocab_size != n_words:
+            raise ValueError(wrong_tokenizer(self.folder, args.vocab_size, n_words))
+        if self.context is not None and max_seq_len > self.context:
+            raise ValueError(
+                f"max_seq_len is {max_seq_len}, but this model was trained for at most "
+                f"{self.context} tokens"
+            )
+        return args
+
+
+def find_checkpoint(folder: str) -> Checkpoint:
+    """Read the metadata of a folder.
+
+    Raises:
+        FileNotFoundError: the folder, or a file in it, is missing.
+        ValueError: params.json or config.json can't be read or describes another kind of model.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint folder at {folder!r}: give ckpt_dir, the folder that holds the weights "
+            "(consolidated.00.pth and params.json, or config.json and safetensors files)"
+        )
+    if files := sorted(path.glob("consolidated.*.pth")):
+        _check_shard_names(folder, files)
+        params = _read_params(path / "params.json")
+        return Checkpoint(path, "native", files, params, _native_context(params), set())
+    if files := huggingface.weight_files(path):
+        config = huggingface.read_config(path / "config.json")
+        stops = huggingface.stop_tokens(path)
+        return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
+    present = sorted(p.name for p in path.iterdir())
+    raise FileNotFoundError(
+        f"{folder!r} holds no consolidated.00.pth, and no config.json with safetensors files, but "
+        f"{listed(present) or 'nothing'}: {_what_is_missing(path, present)}"
+    )
+
+
+def _what_is_missing(folder: Path, present: list[str]) -> str:
+    endings = {name.rpartition(".")[2] for name in present}
+    if "original" in present:
+        return f"Meta's files are in {str(folder / 'original')!r}"
+    if "config.json" in present and endings & {"bin", "pt", "h5", "msgpack"}:
+        return "these are older Hugging Face weights: download the safetensors files"
+    if "config.json" in present:
+        return "download the weights too (model*.safetensors)"
+    if "safetensors" in endings:
+        return "download Hugging Face's config.json too"
+    if "gguf" in endings:
+        return "llama.cpp's GGUF is not supported: download Meta's or Hugging Face's files"
+    inner = [name for name in present if (folder / name / "params.json").is_file()]
+    if inner:
+        return f"give one of the folders in it, {listed(inner)}"
+    return "expected a folder in Meta's native or in Hugging Face's layout"
+
+
+def _check_shard_names(folder: str, shards: list[Path]) -> None:
+    names = [shard.name for shard in shards]
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(shards))]
+    if names != expected:
+        missing = sorted(set(expected) - set(names))
+        raise FileNotFoundError(
+            f"{folder!r} holds {listed(names)}, but not {listed(missing)}: download it again"
+        )
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    known = ModelArgs.__dataclass_fields__.keys() - {"max_seq_len", "max_batch_size"}
+    if "quantization_args" in found:
+        raise ValueError(
+            f"{str(path)!r} describes quantized weights (quantization_args), which are not "
+            "supported: download the bfloat16 version"
+        )
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(
+            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    params = {"rope_theta": LLAMA2_ROPE_THETA} | found
+    is_llama32 = (params.get("dim"), params.get("n_layers")) in LLAMA32_SHAPES
+    if params.get("use_scaled_rope") is True and is_llama32:
+        params = {"rope_scaling_factor": LLAMA32_SCALING} | params
+    return params
+
+
+def _native_context(params: Mapping[str, Any]) -> int | None:
+    if params.get("use_scaled_rope") is True:
+        return LLAMA31_CONTEXT
+    theta = params["rope_theta"]
+    return CONTEXTS.get(theta) if isinstance(theta, int | float) else None
+
+
+def wrong_tokenizer(folder: Path, n_weights: int, n_words: int) -> str:
+    return (
+        f"{str(folder)!r} was trained on {n_weights} tokens, but the tokenizer has {n_words}: "
+        "give the tokenizer.model that was downloaded with these weights"
+    )

@@ -1,0 +1,292 @@
+"""Read the weights that one rank needs from a checkpoint's files.
+
+Rank and number of ranks are arguments, so nothing here needs a process group. Files aren't trusted:
+only tensors are unpickled, and every key, shape and dtype is checked.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama.checkpoint import huggingface, pth_safety
+from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
+from llama.checkpoint.sharding import (
+    ShardSpec,
+    Slices,
+    copies,
+    local_slices,
+    n_bytes,
+    narrow,
+    shard_specs,
+)
+from llama.config import ModelArgs
+from llama.files import check_regular, listed, summary, what_to_do
+from llama.pages import release_pages
+
+# In Llama 2's files, but not parameters: RoPE's frequencies follow from params.json.
+IGNORED_KEYS = {"rope.freqs"}
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHUNK_BYTES = 16 * 2**20
+
+
+class Weights:
+    """The mapped tensors of a checkpoint; a shard is opened and checked when it is first needed.
+
+    Raises:
+        ValueError: here or at a read: a file can't be read, or doesn't hold exactly what ``args``
+            describe; the message names the file.
+    """
+
+    def __init__(self, ckpt: Checkpoint, args: ModelArgs) -> None:
+        if ckpt.n_shards not in args.valid_tp_sizes:
+            raise ValueError(
+                f"{str(ckpt.folder)!r} holds {ckpt.n_shards} shards, but the model in params.json "
+                f"has {', '.join(map(str, args.valid_tp_sizes))}: files of another model?"
+            )
+        self.ckpt = ckpt
+        self.args = args
+        self.specs = shard_specs(args)
+        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._users: Counter[int] = Counter()
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._stored_specs: dict[str, ShardSpec] | None = None
+
+    def _map(self, i: int) -> tuple[str, dict[str, Any]]:
+        """A shard's name and its content, unchecked."""
+        ckpt = self.ckpt
+        if ckpt.layout == "hf":
+            tensors: dict[str, Any] = huggingface.open_tensors(ckpt.files)
+            if ckpt.tied and "tok_embeddings.weight" in tensors:
+                tensors["output.weight"] = tensors["tok_embeddings.weight"]
+            name = str(ckpt.folder)
+        else:
+            tensors, name = _open(ckpt.files[i]), str(ckpt.files[i])
+        if self._stored_specs is None:
+            self._stored_specs = self._specs_of(tensors)
+        return name, tensors
+
+    def faults(self, i: int) -> list[str]:
+        """All faults of a shard, or that it can't be read."""
+        try:
+            return list(self._faults(*self._map(i), i))
+        except (OSError, ValueError) as error:
+            return [str(error)]
+
+    def shard(self, i: int) -> dict[str, Tensor]:
+        """The tensors of one shard, checked."""
+        if i not in self._shards:
+            name, tensors = self._map(i)
+            if faults := list(self._faults(name, tensors, i)):
+                more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+                raise ValueError("; ".join(faults[:10]) + more)
+            self._shards[i] = {key: tensors[key] for key in self.specs}
+            distinct = {id(tensor): tensor for tensor in self._shards[i].values()}.values()
+            self._users.update(tensor.untyped_storage().data_ptr() for tensor in distinct)
+        return self._shards[i]
+
+    def check_same_model(self) -> None:
+        """Raise ValueError if the norms of two opened shards differ: they belong to different
+        models of the same shape."""
+        for i in sorted(self._shards.keys() - {0}):
+            for key, spec in self.specs.items():
+                if spec.axis is None and not torch.equal(self.shard(i)[key], self.shard(0)[key]):
+                    first, other = self.ckpt.files[0].name, self.ckpt.files[i].name
+                    raise ValueError(
+                        f"{first} and {other} in {str(self.ckpt.folder)!r} are shards of two "
+                        f"models ({key} differs): download them again"
+                    )
+
+    def pieces(self, key: str, n_ranks: int, rank: int) -> list[tuple[Tensor, Slices]]:
+        """The pieces of a rank's part of a tensor: views of mapped tensors, and their places."""
+        self.shard(rank * self.ckpt.n_shards // n_ranks)
+        assert self._stored_specs is not None
+        pieces = copies(self._stored_specs[key], self.ckpt.n_shards, self.specs[key], n_ranks, rank)
+        return [(narrow(self.shard(c.shard)[key], c.source), c.target) for c in pieces]
+
+    def place(self, key: str, n_ranks: int, rank: int) -> tuple[object, ...]:
+        """Identity of the stored data of a rank's part: equal for two keys of one tensor."""
+        pieces = self.pieces(key, n_ranks, rank)
+        views = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
+        return (*views, self.is_rotated(key))
+
+    def read(
+        self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """A rank's part of a tensor: mapped if it needs no change, else a copy, made chunk by chunk
+        while the mapped pages are released, so that memory holds the result only."""
+        pieces = self.pieces(key, n_ranks, rank)
+        head_dim = self.args.head_dim if self.is_rotated(key) else None
+        first = pieces[0][0]
+        as_it_is = first.dtype == dtype and device.type == "cpu" and head_dim is None
+        if len(pieces) == 1 and as_it_is and first.is_contiguous():
+            return first
+        part = local_slices(self.specs[key], n_ranks, rank)
+        result = torch.empty([b - a for a, b in part], dtype=dtype, device=device)
+        for source, where in pieces:
+            target = narrow(result, where)
+            if head_dim is not None:
+                target = target.unflatten(0, (-1, head_dim // 2, 2))
+                source = huggingface.halves_as_pairs(source, head_dim)
+            for start, stop in chunks(source):
+                target[start:stop].copy_(source[start:stop])
+                self.release(source[start:stop])
+        return result
+
+    def is_rotated(self, key: str) -> bool:
+        """Whether the rows of a tensor are stored in Hugging Face's order."""
+        return self.ckpt.layout == "hf" and huggingface.is_rotated(key)
+
+    def release(self, source: Tensor) -> None:
+        """Release the pages of a mapped piece, unless another tensor shares its storage."""
+        if self._users[source.untyped_storage().data_ptr()] == 1:
+            release_pages(source)
+
+    def _specs_of(self, tensors: Mapping[str, Any]) -> dict[str, ShardSpec]:
+        """How the files are split: the embedding on axis 1 by Llama 2, on axis 0 by Llama 3."""
+        key = "tok_embeddings.weight"
+        stored = dict(self.specs)
+        tensor = tensors.get(key)
+        by_columns = ShardSpec(self.specs[key].sizes, axis=1)
+        columns = tuple(b - a for a, b in local_slices(by_columns, self.ckpt.n_shards, 0))
+        if self.ckpt.n_shards > 1 and isinstance(tensor, Tensor) and tensor.shape == columns:
+            stored[key] = by_columns
+        return stored
+
+    def _faults(self, name: str, tensors: Mapping[str, Any], shard: int) -> Iterator[str]:
+        """All faults of a shard."""
+        assert self._stored_specs is not None
+        wanted = self._stored_specs
+        if missing := wanted.keys() - tensors.keys():
+            keys = listed(sorted(missing))
+            yield f"{name!r} lacks {keys}: is {self._config_name} of another model?"
+        if unknown := tensors.keys() - wanted.keys() - IGNORED_KEYS:
+            keys = listed(sorted(unknown, key=str))
+            what = f"{name!r} has the unknown key(s) {keys}"
+            yield f"{what}: is {self._config_name} of another model?"
+        output = tensors.get("output.weight")
+        if isinstance(output, Tensor) and output.shape[1:] == (self.args.dim,):
+            n_weights = len(output) * self.ckpt.n_shards
+            if n_weights != self.args.vocab_size:
+                yield wrong_tokenizer(self.ckpt.folder, n_weights, self.args.vocab_size)
+                return
+        for key, spec in wanted.items():
+            if key not in tensors:
+                continue
+            tensor = tensors[key]
+            if not _is_plain(tensor):
+                yield f"{key} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
+                continue
+            if (other := self._dtypes.setdefault(key, tensor.dtype)) != tensor.dtype:
+                yield f"{key} in {name!r} is {tensor.dtype}, but {other} in another shard"
+            if tensor.dtype not in FLOAT_DTYPES:
+                yield (
+                    f"{key} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 or "
+                    "float64: quantized checkpoints are not supported"
+                )
+            shape = tuple(b - a for a, b in local_slices(spec, self.ckpt.n_shards, shard))
+            if tensor.shape != shape:
+                yield (
+                    f"{key} in {name!r} has the shape {tuple(tensor.shape)}, expected {shape}: "
+                    f"is {self._config_name} of another model?"
+                )
+
+    @property
+    def _config_name(self) -> str:
+        return "params.json" if self.ckpt.layout == "native" else "config.json"
+
+
+def load(
+    ckpt: Checkpoint,
+    args: ModelArgs,
+    n_ranks: int,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """One rank's tensors by key, with ``dtype`` and on ``device``.
+
+    A tensor that is stored once for two keys (Llama 3.2's embedding is its output layer) is loaded
+    once.
+
+    Args:
+        progress: show a bar on stderr if it takes more than a second.
+
+    Raises:
+        ValueError: the files can't be read or don't hold exactly this; the message says where.
+    """
+    weights = Weights(ckpt, args)
+    loaded: dict[str, Tensor] = {}
+    same: dict[Any, str] = {}  # key by identity of the stored data
+    with tqdm(
+        total=sum(n_bytes(spec, n_ranks, dtype) for spec in weights.specs.values()),
+        desc=f"Loading {ckpt.folder.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not progress,
+    ) as bar:
+        for key, spec in weights.specs.items():
+            twin = same.setdefault(weights.place(key, n_ranks, rank), key)
+            loaded[key] = (
+                weights.read(key, n_ranks, rank, dtype, device) if twin == key else loaded[twin]
+            )
+            bar.update(n_bytes(spec, n_ranks, dtype))
+    weights.check_same_model()
+    return loaded
+
+
+def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Split the first axis into chunks that span about 16 MiB of the file."""
+    step = max(1, _CHUNK_BYTES // max(1, tensor.stride(0) * tensor.element_size()))
+    for start in range(0, len(tensor), step):
+        yield start, min(start + step, len(tensor))
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is dense, and as large in memory as its shape."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_neg()
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
+
+
+def _open(path: Path) -> dict[str, Any]:
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            byte_order = pth_safety.check(file)
+            # by its descriptor: the path may name another file by now
+            opened = f"/dev/fd/{file.fileno()}"
+            tensors = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except pth_safety.UnsafeFileError as error:
+        raise ValueError(
+            f"{str(path)!r} was not loaded: {error}; expected a dict of dense tensors. Compare it "
+            "with checklist.chk, and ask where it came from"
+        ) from None
+    except MemoryError as error:
+        raise MemoryError(f"{str(path)!r} asks for more memory than there is") from error
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise ValueError(
+            f"{str(path)!r} can't be read as a checkpoint ({summary(error)}): {what_to_do(path)}"
+        ) from error
+    if byte_order != sys.byteorder:  # torch would have swapped bytes in pages that we release
+        raise ValueError(
+            f"{str(path)!r} is {byte_order!r:.20}-endian and this machine {sys.byteorder!r}: save "
+            "it again on a machine like this one"
+        )
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
+    return tensors

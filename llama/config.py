@@ -1,0 +1,123 @@
+"""ModelArgs: the shape of a model, by the names of params.json, and the size of its cache."""
+
+import dataclasses
+
+# Llama 3.1's scaling of RoPE; only the factor differs between models.
+ORIGINAL_CONTEXT = 8192
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
+
+
+@dataclasses.dataclass
+class ModelArgs:
+    """Shape of a model, by the names of params.json, and the size of its key/value cache.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names the field.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: as many as the tokenizer has
+    multiple_of: int = 256  # the width of the feed-forward layer is rounded up to a multiple
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float = 8.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name == "use_scaled_rope":
+                valid, expected = isinstance(value, bool), "true or false"
+            elif field.type in (int, int | None):
+                limit = 2**12 if field.name == "n_layers" else 2**24
+                valid = type(value) is int and 0 < value < limit
+                expected = f"a positive integer below {limit}"
+                if field.name == "vocab_size":
+                    valid, expected = valid or value == -1, f"{expected}, or -1"
+            else:
+                valid = type(value) in (int, float) and 0 < value < 1e12
+                expected = "a positive number below 1e12"
+            if not valid:
+                raise ValueError(f"{field.name} is {value!r:.40}, expected {expected}")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(
+                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
+                "2 * n_heads: each head is dim / n_heads wide, and RoPE rotates pairs of elements"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads is {self.n_kv_heads}, expected a divisor of n_heads ({self.n_heads})"
+            )
+        if self.ffn_hidden_dim >= 2**24:
+            raise ValueError(
+                f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, which makes the feed-forward "
+                f"layer {self.ffn_hidden_dim} wide, expected less than {2**24}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_hidden_dim(self) -> int:
+        """Two thirds of 4 dim (SwiGLU has three matrices, not two), scaled and rounded up."""
+        hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+    @property
+    def valid_tp_sizes(self) -> list[int]:
+        """Numbers of ranks the model can be split over: divisors of its query heads, feed-forward
+        width and vocabulary that divide the key/value heads or are a multiple of them."""
+
+        def is_valid(n: int) -> bool:
+            widths = (self.n_heads, self.ffn_hidden_dim, self.vocab_size)
+            kv_heads = max(n, self.kv_heads) % min(n, self.kv_heads)
+            return kv_heads == 0 and not any(width % n for width in widths)
+
+        return [n for n in range(1, min(self.n_heads, 1024) + 1) if is_valid(n)]
+
+    def n_local_kv_heads(self, tp_size: int) -> int:
+        """Key/value heads per rank: with more ranks than heads, each head is repeated."""
+        return max(1, self.kv_heads // tp_size)
+
+    def check_tp_size(
+        self, tp_size: int, what: str = "the model", remedy: str = "", parts: str = "ranks"
+    ) -> None:
+        """Raise ValueError if the model can't be split over ``tp_size`` ranks.
+
+        Args:
+            what, remedy, parts: the subject of the message, its end, and what there would be
+                ``tp_size`` of.
+        """
+        if self.vocab_size == -1:
+            raise ValueError("vocab_size is -1, expected the tokenizer's n_words")
+        if tp_size not in self.valid_tp_sizes:
+            possible = ", ".join(map(str, self.valid_tp_sizes))
+            raise ValueError(
+                f"{what} can't be split over {tp_size} {parts} (possible: {possible}){remedy}"
+            )
+
+    def check_fits(self, n_rows: int, n_tokens: int, start_pos: int) -> None:
+        """Raise ValueError if these tokens don't fit into the cache."""
+        if not 0 < n_rows <= self.max_batch_size or n_tokens == 0:
+            raise ValueError(
+                f"tokens have the shape {(n_rows, n_tokens)}, expected 1 to {self.max_batch_size} "
+                "(max_batch_size) rows of at least one token"
+            )
+        if not 0 <= start_pos <= self.max_seq_len - n_tokens:
+            raise ValueError(
+                f"{n_tokens} tokens at start_pos {start_pos} are outside the positions 0 to "
+                f"{self.max_seq_len - 1} (max_seq_len {self.max_seq_len})"
+            )

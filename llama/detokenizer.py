@@ -1,0 +1,61 @@
+"""Generated tokens to text, piece by piece, up to a stop string."""
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class TokenDecoder(Protocol):
+    """What a ``Detokenizer`` needs of a tokenizer."""
+
+    drops_first_space: bool
+
+    def decode(self, t: Sequence[int]) -> str: ...
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes: ...
+
+
+class Detokenizer:
+    """The text of one sequence. Pieces end where a character ends, and hold back what may be the
+    start of a stop string.
+
+    At the start of a text, the space that SentencePiece adds before the first word is dropped; a
+    continuation keeps it, so that prompt and continuation join to the text.
+
+    Attributes:
+        stop: strings that end the text, which is cut before them.
+        stopped: whether one was found.
+    """
+
+    def __init__(self, tokenizer: TokenDecoder, *, starts_text: bool) -> None:
+        self._tokenizer = tokenizer
+        self._drop_space = starts_text and tokenizer.drops_first_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # may be the start of a stop string
+        self.stop: Sequence[str] = ()
+        self.stopped = False
+
+    def add(self, token: int | None, *, final: bool = False) -> str:
+        """The text that becomes known with the next token, if there is one.
+
+        Args:
+            final: the sequence ends here: incomplete characters become U+FFFD.
+        """
+        data = b"" if token is None else self._tokenizer.decode_bytes([token])
+        if data and self._drop_space:
+            self._drop_space = False
+            dropped = data.removeprefix(b" ")
+            assert token is not None
+            if self._tokenizer.decode([token]) == dropped.decode(errors="replace"):
+                data = dropped  # else the space is the token's own, as in " \u2047 "
+        text = self._held + self._utf8.decode(data, final=final)
+        found = [at for at in map(text.find, self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        n_held = 0
+        if not final:
+            starts = (s[:n] for s in self.stop for n in range(1, len(s)))
+            n_held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]

@@ -1,0 +1,111 @@
+"""Devices and dtypes by name, and their defaults."""
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from llama.accel.cpu import cpu_computes_bfloat16
+from llama.distributed import groups
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device for ``build``; default CUDA where available, else MPS, else the CPU.
+
+    Raises:
+        ValueError: the device isn't available, or isn't this rank's.
+    """
+    no_nccl = groups.n_processes() > 1 and not dist.is_nccl_available()
+    if device is None:
+        if torch.cuda.is_available() and no_nccl:
+            warnings.warn(
+                "this build of torch has no NCCL, which CUDA devices need to communicate: the "
+                f"{groups.n_processes()} processes run on the CPU",
+                stacklevel=3,
+            )
+            device = "cpu"
+        elif torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available() and groups.n_processes() == 1:
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected 'cuda', 'mps' or 'cpu'") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(resolved.type, False):
+        usable = " or ".join(repr(name) for name, there in available.items() if there)
+        why = ""
+        if resolved.type == "cuda":
+            why = f" (torch {torch.__version__} finds no CUDA driver or device)"
+            if torch.version.cuda is None:
+                why = (
+                    f" (torch {torch.__version__} is built without CUDA: install another build, "
+                    "see https://pytorch.org/get-started)"
+                )
+        raise ValueError(f"device is {str(device)!r}, but this machine has {usable}{why}")
+    if resolved.type != "cuda":
+        return resolved
+    if no_nccl:
+        raise ValueError(
+            f"device is {str(device)!r}, but this build of torch has no NCCL, which the "
+            f"{groups.n_processes()} processes need to communicate: give device='cpu'"
+        )
+    return _cuda_device(resolved)
+
+
+def _cuda_device(device: torch.device) -> torch.device:
+    """This process's CUDA device: under torchrun, LOCAL_RANK's."""
+    n_devices = torch.cuda.device_count()
+    if device.index is not None and device.index >= n_devices:
+        raise ValueError(f"device is {str(device)!r}, but this machine has {n_devices} of them")
+    if not dist.is_torchelastic_launched():
+        return device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.index not in (None, local_rank):
+        raise ValueError(
+            f"device is {str(device)!r}, but under torchrun this rank's is cuda:{local_rank}: "
+            "give device='cuda'"
+        )
+    if local_rank >= n_devices:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limited = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+        raise ValueError(
+            f"torchrun started {groups.n_local_processes()} processes on this machine, which has "
+            f"{n_devices} CUDA devices{limited}: give --nproc_per_node {n_devices}, or device='cpu'"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The dtype of weights with this name.
+
+    Raises:
+        ValueError: it isn't one.
+    """
+    choices = {
+        str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    parsed = choices.get(str(name).removeprefix("torch."))
+    if parsed is None:
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(choices)}")
+    return parsed
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 if the device computes in it, else its fast dtype."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32

@@ -1,0 +1,1 @@
+"""Tensor parallelism under torchrun: groups, layers, collective calls, and the watchdog."""

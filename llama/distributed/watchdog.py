@@ -1,0 +1,316 @@
+"""Fail-fast watchdog: if one rank dies or hangs, all ranks exit and exactly one reports why.
+
+A collective call never returns once a rank is gone. So each process has a thread that writes a
+heartbeat to torchrun's store twice a second and reads those of the others:
+
+- A rank is killed: torchrun sends SIGTERM to the others, or their connections to it break.
+- A rank fails: with an uncaught exception, or in a collective call, where the others wait for it.
+- A rank is stopped, hangs or can't be reached: its heartbeat stops.
+- The ranks' programs differ: one has begun its next call, another is still in the last one.
+- torchrun itself is gone, and its store with it.
+
+Whoever notices first writes the reason to the store and prints it. A process that computes, loads
+or waits for its user keeps sending heartbeats, however long that takes.
+"""
+
+import contextlib
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from llama.files import summary
+
+_INTERVAL = 0.5  # seconds between two heartbeats
+# With less, healthy ranks of a busy machine, which delays some heartbeats, would be ended.
+MIN_TIMEOUT = 4 * _INTERVAL
+# Last heartbeats: of a process that exits by itself, and of one that got SIGTERM.
+_LEFT = "left"
+_TERMINATED = "terminated"
+# Seconds to look for the reason of a broken connection, which breaks before the process has ended.
+_PATIENCE = 2.0
+
+
+class RankError(RuntimeError):
+    """Another rank has failed or is gone; the message says which, and why."""
+
+
+class Watchdog:
+    """One process's view of the others. Needs torchrun's environment variables.
+
+    Attributes:
+        timeout: seconds without a heartbeat after which a rank counts as lost.
+        has_reported: whether this rank has printed why all ranks exit.
+    """
+
+    def __init__(self, rank: int, n_ranks: int) -> None:
+        self.timeout = math.inf
+        self._rank = rank
+        # a connection of its own: on the process group's, it would queue behind blocking calls
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False)
+        self._store = PrefixStore(f"llama/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        self._keys = [f"heartbeat/{r}" for r in range(n_ranks)]
+        self._n_beats = 0
+        self._n_calls, self._in_call = 0, False
+        self._has_left = self.has_reported = False
+        self._report_lock = threading.RLock()  # held until a report is printed: no exit before
+        self._seen = [""] * n_ranks
+        self._missed = [0] * n_ranks  # checks of a rank without a new heartbeat
+        self._ahead = [0] * n_ranks  # checks of a rank that was a call ahead of this one
+        self._beat()
+        self._store.set(f"process/{rank}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
+        processes = [self._store.get(f"process/{r}").decode().split() for r in range(n_ranks)]
+        self._launchers = [int(launcher) for launcher, _ in processes]
+        self._pids = [int(pid) for _, pid in processes]
+        self._forking = threading.local()  # the signal mask of a thread that forks
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
+        self._handle_sigterm()
+        self._previous_hook = sys.excepthook
+        sys.excepthook = self._uncaught
+        self._thread = threading.Thread(target=self._run, name="llama watchdog", daemon=True)
+        self._thread.start()
+
+    # --- For the main thread --------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """A call that all ranks make together."""
+        self._n_calls, self._in_call = self._n_calls + 1, True
+        try:
+            yield
+        finally:
+            self._in_call = False
+
+    @contextlib.contextmanager
+    def fail_fast(self) -> Iterator[None]:
+        """A part of a call in which ranks wait for each other: if it fails on one, all exit.
+
+        Raises:
+            RankError: the body has raised because another rank is gone.
+        """
+        try:
+            yield
+        except (FloatingPointError, ValueError):
+            raise  # every rank finds this in the same tensors
+        except Exception as error:
+            if isinstance(error, RuntimeError) and (reason := self.find_lost_rank()):
+                raise RankError(reason) from error
+            self._report(f"rank {self._rank} failed ({summary(error)})")
+            raise
+
+    def find_lost_rank(self) -> str | None:
+        """Why another rank can't be reached; None if none is known to be gone."""
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                if reason := self._reported() or self._killed() or self._ended(_LEFT):
+                    return reason
+            except RuntimeError:  # the store is gone
+                return "torchrun is gone"
+            time.sleep(0.05)
+        return self._ended(_TERMINATED)
+
+    def stop(self) -> None:
+        """The process exits. The others may go on without it, unless they wait for it."""
+        with self._report_lock:
+            self._has_left = True
+            with contextlib.suppress(RuntimeError):
+                self._store.set(self._keys[self._rank], _LEFT)
+        os.write(self._wake_writer, b"\0")
+        self._thread.join()
+
+    def before_fork(self) -> None:
+        """Block SIGTERM until the child has called ``detach_child``."""
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def after_fork(self) -> None:
+        if hasattr(self._forking, "mask"):  # else the watchdog started while another thread forked
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
+    def detach_child(self) -> None:
+        """In a forked process: remove the rank's signal handler, pipe and excepthook. Otherwise a
+        SIGTERM to the child would reach the rank through the shared pipe and end all ranks."""
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            descriptor = signal.set_wakeup_fd(-1)
+            if descriptor not in (-1, self._wake_writer):  # an event loop's
+                signal.set_wakeup_fd(descriptor)
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._previous_hook
+        self.after_fork()
+
+    # --- Failures -------------------------------------------------------------------------------
+
+    def _reported(self) -> str | None:
+        """The reason that a rank has reported."""
+        if not self._store.check(["report"]):
+            return None
+        return self._store.get("report").decode()
+
+    def _killed(self) -> str | None:
+        """A rank on this machine whose process is gone without having said so."""
+        for rank, beat in enumerate(self._heartbeats()):
+            if beat not in (_LEFT, _TERMINATED) and self._state(rank) in ("Z", "X"):
+                return (
+                    f"rank {rank} (process {self._pids[rank]}) was killed or has crashed; "
+                    "torchrun's report has the signal (SIGKILL often means that the machine ran "
+                    "out of memory)"
+                )
+        return None
+
+    def _state(self, rank: int) -> str | None:
+        """State of a rank's process; None on another machine."""
+        here = self._launchers[rank] == self._launchers[self._rank]
+        return _state(self._pids[rank]) if here else None
+
+    def _ended(self, how: str) -> str | None:
+        gone = [rank for rank, beat in enumerate(self._heartbeats()) if beat == how]
+        if not gone:
+            return None
+        return (
+            f"rank {gone[0]} has ended, and rank {self._rank} still waits for it: every rank must "
+            "make the same calls"
+        )
+
+    def _report(self, reason: str) -> None:
+        """Print why all ranks exit, unless another rank has."""
+        with self._report_lock:
+            try:
+                first = self._store.add("n_reports", 1) == 1
+                if first:
+                    self._store.set("report", reason)
+            except RuntimeError:  # no store, so the ranks can't agree on who reports
+                first = os.environ["LOCAL_RANK"] == "0"
+            if first and not self.has_reported:
+                self.has_reported = True
+                sys.stderr.write(f"llama: {reason}; all ranks exit\n")  # one write, one line
+                sys.stderr.flush()
+
+    def _report_and_exit(self, reason: str) -> NoReturn:
+        self._report(reason)
+        self._exit(1)
+
+    def _exit(self, code: int) -> NoReturn:
+        with self._report_lock:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(code)  # the main thread may be blocked where no exception reaches it
+
+    def _uncaught(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """sys.excepthook: one rank shows the traceback of a failure that all ranks share."""
+        is_ours = isinstance(error, RankError)
+        if isinstance(error, RuntimeError) and not is_ours and (reason := self.find_lost_rank()):
+            error = RankError(reason)
+        with self._report_lock:
+            if isinstance(error, RankError):
+                self._report(str(error))
+            elif isinstance(error, KeyboardInterrupt):
+                self._report("interrupted")
+            else:
+                self._report(f"rank {self._rank} failed ({summary(error)})")
+                if self.has_reported or summary(error) not in (self._reported() or ""):
+                    self._previous_hook(kind, error, trace)
+
+    # --- The thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._wake_reader], [], [], _INTERVAL)
+            terminated = ready and signal.SIGTERM in os.read(self._wake_reader, 4096)
+            # the user's program may have installed its own handler since
+            if terminated and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+                self._terminated()
+            if self._has_left:
+                return
+            self._check()
+
+    def _check(self) -> None:
+        try:
+            self._beat()
+            beats = self._heartbeats()
+            reported = self._store.check(["report"])
+        except RuntimeError:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                return  # the first rank hosted the store, and may exit before the others
+            self._report_and_exit("torchrun is gone")
+        if reported and not self.has_reported:
+            self._exit(1)
+        for rank, beat in enumerate(beats):
+            if rank == self._rank or beat in (_LEFT, _TERMINATED):
+                continue
+            self._missed[rank] = self._missed[rank] + 1 if beat == self._seen[rank] else 0
+            self._seen[rank] = beat
+            if self._missed[rank] * _INTERVAL >= self.timeout:
+                self._report_lost(rank)
+            is_ahead = self._in_call and int(beat.split()[1]) > self._n_calls
+            self._ahead[rank] = self._ahead[rank] + 1 if is_ahead else 0
+            if self._ahead[rank] * _INTERVAL >= self.timeout:
+                self._report_and_exit(
+                    f"rank {rank} has begun its call {beat.split()[1]}, but rank "
+                    f"{self._rank} is still in call {self._n_calls}: every rank must make the same "
+                    "calls, and take all of a stream"
+                )
+
+    def _beat(self) -> None:
+        self._n_beats += 1
+        self._store.set(self._keys[self._rank], f"{self._n_beats} {self._n_calls}")
+
+    def _heartbeats(self) -> list[str]:
+        return [beat.decode() for beat in self._store.multi_get(self._keys)]
+
+    def _report_lost(self, rank: int) -> NoReturn:
+        pid = self._pids[rank]
+        stopped = self._state(rank) == "T"
+        why = "it is stopped (SIGSTOP)" if stopped else "it hangs, or its machine can't be reached"
+        self._report(f"rank {rank} (process {pid}) sent no heartbeat for {self.timeout:g} s: {why}")
+        if stopped:
+            os.kill(pid, signal.SIGKILL)  # the only signal that ends a stopped process
+        self._exit(1)
+
+    def _handle_sigterm(self) -> None:
+        """Let SIGTERM, which torchrun sends to the remaining ranks, wake the thread: the main
+        thread may be blocked where Python runs no handlers. A handler of the user's is kept."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            return
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        other = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        if other != -1:  # an event loop's
+            signal.set_wakeup_fd(other)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        os.write(self._wake_writer, bytes([number]))
+
+    def _terminated(self) -> NoReturn:
+        with contextlib.suppress(RuntimeError):
+            self._store.set(self._keys[self._rank], _TERMINATED)
+            if reason := self._killed():
+                self._report(reason)
+        self._exit(128 + signal.SIGTERM)
+
+
+def _state(pid: int) -> str:
+    """State of a process in Linux's letters: Z or X if it has ended, T if it is stopped."""
+    try:
+        os.kill(pid, 0)
+        if sys.platform != "linux":
+            return "R"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0] if fields else "X"  # an exiting process reads as empty
+    except (ProcessLookupError, FileNotFoundError):
+        return "X"

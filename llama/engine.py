@@ -1,0 +1,383 @@
+"""The engine: requests join, are prefilled, decode and leave, and share the slots of the cache.
+
+- A request takes a free slot. Requests that decode are in slots 0, 1, ..., so that a decoding pass
+  reads the cache without gathering; a slot is swapped into place when its request starts or leaves.
+- A slot keeps its tokens' keys and values when its request has left. A new request reuses the
+  longest prefix that any slot holds (prefix caching), and prefills the rest, at least its last
+  token.
+- A prefill pass has at most ``max_prefill_tokens`` tokens: longer prompts are prefilled in chunks,
+  between which the other requests decode.
+- Requests that are added together (a ``Group``) start decoding together and draw from one
+  generator, like the rows of a batch of the published sampler.
+
+``step`` runs at most one prefill pass and one decoding pass. With several ranks, all of them make
+the same calls in the same order.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llama.cache import Decode, Prefill
+from llama.chat import ChatFormat, Llama2ChatFormat
+from llama.detokenizer import Detokenizer
+from llama.distributed.collectives import fail_fast
+from llama.model import Transformer
+from llama.request import Group, Request, TokenEvent
+from llama.sampling import SamplingParams
+from llama.slots import Slots
+from llama.tokenizer import Tokenizer
+from llama.vocab.sentencepiece import SentencePieceTokenizer
+
+MAX_PREFILL_TOKENS = 2048
+# Float32 logits of one pass that scores a prompt: 128 MiB.
+SCORING_LOGITS = 2**25
+
+SampleFunction = Callable[[Tensor, float, float, torch.Generator | None], Tensor]
+
+
+class Engine:
+    """Runs requests on one model.
+
+    Args:
+        sample: from logits [B, V], temperature, top_p and a generator to tokens [B].
+        max_prefill_tokens: bound of a prefill pass, and with it of the memory for activations.
+        prefix_caching: reuse keys and values of common prefixes. Results are equal to rounding.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | SentencePieceTokenizer,
+        formatter: ChatFormat | Llama2ChatFormat,
+        sample: SampleFunction,
+        *,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+        prefix_caching: bool = True,
+    ) -> None:
+        if max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens is {max_prefill_tokens}, expected 1 or more")
+        self.model, self.tokenizer, self.formatter = model, tokenizer, formatter
+        self.sample = sample
+        self.max_prefill_tokens = max_prefill_tokens
+        self.slots = Slots(model, prefix_caching=prefix_caching)
+        self._waiting: deque[Group] = deque()  # for free slots
+        self._starting: list[Group] = []  # in prefill
+        self._decoding: list[tuple[Request, Group]] = []  # the i-th is in slot i
+
+    # --- Requests -------------------------------------------------------------------------------
+
+    def request(self, prompt: Sequence[int], params: SamplingParams, row: int = 0) -> Request:
+        """A request for ``add``.
+
+        Raises:
+            ValueError: the prompt is empty, too long, or has an id outside the vocabulary.
+        """
+        args = self.model.params
+        prompt = list(prompt)
+        if not prompt:
+            raise ValueError(f"prompt {row} has no tokens, expected at least one (such as bos_id)")
+        if len(prompt) > args.max_seq_len:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {args.max_seq_len}: "
+                "shorten it, build with a larger max_seq_len, or let truncate=True keep the end "
+                "of a text"
+            )
+        for token in prompt:
+            if not 0 <= token < args.vocab_size:
+                raise ValueError(
+                    f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
+                    f"{args.vocab_size - 1}"
+                )
+        limit = args.max_seq_len - 1 if params.max_gen_len is None else params.max_gen_len
+        starts_text = prompt[-1] == self.tokenizer.bos_id or self.formatter.starts_answer(prompt)
+        return Request(
+            prompt,
+            params,
+            row,
+            min(limit, args.max_seq_len - len(prompt)),
+            self.tokenizer.stop_tokens | params.stop_ids,
+            Detokenizer(self.tokenizer, starts_text=params.echo or starts_text),
+        )
+
+    def add(self, requests: Sequence[Request], generator: torch.Generator | None = None) -> None:
+        """Queue requests that start together, at most max_batch_size, with equal temperature and
+        top_p. ``generator`` is the source of their draws; default torch's global one."""
+        n_slots = len(self.slots.occupants)
+        if not 0 < len(requests) <= n_slots:
+            raise ValueError(
+                f"{len(requests)} requests are added together, expected 1 to {n_slots} "
+                "(max_batch_size)"
+            )
+        with self.model.lock:
+            if self.slots.n_free == n_slots:
+                self.slots.forget_if_model_changed()
+            self._waiting.append(Group(list(requests), generator))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are waiting or running."""
+        return bool(self._waiting or self._starting or self._decoding)
+
+    def cancel(self, request: Request) -> None:
+        """End a request and free its slot."""
+        with self.model.lock:
+            if request.finish_reason is None:
+                self._check_cache()
+                self._finish(request, "cancelled")
+
+    def cancel_all(self) -> None:
+        """End all requests."""
+        with self.model.lock:
+            groups = [*self._waiting, *self._starting, *(group for _, group in self._decoding)]
+            for request in (request for group in groups for request in group.requests):
+                request.finish_reason = request.finish_reason or "cancelled"
+            self._waiting.clear()
+            self._starting, self._decoding = [], []
+            for slot, occupant in enumerate(self.slots.occupants):
+                if occupant is not None:
+                    self.slots.release(slot)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, TokenEvent]]:
+        """The next token of each request that decodes, and one prefill pass.
+
+        Raises:
+            FloatingPointError: logits aren't finite. All requests are cancelled, as after any
+                error.
+            RankError: another rank has failed or is gone.
+        """
+        with self.model.lock, fail_fast():
+            self._check_cache()
+            self.model.cache_user = self
+            try:
+                events = self._decode()
+                self._prefill()
+                return events + self._start()
+            except BaseException:
+                self.cancel_all()
+                raise
+
+    # --- Passes ---------------------------------------------------------------------------------
+
+    def _decode(self) -> list[tuple[Request, TokenEvent]]:
+        """A token of each request in ``_decoding``."""
+        if not self._decoding:
+            return []
+        lengths = [len(self.slots.cached[slot]) for slot in range(len(self._decoding))]
+        last = [request.tokens[-1] for request, _ in self._decoding]
+        tokens, positions = torch.tensor([last, lengths], device=self.model.device)
+        batch = Decode(positions, max(lengths) + 1, ragged=len(set(lengths)) > 1)
+        logits = self.model(tokens, batch)  # [B, V]
+        for slot, token in enumerate(last):
+            self.slots.cached[slot].append(token)
+        events = self._sample(self._decoding, logits)
+        for request, event in events:
+            if event.finish_reason:
+                self._finish(request, event.finish_reason)
+        return events
+
+    def _admit(self) -> list[Request]:
+        """Take groups from the queue while there are slots for all of their requests.
+
+        Returns:
+            The requests that wait for prefill.
+        """
+        prefilling = [r for group in self._starting for r in group.requests if r.waits_for_prefill]
+        n_free = self.slots.n_free - sum(request.slot is None for request in prefilling)
+        while self._waiting:
+            requests = [r for r in self._waiting[0].requests if r.waits_for_prefill]
+            if len(requests) > n_free:
+                break
+            n_free -= len(requests)
+            prefilling += requests
+            self._starting.append(self._waiting.popleft())
+        return prefilling
+
+    def _prefill(self) -> None:
+        """One pass over prompts, or chunks of them. It is bounded, and so is its scoring."""
+        prefilling = self._admit()
+        if not prefilling:
+            return
+        scores_prompt = prefilling[0].scores_prompt
+        n_left = self.max_prefill_tokens
+        if scores_prompt:
+            n_left = min(n_left, max(1, SCORING_LOGITS // self.model.params.vocab_size))
+        batch: list[tuple[Request, int]] = []
+        for i, request in enumerate(prefilling):
+            if n_left == 0 or request.scores_prompt != scores_prompt:
+                break
+            if request.slot is None and not self.slots.place(request, prefilling[:i]):
+                continue
+            n_tokens = min(n_left, len(request.prompt) - request.n_prefilled)
+            batch.append((request, n_tokens))
+            n_left -= n_tokens
+        self._prefill_pass(batch, scores_prompt)
+
+    def _prefill_pass(self, batch: list[tuple[Request, int]], scores_prompt: bool) -> None:
+        """Prefill the next tokens of each request, and keep the logits of a prompt's last one."""
+        requests, seqlens = zip(*batch, strict=True)
+        slots = [request.slot for request in requests if request.slot is not None]
+        starts = [request.n_prefilled for request in requests]
+        ends = [start + n for start, n in zip(starts, seqlens, strict=True)]
+        complete = [i for i, r in enumerate(requests) if ends[i] == len(r.prompt) and r.limit > 0]
+        packed = [t for r, a, b in zip(requests, starts, ends, strict=True) for t in r.prompt[a:b]]
+        logits = self.model(
+            torch.tensor(packed, device=self.model.device),
+            Prefill(slots, starts, seqlens, self.model.device, None if scores_prompt else complete),
+        )  # [T, V] or [len(complete), V]
+        for request, slot, end in zip(requests, slots, ends, strict=True):
+            request.n_prefilled = end
+            self.slots.cached[slot] = request.prompt[:end]  # only now: the pass may fail
+        if scores_prompt:
+            every = logits.split(list(seqlens))
+            for request, start, scores in zip(requests, starts, every, strict=True):
+                self._score(request, start, scores)
+            logits = [every[i][-1] for i in complete]
+        for i, row in zip(complete, logits, strict=True):
+            requests[i].logits = row
+
+    def _start(self) -> list[tuple[Request, TokenEvent]]:
+        """The first tokens of the groups that are prefilled; before them, a step with the tokens of
+        the prompts, for those that echo them."""
+        events = []
+        for group in list(self._starting):
+            if any(request.waits_for_prefill for request in group.requests):
+                continue
+            live = [request for request in group.requests if not request.finish_reason]
+            if not group.is_echoed:
+                group.is_echoed = True
+                prompts = [(r, e) for r in live if r.params.echo for e in r.prompt_events()]
+                for request in live:
+                    request.detokenizer.stop = request.params.stop_strings
+                    if request.limit == 0:
+                        self._finish(request, "length")
+                if prompts:
+                    events += prompts
+                    continue
+            self._starting.remove(group)
+            rows = [(request, group) for request in live if not request.finish_reason]
+            if not rows:
+                continue
+            logits = torch.stack([r.logits for r, _ in rows if r.logits is not None])
+            first = self._sample(rows, logits)
+            for request, event in first:
+                request.logits = None
+                if event.finish_reason:
+                    self._finish(request, event.finish_reason)
+                else:
+                    assert request.slot is not None
+                    self.slots.swap(request.slot, len(self._decoding))
+                    self._decoding.append((request, group))
+            events += first
+        return events
+
+    # --- Tokens ---------------------------------------------------------------------------------
+
+    def _sample(
+        self, rows: list[tuple[Request, Group]], logits: Tensor
+    ) -> list[tuple[Request, TokenEvent]]:
+        """The next token of each row of logits [R, V], the same on every rank."""
+        log_total = torch.logsumexp(logits, dim=-1)  # [R]
+        if self.model.groups.rank == 0:
+            tokens = self._draw(rows, logits)
+        else:
+            tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        self.model.groups.broadcast_from_first(tokens)
+        scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
+        top = _top_logprobs(logits, log_total, [r.params.top_logprobs for r, _ in rows])
+        # one transfer, the step's only synchronization; ids are exact: a vocabulary is below 2^24
+        ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
+        events = []
+        for i, (request, _) in enumerate(rows):
+            if not math.isfinite(totals[i]):
+                raise self._not_finite(f"token {len(request.tokens)} of prompt {request.row}")
+            logprob = logprobs[i] if request.params.logprobs else None
+            events.append((request, request.add_token(int(ids[i]), logprob, top[i])))
+        return events
+
+    def _draw(self, rows: list[tuple[Request, Group]], logits: Tensor) -> Tensor:
+        """Tokens [R]: one call of ``sample`` for all greedy rows, and one for each group."""
+        by_group: dict[Group | None, list[int]] = defaultdict(list)
+        for i, (request, group) in enumerate(rows):
+            by_group[group if request.params.temperature > 0 else None].append(i)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for source, indices in by_group.items():
+            params = rows[indices[0]][0].params
+            x = logits if len(indices) == len(rows) else logits[indices]
+            if source is None:
+                tokens[indices] = self.sample(x, params.temperature, params.top_p, None)
+                continue
+            # The published sampler also draws for rows that have ended: a draw depends on the shape
+            # of the batch and on the row's place in it.
+            places = [source.requests.index(rows[i][0]) for i in indices]
+            if places != list(range(len(source.requests))):
+                live, x = x, x.new_zeros(len(source.requests), x.shape[-1])
+                x[places] = live
+            drawn = self.sample(x, params.temperature, params.top_p, source.generator)
+            tokens[indices] = drawn[places]
+        return tokens
+
+    def _score(self, request: Request, start: int, logits: Tensor) -> None:
+        """Add log-probabilities of the prompt tokens after ``start``, given logits [S, V]."""
+        targets = request.prompt[start + 1 : start + 1 + len(logits)]
+        if not targets:
+            return
+        logits = logits[: len(targets)]
+        log_total = torch.logsumexp(logits, dim=-1)
+        index = torch.tensor(targets, device=logits.device)[:, None]
+        scores = logits.gather(-1, index)[:, 0] - log_total
+        # the logit of a prompt token may be -inf, but not all logits
+        values, finite = scores.tolist(), log_total.isfinite().all()
+        if not finite:
+            raise self._not_finite(f"prompt {request.row}")
+        request.prompt_logprobs += values
+        top = [request.params.top_logprobs] * len(targets)
+        request.prompt_top += _top_logprobs(logits, log_total, top)
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return FloatingPointError(
+            f"the logits of {what} aren't finite (computed in {dtype}): the weights are damaged "
+            "(check them with python -m llama verify), or the model needs a wider range: build it "
+            "with dtype='bfloat16' or 'float32'"
+        )
+
+    # --- Leaving --------------------------------------------------------------------------------
+
+    def _finish(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
+        """End a request; its slot becomes free."""
+        request.finish_reason, request.logits = reason, None
+        slot = request.slot
+        if slot is None:
+            return
+        if slot < len(self._decoding) and self._decoding[slot][0] is request:
+            last = len(self._decoding) - 1
+            self.slots.swap(slot, last)
+            self._decoding[slot] = self._decoding[last]
+            self._decoding.pop()
+            slot = last
+        self.slots.release(slot)
+
+    def _check_cache(self) -> None:
+        """If someone else has used the cache, its content and the running requests are lost."""
+        if self.model.cache_user is not self:
+            if self.slots.n_free < len(self.slots.occupants):
+                self.cancel_all()
+            self.slots.forget()
+
+
+def _top_logprobs(
+    logits: Tensor, log_total: Tensor, counts: list[int]
+) -> list[dict[int, float] | None]:
+    """For each row of logits, its ``counts`` likeliest tokens; None for none."""
+    k = min(max(counts), logits.shape[-1])
+    if k == 0:
+        return [None] * len(counts)
+    values, ids = logits.topk(k, dim=-1)
+    rows = zip(counts, ids.tolist(), (values - log_total[:, None]).tolist(), strict=True)
+    return [dict(zip(i[:n], v[:n], strict=True)) if n else None for n, i, v in rows]

@@ -1,0 +1,109 @@
+"""One sequence that the engine continues, and the events that report its tokens."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.detokenizer import Detokenizer
+from llama.sampling import SamplingParams
+
+
+class TokenEvent(NamedTuple):
+    """One token of one sequence.
+
+    Attributes:
+        row: index of the prompt.
+        token: its id.
+        text: what it adds to the text. A character that is spread over several tokens comes with
+            the last of them, and a piece that may be the start of a stop string later or never, so
+            that a piece may be empty.
+        logprob: natural logarithm of its probability under the model (before temperature and
+            top_p); None unless requested. 0.0 for a prompt's first token.
+        finish_reason: "stop" for a stop token, and for the last token of a stop string; "length"
+            for the last token that was allowed; else None.
+        top_logprobs: log-probabilities of the likeliest tokens by id, likeliest first; None unless
+            requested.
+    """
+
+    row: int
+    token: int
+    text: str
+    logprob: float | None
+    finish_reason: Literal["stop", "length"] | None
+    top_logprobs: dict[int, float] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One sequence. ``Engine.request`` makes it.
+
+    Attributes:
+        row: the caller's number of it, in its events and in messages.
+        limit: tokens that may be generated.
+        tokens: those that are generated so far, a stop token included.
+        n_reused: prompt tokens whose keys and values another request had computed.
+        finish_reason: None while it runs.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    row: int
+    limit: int
+    stop_ids: set[int]
+    detokenizer: Detokenizer
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    n_reused: int = 0
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    # the engine's:
+    slot: int | None = None
+    n_prefilled: int = 0  # prompt tokens whose keys and values are in the slot
+    logits: Tensor | None = None  # [V], of the prompt's last token
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=lambda: [0.0])
+    prompt_top: list[dict[int, float] | None] = dataclasses.field(default_factory=lambda: [None])
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.params.echo and (self.params.logprobs or self.params.top_logprobs > 0)
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        is_needed = self.limit > 0 or self.scores_prompt
+        return is_needed and not self.finish_reason and self.n_prefilled < len(self.prompt)
+
+    def add_token(
+        self, token: int, logprob: float | None, top: dict[int, float] | None
+    ) -> TokenEvent:
+        """Append a generated token."""
+        self.tokens.append(token)
+        reason: Literal["stop", "length"] | None = None
+        if token in self.stop_ids:
+            reason, text = "stop", self.detokenizer.add(None, final=True)
+        else:
+            reason = "length" if len(self.tokens) == self.limit else None
+            text = self.detokenizer.add(token, final=reason is not None)
+            if self.detokenizer.stopped:
+                reason = "stop"
+        return TokenEvent(self.row, token, text, logprob, reason, top)
+
+    def prompt_events(self) -> list[TokenEvent]:
+        """The prompt's own tokens, for ``echo``."""
+        events = []
+        for i, token in enumerate(self.prompt):
+            is_last = i == len(self.prompt) - 1 and self.limit == 0
+            text = self.detokenizer.add(token, final=is_last)
+            logprob = self.prompt_logprobs[i] if self.params.logprobs else None
+            top = self.prompt_top[i] if self.params.top_logprobs else None
+            reason: Literal["length"] | None = "length" if is_last else None
+            events.append(TokenEvent(self.row, token, text, logprob, reason, top))
+        return events
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Requests that start decoding together and draw from one generator."""
+
+    requests: list[Request]
+    generator: torch.Generator | None
+    is_echoed: bool = False

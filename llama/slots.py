@@ -1,0 +1,109 @@
+"""The slots of the cache: who occupies them, and which tokens' keys and values they hold."""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+from llama.hooks import fingerprint
+from llama.model import Transformer
+from llama.request import Request
+
+# Shorter common prefixes aren't worth a copy.
+_MIN_SHARED_PREFIX = 8
+
+
+class Slots:
+    """Bookkeeping of a model's cache for one engine.
+
+    Attributes:
+        cached: the tokens of each slot's content. Positions beyond them may hold anything.
+        occupants: the request in each slot; None for a free one.
+    """
+
+    def __init__(self, model: Transformer, *, prefix_caching: bool) -> None:
+        n_slots = model.params.max_batch_size
+        self._model, self._prefix_caching = model, prefix_caching
+        self.cached: list[list[int]] = [[] for _ in range(n_slots)]
+        self.occupants: list[Request | None] = [None] * n_slots
+        self._last_used = [0] * n_slots
+        self._clock = 0
+        self._fingerprint: int | None = None
+
+    @property
+    def n_free(self) -> int:
+        return self.occupants.count(None)
+
+    def place(self, request: Request, earlier: Iterable[Request]) -> bool:
+        """Give a request the free slot that holds the longest prefix of its prompt, or the least
+        recently used one with a copy of the prefix.
+
+        Returns:
+            False if one of the ``earlier`` requests is about to compute a longer common prefix.
+        """
+        prompt = request.prompt
+        n_reusable = len(prompt) - 1 if self._reuses and not request.scores_prompt else 0
+        shared = [min(n_reusable, common_prefix_length(c, prompt)) for c in self.cached]
+        source = max(range(len(shared)), key=lambda i: (shared[i], self.occupants[i] is None))
+        n = shared[source]
+        for other in earlier:
+            soon = min(n_reusable, common_prefix_length(other.prompt, prompt))
+            if other.slot is not None and soon >= n + _MIN_SHARED_PREFIX:
+                return False
+        n = n if n >= _MIN_SHARED_PREFIX else 0
+        free = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
+        slot = min(free, key=lambda i: self._last_used[i])
+        if n and source in free and len(self.cached[source]) == n:
+            slot = source  # the request continues it
+        if slot != source:
+            self.cached[slot] = []  # until it is copied: copying may be interrupted
+            for cache in self._model.cache or [] if n else []:
+                cache.copy(source, slot, n)
+        self.cached[slot] = prompt[:n]
+        self.occupants[slot], request.slot = request, slot
+        request.n_prefilled = request.n_reused = n
+        return True
+
+    def release(self, slot: int) -> None:
+        """Free a slot. Its content stays for reuse, unless the model was changed meanwhile."""
+        request = self.occupants[slot]
+        assert request is not None
+        self.occupants[slot] = request.slot = None
+        self._clock += 1
+        self._last_used[slot] = self._clock
+        # never the last position: the padding rows of a captured step write to it
+        self.cached[slot] = self.cached[slot][: self._model.params.max_seq_len - 1]
+        if not self._reuses or fingerprint(self._model) != self._fingerprint:
+            self.cached[slot] = []
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchange two slots, content and occupants."""
+        if a == b:
+            return
+        cached_a, cached_b = self.cached[a], self.cached[b]
+        self.cached[a], self.cached[b] = [], []  # until it is done: it may be interrupted
+        for cache in self._model.cache or []:
+            cache.swap(a, b, len(cached_a), len(cached_b))
+        self.cached[a], self.cached[b] = cached_b, cached_a
+        used, occupants = self._last_used, self.occupants
+        used[a], used[b] = used[b], used[a]
+        occupants[a], occupants[b] = occupants[b], occupants[a]
+        for slot in (a, b):
+            if (occupant := occupants[slot]) is not None:
+                occupant.slot = slot
+
+    def forget(self) -> None:
+        """Reuse nothing of what the slots hold."""
+        self.cached = [[] for _ in self.cached]
+
+    def forget_if_model_changed(self) -> None:
+        before, self._fingerprint = self._fingerprint, fingerprint(self._model)
+        if before != self._fingerprint:
+            self.forget()
+
+    @property
+    def _reuses(self) -> bool:
+        return self._prefix_caching and self._fingerprint is not None
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    return bisect_left(range(n), True, key=lambda i: a[: i + 1] != b[: i + 1])

@@ -1,0 +1,80 @@
+"""Read vocabulary files within limits, and check texts and ids."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import blobfile
+
+from llama.files import check_regular, seems
+
+_LARGEST = 2**25  # bytes; Llama 3's tokenizer.json has 17 million
+LARGEST_VOCABULARY = 2**20  # tokens
+
+
+def read_vocabulary(path: str, size: int = -1) -> bytes:
+    """The first ``size`` bytes of a vocabulary file, by default all of them.
+
+    ``tiktoken.load`` isn't used because it caches by the path string: a relative
+    ``tokenizer.model`` could be another model's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a failed download, or too large.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isdir(
+            path
+        ):  # else it may be a cloud path of blobfile
+            check_regular(path)
+        with blobfile.BlobFile(path, "rb") as file:
+            data = bytes(file.read(min(size % 2**63, _LARGEST + 1)))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"no tokenizer at {path!r}: give tokenizer_path, the tokenizer.model file that was "
+            "downloaded with the weights"
+        ) from error
+    if len(data) > _LARGEST:
+        raise ValueError(f"{path!r} has more than {_LARGEST:,} bytes, too many for a vocabulary")
+    if mistake := seems(data[:512]):
+        raise ValueError(f"{path!r} isn't a vocabulary: {mistake}")
+    return data
+
+
+def is_sentencepiece(data: bytes) -> bool:
+    """Whether a vocabulary file is SentencePiece's, by its first piece."""
+    return b"<unk>" in data[:16]
+
+
+def check_size(n_tokens: int, path: str) -> None:
+    """Raise ValueError for more tokens than any Llama has; their objects would fill the memory."""
+    if n_tokens > LARGEST_VOCABULARY:
+        raise ValueError(f"{path!r} has more than {LARGEST_VOCABULARY:,} tokens")
+
+
+def check_single_bytes(ranks: Mapping[bytes, int], path: str) -> None:
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path!r} isn't a byte-level vocabulary: {len(missing)} of the 256 single bytes are "
+            f"missing (the first is {missing[0]:#04x}); download the file again"
+        )
+
+
+def check_text(s: str) -> None:
+    """Raise TypeError or ValueError unless ``s`` is a text that can be encoded."""
+    if not isinstance(s, str):
+        raise TypeError(f"encode takes a str, got {type(s).__name__}: {s!r:.60}")
+    try:
+        s.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode: character {error.start} is {s[error.start]!r}, "
+            "half of a surrogate pair; decode the input as UTF-8 with errors='replace'"
+        ) from None
+
+
+def check_ids(ids: Sequence[int], n_words: int) -> None:
+    """Raise ValueError for an id outside a vocabulary of ``n_words``."""
+    for token in ids:
+        if not 0 <= token < n_words:
+            raise ValueError(f"token id {token} is outside the vocabulary (0 to {n_words - 1})")

@@ -1,0 +1,136 @@
+"""Tokenizer of Llama 2: SentencePiece."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama.files import summary
+from llama.vocab.file import (
+    LARGEST_VOCABULARY,
+    check_ids,
+    check_size,
+    check_text,
+    is_sentencepiece,
+    read_vocabulary,
+)
+
+
+class SentencePieceTokenizer:
+    """Tokenizer of Llama 2, with the interface of ``Tokenizer``.
+
+    Attributes:
+        model: the underlying ``sentencepiece.SentencePieceProcessor``.
+        n_words: vocabulary size, control tokens included.
+        bos_id, eos_id: ids of ``<s>`` and ``</s>``.
+        pad_id: -1, which isn't a token's id.
+        stop_tokens: ids that end a generation: ``eos_id`` alone.
+        special_tokens: name to id of the control tokens and of the unknown token.
+        control_ids: ids that no text may be encoded to.
+        drops_first_space: True: SentencePiece puts a space before the first word of a text, and
+            ``decode`` drops it again where a text begins. ``decode_bytes`` keeps it.
+
+    Raises:
+        ImportError: sentencepiece is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or not a SentencePiece vocabulary.
+    """
+
+    drops_first_space = True
+
+    def __init__(self, model_path: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ImportError(
+                "the tokenizer of Llama 2 needs sentencepiece: pip install 'llama[llama2]', or "
+                "pip install -e '.[llama2]' in a checkout"
+            ) from error
+        data = read_vocabulary(model_path)
+        if not is_sentencepiece(data):
+            raise ValueError(
+                f"{model_path!r} isn't a SentencePiece vocabulary (Llama 2): it begins with "
+                f"{data[:16]!r}, expected the piece <unk>; give the tokenizer.model that belongs "
+                "to the weights"
+            )
+        check_size(_count_pieces(data), model_path)
+        try:
+            self.model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.n_words: int = self.model.vocab_size()
+            self._bytes = [self._piece_bytes(i) for i in range(self.n_words)]
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{model_path!r} is damaged: sentencepiece can't read it ({summary(error)}); "
+                "download the file again"
+            ) from error
+        self.bos_id: int = self.model.bos_id()
+        self.eos_id: int = self.model.eos_id()
+        self.pad_id: int = -1
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(
+                f"{model_path!r} has {self.n_words} pieces and bos id {self.bos_id}, eos id "
+                f"{self.eos_id}, expected a vocabulary with <s> and </s>; give the tokenizer.model "
+                "that belongs to the weights"
+            )
+        self.stop_tokens: set[int] = {self.eos_id}
+        self.control_ids = {self.bos_id, self.eos_id} | {
+            i for i in range(self.n_words) if self.model.is_control(i)
+        }
+        self.special_tokens: dict[str, int] = {
+            self.model.id_to_piece(i): i
+            for i in range(self.n_words)
+            if self.model.is_control(i) or self.model.is_unknown(i)
+        }
+
+    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
+        """Ids of a text, with ``bos_id`` before and ``eos_id`` after it on request.
+
+        Raises:
+            TypeError: ``s`` is not a string.
+            ValueError: ``s`` holds half of a surrogate pair.
+        """
+        check_text(s)
+        ids: list[int] = self.model.encode(s)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of the ids, without the space that SentencePiece adds before the first word.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        check_ids(t, self.n_words)
+        text: str = self.model.decode(list(t))
+        return text
+
+    def decode_bytes(self, t: Sequence[int]) -> bytes:
+        """Bytes of each piece: the space before the first word is kept, control tokens have none,
+        and a character may be spread over several byte pieces."""
+        check_ids(t, self.n_words)
+        return b"".join([self._bytes[token] for token in t])
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if self.model.is_control(token):
+            return b""
+        if self.model.is_unknown(token):  # its text is defined by the vocabulary: " ⁇ "
+            unknown: str = self.model.decode([token])
+            return unknown.encode()
+        piece: str = self.model.id_to_piece(token)
+        if self.model.is_byte(token):  # written "<0x0A>"
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _count_pieces(data: bytes) -> int:
+    """Number of pieces in a model file (field 1 of the protobuf message), up to the limit.
+    sentencepiece finds damage, but would first create an object for every piece."""
+    n_pieces = at = 0
+    while data[at : at + 1] == b"\x0a" and n_pieces <= LARGEST_VOCABULARY:
+        size = shift = 0
+        at += 1
+        while at < len(data):
+            size |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80 or shift > 63:
+                break
+        at += size
+        n_pieces += 1
+    return n_pieces
