@@ -85,14 +85,16 @@ class Prefill:
         self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
         self.seqlens_k = torch.tensor(self.ends, dtype=torch.int32, device=device)
 
-    def last_tokens(self) -> Tensor:
-        """Indices int64 [n] of the tokens that ``logits_for`` asks for."""
+    def select(self, x: Tensor) -> Tensor:
+        """The rows of x [T, ...] that ``logits_for`` asks for."""
+        if self.logits_for is None:
+            return x
         ends = list(accumulate(self.seqlens))
-        index = [ends[i] - 1 for i in self.logits_for or []]
-        return torch.tensor(index, dtype=torch.int64, device=self.positions.device)
+        index = [ends[i] - 1 for i in self.logits_for]
+        return x[torch.tensor(index, dtype=torch.int64, device=x.device)]
 
     def of_last_tokens(self) -> "Prefill":
-        """A pass of these tokens alone."""
+        """A pass of the tokens that ``logits_for`` asks for alone."""
         rows = self.logits_for or []
         slot_ids, starts = [self.slot_ids[i] for i in rows], [self.ends[i] - 1 for i in rows]
         return Prefill(slot_ids, starts, [1] * len(rows), self.positions.device)
@@ -108,6 +110,7 @@ class Decode:
     """
 
     max_seqlen_q = 1
+    logits_for = None
 
     def __init__(
         self,
@@ -127,8 +130,22 @@ class Decode:
             every = torch.arange(max_seqlen_k, device=device)
             self.mask = (every < self.seqlens_k[:, None])[:, None, None]
 
+    def select(self, x: Tensor) -> Tensor:
+        return x
+
+    def of_last_tokens(self) -> "Decode":
+        return self
+
 
 Batch = Prefill | Decode
+
+
+def next_tokens(n_rows: int, n_tokens: int, start_pos: int, device: torch.device) -> Batch:
+    """The pass of ``n_tokens`` from ``start_pos`` on in each of the first slots."""
+    if n_tokens == 1:
+        positions = torch.full((n_rows,), start_pos, device=device)
+        return Decode(positions, start_pos + 1, ragged=False)
+    return Prefill(range(n_rows), [start_pos] * n_rows, [n_tokens] * n_rows, device)
 
 
 class CacheLock:

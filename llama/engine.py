@@ -16,7 +16,7 @@ the same calls in the same order.
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -24,18 +24,16 @@ from torch import Tensor
 
 from llama.cache import Decode, Prefill
 from llama.chat import ChatFormat, Llama2ChatFormat
-from llama.detokenizer import Detokenizer
 from llama.distributed.collectives import fail_fast
 from llama.model import Transformer
-from llama.request import Group, Request, TokenEvent
+from llama.request import Group, Request, TokenEvent, new_request
 from llama.sampling import SamplingParams
+from llama.scoring import SCORING_LOGITS, score_prompt, top_logprobs
 from llama.slots import Slots
 from llama.tokenizer import Tokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 MAX_PREFILL_TOKENS = 2048
-# Float32 logits of one pass that scores a prompt: 128 MiB.
-SCORING_LOGITS = 2**25
 
 SampleFunction = Callable[[Tensor, float, float, torch.Generator | None], Tensor]
 
@@ -62,8 +60,7 @@ class Engine:
         if max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens is {max_prefill_tokens}, expected 1 or more")
         self.model, self.tokenizer, self.formatter = model, tokenizer, formatter
-        self.sample = sample
-        self.max_prefill_tokens = max_prefill_tokens
+        self.sample, self.max_prefill_tokens = sample, max_prefill_tokens
         self.slots = Slots(model, prefix_caching=prefix_caching)
         self._waiting: deque[Group] = deque()  # for free slots
         self._starting: list[Group] = []  # in prefill
@@ -71,37 +68,12 @@ class Engine:
 
     # --- Requests -------------------------------------------------------------------------------
 
-    def request(self, prompt: Sequence[int], params: SamplingParams, row: int = 0) -> Request:
-        """A request for ``add``.
-
-        Raises:
-            ValueError: the prompt is empty, too long, or has an id outside the vocabulary.
-        """
-        args = self.model.params
-        prompt = list(prompt)
-        if not prompt:
-            raise ValueError(f"prompt {row} has no tokens, expected at least one (such as bos_id)")
-        if len(prompt) > args.max_seq_len:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {args.max_seq_len}: "
-                "shorten it, build with a larger max_seq_len, or let truncate=True keep the end "
-                "of a text"
-            )
-        for token in prompt:
-            if not 0 <= token < args.vocab_size:
-                raise ValueError(
-                    f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
-                    f"{args.vocab_size - 1}"
-                )
-        limit = args.max_seq_len - 1 if params.max_gen_len is None else params.max_gen_len
-        starts_text = prompt[-1] == self.tokenizer.bos_id or self.formatter.starts_answer(prompt)
-        return Request(
-            prompt,
-            params,
-            row,
-            min(limit, args.max_seq_len - len(prompt)),
-            self.tokenizer.stop_tokens | params.stop_ids,
-            Detokenizer(self.tokenizer, starts_text=params.echo or starts_text),
+    def request(
+        self, prompt: Sequence[int], params: SamplingParams, row: int = 0, *, truncate: bool = False
+    ) -> Request:
+        """A request for ``add``; see ``new_request``."""
+        return new_request(
+            prompt, params, row, truncate, self.model.params, self.tokenizer, self.formatter
         )
 
     def add(self, requests: Sequence[Request], generator: torch.Generator | None = None) -> None:
@@ -161,6 +133,29 @@ class Engine:
             except BaseException:
                 self.cancel_all()
                 raise
+
+    def run(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, TokenEvent]]]:
+        """Steps until these requests have finished; they end with the iterator.
+
+        Raises:
+            RuntimeError: they were cancelled meanwhile.
+        """
+        try:
+            while True:
+                with self.model.lock:
+                    if all(request.finish_reason for request in requests):
+                        break
+                    events = self.step()
+                if events:
+                    yield events
+            if any(request.finish_reason == "cancelled" for request in requests):
+                raise RuntimeError(
+                    "another generation has used this model since: finish a stream before you "
+                    "start the next, or give each its own model"
+                )
+        finally:
+            for request in reversed(requests):
+                self.cancel(request)
 
     # --- Passes ---------------------------------------------------------------------------------
 
@@ -236,7 +231,8 @@ class Engine:
         if scores_prompt:
             every = logits.split(list(seqlens))
             for request, start, scores in zip(requests, starts, every, strict=True):
-                self._score(request, start, scores)
+                if not score_prompt(request, start, scores):
+                    raise self._not_finite(f"prompt {request.row}")
             logits = [every[i][-1] for i in complete]
         for i, row in zip(complete, logits, strict=True):
             requests[i].logits = row
@@ -289,7 +285,7 @@ class Engine:
             tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         self.model.groups.broadcast_from_first(tokens)
         scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
-        top = _top_logprobs(logits, log_total, [r.params.top_logprobs for r, _ in rows])
+        top = top_logprobs(logits, log_total, [r.params.top_logprobs for r, _ in rows])
         # one transfer, the step's only synchronization; ids are exact: a vocabulary is below 2^24
         ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
         events = []
@@ -322,23 +318,6 @@ class Engine:
             tokens[indices] = drawn[places]
         return tokens
 
-    def _score(self, request: Request, start: int, logits: Tensor) -> None:
-        """Add log-probabilities of the prompt tokens after ``start``, given logits [S, V]."""
-        targets = request.prompt[start + 1 : start + 1 + len(logits)]
-        if not targets:
-            return
-        logits = logits[: len(targets)]
-        log_total = torch.logsumexp(logits, dim=-1)
-        index = torch.tensor(targets, device=logits.device)[:, None]
-        scores = logits.gather(-1, index)[:, 0] - log_total
-        # the logit of a prompt token may be -inf, but not all logits
-        values, finite = scores.tolist(), log_total.isfinite().all()
-        if not finite:
-            raise self._not_finite(f"prompt {request.row}")
-        request.prompt_logprobs += values
-        top = [request.params.top_logprobs] * len(targets)
-        request.prompt_top += _top_logprobs(logits, log_total, top)
-
     def _not_finite(self, what: str) -> FloatingPointError:
         dtype = str(self.model.dtype).removeprefix("torch.")
         return FloatingPointError(
@@ -369,15 +348,3 @@ class Engine:
             if self.slots.n_free < len(self.slots.occupants):
                 self.cancel_all()
             self.slots.forget()
-
-
-def _top_logprobs(
-    logits: Tensor, log_total: Tensor, counts: list[int]
-) -> list[dict[int, float] | None]:
-    """For each row of logits, its ``counts`` likeliest tokens; None for none."""
-    k = min(max(counts), logits.shape[-1])
-    if k == 0:
-        return [None] * len(counts)
-    values, ids = logits.topk(k, dim=-1)
-    rows = zip(counts, ids.tolist(), (values - log_total[:, None]).tolist(), strict=True)
-    return [dict(zip(i[:n], v[:n], strict=True)) if n else None for n, i, v in rows]

@@ -1,33 +1,29 @@
 """Llama: the public calls, each of them a loop over the engine."""
 
-import contextlib
-import dataclasses
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama import memory
 from llama.build import build_model
-from llama.chat import ChatFormat, Dialog, Llama2ChatFormat, Message, chat_format
-from llama.distributed import collectives
+from llama.chat import ChatFormat, Dialog, Llama2ChatFormat, chat_format
+from llama.completions import (
+    ChatPrediction,
+    Completion,
+    CompletionPrediction,
+    complete,
+    run,
+)
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
 from llama.model import Transformer
-from llama.predictions import ChatPrediction, Completion, CompletionPrediction
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
 from llama.tokenizer import Tokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
-
-# MKL chooses its exp and log kernels at the first call of each; threads that make that call
-# together can get one with half the digits (pytorch/pytorch#188792: some log-probabilities were off
-# by 3e-5 in one of a hundred processes). One number is computed by one thread.
-torch.logsumexp(torch.zeros(1, device="cpu"), dim=0)
 
 
 class Llama:
@@ -189,17 +185,8 @@ class Llama:
             max_gen_len, temperature, top_p, tuple(stop), logprobs, top_logprobs, echo
         )
         requests = self._requests(prompt_tokens, params, truncate)
-        generator = self._generator if seed is None else new_generator(seed, self.model.device)
-        call = self.model.groups.collective_call(
-            "Llama.stream", prompt_tokens=[request.prompt for request in requests], **vars(params)
-        )
-
-        def steps() -> Iterator[list[TokenEvent]]:
-            with call, memory.explain_oom(self._plan):
-                for events in self._run(requests, generator):
-                    yield [event for _, event in events]
-
-        return steps()
+        steps = run(self.engine, "Llama.stream", requests, params, self._generator_for(seed))
+        return ([event for _, event in events] for events in steps)
 
     def generate(
         self,
@@ -220,7 +207,7 @@ class Llama:
         ``stream``'s.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, tuple(stop), logprobs, echo=echo)
-        rows = self._complete(prompt_tokens, params, seed=seed, truncate=truncate)
+        rows = self._complete(prompt_tokens, params, seed, truncate)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     def text_completion(
@@ -249,7 +236,7 @@ class Llama:
             max_gen_len, temperature, top_p, tuple(stop), logprobs, top_logprobs, echo
         )
         tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        rows = self._generated(_repeat(tokens, n), params, seed=seed, truncate=truncate)
+        rows = self._generated(_repeat(tokens, n), params, seed, truncate)
         return [row.prediction("".join(row.pieces), params) for row in rows]
 
     def chat_completion(
@@ -283,8 +270,8 @@ class Llama:
             )
             for dialog in dialogs
         ]
-        rows = self._generated(_repeat(tokens, n), params, seed=seed)
-        return [row.prediction(self._answer(row), params) for row in rows]
+        rows = self._generated(_repeat(tokens, n), params, seed)
+        return [row.prediction(row.answer(self.formatter), params) for row in rows]
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
@@ -300,90 +287,28 @@ class Llama:
         """
         return hidden_states(self.model, tokens, layers)
 
-    # --- Loops over the engine ------------------------------------------------------------------
-
-    def _run(
-        self, requests: list[Request], generator: torch.Generator
-    ) -> Iterator[list[tuple[Request, TokenEvent]]]:
-        """Steps until all requests have finished."""
-        engine = self.engine
-        with self.model.lock:
-            engine.cancel_all()
-            if 0 < len(requests) <= self.model.params.max_batch_size:
-                engine.add(requests, generator)
-            else:
-                for request in requests:
-                    own = generator
-                    if request.params.temperature > 0:
-                        own = new_generator(self._draw_seed(generator), self.model.device)
-                    engine.add([request], own)
-        try:
-            while any(request.finish_reason is None for request in requests):
-                events = engine.step()
-                if events:
-                    yield events
-            if any(request.finish_reason == "cancelled" for request in requests):
-                raise RuntimeError(
-                    "another generation has used this model since: finish a stream before you "
-                    "start the next, or give each its own model"
-                )
-        finally:
-            for request in reversed(requests):
-                engine.cancel(request)
+    # --- Shared by the calls --------------------------------------------------------------------
 
     def _complete(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: list[list[int]],
         params: SamplingParams,
-        *,
         seed: int | None,
-        truncate: bool = False,
+        truncate: bool,
     ) -> list[Completion]:
-        """Completions of all prompts. With several copies of the weights, the prompts are divided
-        over them and the completions gathered on every rank."""
         requests = self._requests(prompt_tokens, params, truncate)
-        groups = self.model.groups
-        n_replicas, replica = groups.n_replicas, groups.replica
-        prompts = [request.prompt for request in requests]
-        if n_replicas > 1:  # with one seed, equal prompts would get equal samples everywhere
-            if seed is None:
-                seed = self._draw_seed(self._generator)
-            new_generator(seed, self.model.device)  # a seed out of range is an error here too
-            seed = (seed + replica) % 2**64
-            collectives.check_same_on_all_ranks(
-                "Llama.generate", {"prompt_tokens": prompts}, collectives.world
-            )
-        generator = self._generator if seed is None else new_generator(seed, self.model.device)
-        share = requests[replica::n_replicas]
-        rows = {id(request): Completion() for request in share}
-        call = groups.collective_call(
-            "Llama.generate", prompt_tokens=[request.prompt for request in share], **vars(params)
-        )
-        together = collectives.raise_on_all_ranks() if n_replicas > 1 else contextlib.nullcontext()
-        with self.model.lock, together, call, memory.explain_oom(self._plan):
-            for events in self._run(share, generator):
-                for request, event in events:
-                    is_stop = event.finish_reason == "stop" and event.token in request.stop_ids
-                    rows[id(request)].add(event, is_stop_token=is_stop)
-        if n_replicas == 1:
-            return list(rows.values())
-        every_row: list[Completion] = [Completion()] * len(prompts)
-        parts = groups.gather_from_replicas([dataclasses.asdict(row) for row in rows.values()])
-        for i, part in enumerate(parts):
-            every_row[i::n_replicas] = [Completion.of_json(row) for row in part]
-        return every_row
+        return complete(self.engine, requests, params, self._generator_for(seed))
 
     def _generated(
         self,
         prompt_tokens: list[list[int]],
         params: SamplingParams,
-        *,
         seed: int | None,
         truncate: bool = False,
     ) -> list[Completion]:
         """``_complete``, or what an overridden ``generate`` returns."""
         if type(self).generate is Llama.generate and "generate" not in vars(self):
-            return self._complete(prompt_tokens, params, seed=seed, truncate=truncate)
+            return self._complete(prompt_tokens, params, seed, truncate)
         options: dict[str, Any] = {"seed": seed, "truncate": truncate, "stop": params.stop}
         limit = params.max_gen_len
         tokens, logprobs = self.generate(
@@ -401,58 +326,16 @@ class Llama:
             completions.append(Completion.of_tokens(tokens[i], scores, request))
         return completions
 
-    def _answer(self, row: Completion) -> Message:
-        """The assistant's message; ``row.pieces`` become the pieces of its text."""
-        message = Message(role="assistant", content="".join(row.pieces))
-        tool_call = self.formatter.tool_call_id
-        if tool_call is not None and tool_call in row.tokens:
-            at = row.tokens.index(tool_call)
-            row.pieces[at] = row.pieces[at].removesuffix(self.tokenizer.decode([tool_call]))
-            message["content"] = "".join(row.pieces[: at + 1])
-            message["tool_call"] = "".join(row.pieces[at + 1 :])
-        if row.stop_token is not None and row.stop_token == self.formatter.eom_id:
-            message["eom"] = True
-        return message
-
     def _requests(
         self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, truncate: bool
     ) -> list[Request]:
-        requests = []
-        for row, tokens in enumerate(prompt_tokens):
-            try:
-                prompt = [operator.index(token) for token in tokens]
-            except TypeError as error:
-                raise TypeError(
-                    f"prompt {row} is {tokens!r:.60}, expected a list of token ids ({error})"
-                ) from None
-            if truncate:
-                prompt = self._truncate(prompt, params.max_gen_len)
-            requests.append(self.engine.request(prompt, params, row))
-        return requests
+        return [
+            self.engine.request(tokens, params, row, truncate=truncate)
+            for row, tokens in enumerate(prompt_tokens)
+        ]
 
-    def _truncate(self, prompt: list[int], max_gen_len: int | None) -> list[int]:
-        max_seq_len = self.model.params.max_seq_len
-        if len(prompt) <= max_seq_len:
-            return prompt
-        half = max_seq_len // 2
-        length = max_seq_len - (half if max_gen_len is None else min(max_gen_len, half))
-        start = prompt[:1] if prompt[0] == self.tokenizer.bos_id and length > 1 else []
-        return start + prompt[len(prompt) - length + len(start) :]
-
-    def _draw_seed(self, generator: torch.Generator) -> int:
-        draw = torch.empty((), dtype=torch.int64, device=self.model.device)
-        return int(draw.random_(generator=generator))
-
-    def _plan(self) -> memory.Plan:
-        model = self.model
-        return memory.plan(
-            model.params,
-            model.groups.size,
-            model.dtype,
-            model.device,
-            tied=model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr(),
-            max_prefill_tokens=self.engine.max_prefill_tokens,
-        )
+    def _generator_for(self, seed: int | None) -> torch.Generator:
+        return self._generator if seed is None else new_generator(seed, self.model.device)
 
 
 def _repeat(prompts: list[list[int]], n: int) -> list[list[int]]:

@@ -13,7 +13,9 @@ import torch
 from llama.accel.cpu import packs_weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import ModelArgs
-from llama.engine import MAX_PREFILL_TOKENS, SCORING_LOGITS
+from llama.engine import MAX_PREFILL_TOKENS
+from llama.model import Transformer
+from llama.scoring import SCORING_LOGITS
 
 GIB = 2**30
 _ROOT = Path("/")
@@ -82,6 +84,19 @@ def plan(
     if device is not None and device.type == "cpu":
         workspace *= 3  # with keep_freed_memory the heap has gaps: 1.3 to 2.5 was measured
     return Plan(args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace)
+
+
+def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
+    """The plan of a model that exists."""
+    tied = model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+    return plan(
+        model.params,
+        model.groups.size,
+        model.dtype,
+        model.device,
+        tied=tied,
+        max_prefill_tokens=max_prefill_tokens,
+    )
 
 
 def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_tokens: int) -> int:

@@ -15,15 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.attention import attention
-from llama.cache import Batch, CacheLock, Decode, KVCache, Prefill
+from llama.cache import Batch, CacheLock, Decode, KVCache, Prefill, next_tokens
 from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 from llama.distributed.collectives import fail_fast
 from llama.distributed.groups import current_groups
-from llama.distributed.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.hooks import is_unmodified
 
 
@@ -64,11 +60,10 @@ def precompute_freqs_cis(
 
 def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
     """Llama 3.1's long context: wavelengths above the original context are multiplied by
-    ``factor``, those below a quarter of it are kept, and frequencies in between are
-    interpolated."""
+    ``factor``, those below a quarter of it are kept."""
     n_periods = ORIGINAL_CONTEXT * frequencies / (2 * math.pi)  # in the original context
     low, high = LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR
-    kept = ((n_periods - low) / (high - low)).clamp(0, 1)
+    kept = ((n_periods - low) / (high - low)).clamp(0, 1)  # interpolated in between
     return frequencies * (kept + (1 - kept) / factor)
 
 
@@ -91,7 +86,7 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
-    # hooks that accel may replace with equivalent implementations
+    # accel may replace these with equivalent implementations
     rotate: Callable[[Tensor, Tensor], Tensor] = staticmethod(rotate)
     attend: Callable[[Tensor, KVCache, Batch], Tensor] = staticmethod(attention)
 
@@ -212,16 +207,12 @@ class Transformer(nn.Module):
             return self.logits(self.hidden(tokens, start_pos))
         n_rows, n_tokens = tokens.shape
         self.params.check_fits(n_rows, n_tokens, start_pos)
-        call = self.groups.collective_call("Transformer.forward", tokens=tokens, start_pos=start_pos)
+        call = self.groups.collective_call(
+            "Transformer.forward", tokens=tokens, start_pos=start_pos
+        )
         with self.lock, call, fail_fast():
             self.cache_user = None
-            batch: Batch
-            if n_tokens == 1:
-                positions = torch.full((n_rows,), start_pos, device=tokens.device)
-                batch = Decode(positions, start_pos + 1, ragged=False)
-            else:
-                rows = range(n_rows)
-                batch = Prefill(rows, [start_pos] * n_rows, [n_tokens] * n_rows, tokens.device)
+            batch = next_tokens(n_rows, n_tokens, start_pos, tokens.device)
             return self.logits(self.hidden(tokens, batch))
 
     def decode(self, tokens: Tensor, batch: Decode) -> Tensor:
@@ -233,22 +224,20 @@ class Transformer(nn.Module):
         Prefill those that ``logits_for`` asks for."""
         h = self.tok_embeddings(tokens)  # [..., dim]
         caches = self._allocated_cache(h)
-        # indexed as pairs of floats: some devices can't index complex tensors
-        pairs = torch.view_as_real(self.freqs_cis)[batch.positions]  # [T, D / 2, 2]
-        freqs_cis = torch.view_as_complex(pairs)
+        # [T, D / 2], indexed as pairs of floats: some devices can't index complex tensors
+        freqs_cis = torch.view_as_complex(torch.view_as_real(self.freqs_cis)[batch.positions])
         for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
             h = layer(h, freqs_cis, cache, batch)
         last, cache = cast(TransformerBlock, self.layers[-1]), caches[-1]
-        if isinstance(batch, Decode) or batch.logits_for is None:
-            return self.norm(last(h, freqs_cis, cache, batch))
-        if type(last) is not TransformerBlock or not is_unmodified(last):
-            return self.norm(last(h, freqs_cis, cache, batch)[batch.last_tokens()])
+        is_plain = type(last) is TransformerBlock and type(last.attention) is Attention
+        if batch.logits_for is None or not (is_plain and is_unmodified(last)):
+            return batch.select(self.norm(last(h, freqs_cis, cache, batch)))
         # of the other tokens, only the keys and values are still needed
         last.attention.update_cache(last.attention_norm(h), freqs_cis, cache, batch)
         if not batch.logits_for:
             return h[:0]
-        index = batch.last_tokens()
-        return self.norm(last(h[index], freqs_cis[index], cache, batch.of_last_tokens()))
+        h, freqs_cis = batch.select(h), batch.select(freqs_cis)
+        return self.norm(last(h, freqs_cis, cache, batch.of_last_tokens()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of final hidden states [..., dim]."""

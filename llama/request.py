@@ -1,13 +1,19 @@
 """One sequence that the engine continues, and the events that report its tokens."""
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama.chat import ChatFormat, Llama2ChatFormat
+from llama.config import ModelArgs
 from llama.detokenizer import Detokenizer
 from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
+from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 
 class TokenEvent(NamedTuple):
@@ -37,7 +43,7 @@ class TokenEvent(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One sequence. ``Engine.request`` makes it.
+    """One sequence.
 
     Attributes:
         row: the caller's number of it, in its events and in messages.
@@ -107,3 +113,58 @@ class Group:
     requests: list[Request]
     generator: torch.Generator | None
     is_echoed: bool = False
+
+
+def new_request(
+    tokens: Sequence[int],
+    params: SamplingParams,
+    row: int,
+    truncate: bool,
+    args: ModelArgs,
+    tokenizer: Tokenizer | SentencePieceTokenizer,
+    formatter: ChatFormat | Llama2ChatFormat,
+) -> Request:
+    """The request to continue a prompt.
+
+    Args:
+        truncate: drop the start of a prompt that is too long; see ``Llama.stream``.
+
+    Raises:
+        TypeError: the prompt isn't a list of ids.
+        ValueError: it is empty, too long, or has an id outside the vocabulary.
+    """
+    try:
+        prompt = [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise TypeError(
+            f"prompt {row} is {tokens!r:.60}, expected a list of token ids ({error})"
+        ) from None
+    if not prompt:
+        raise ValueError(f"prompt {row} has no tokens, expected at least one (such as bos_id)")
+    if truncate and len(prompt) > args.max_seq_len:
+        half = args.max_seq_len // 2
+        n = args.max_seq_len - min(half, half if params.max_gen_len is None else params.max_gen_len)
+        start = prompt[:1] if prompt[0] == tokenizer.bos_id and n > 1 else []
+        prompt = start + prompt[len(prompt) - n + len(start) :]
+    if len(prompt) > args.max_seq_len:
+        raise ValueError(
+            f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {args.max_seq_len}: "
+            "shorten it, build with a larger max_seq_len, or let truncate=True keep the end of "
+            "a text"
+        )
+    for token in prompt:
+        if not 0 <= token < args.vocab_size:
+            raise ValueError(
+                f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
+                f"{args.vocab_size - 1}"
+            )
+    limit = args.max_seq_len - 1 if params.max_gen_len is None else params.max_gen_len
+    starts_text = prompt[-1] == tokenizer.bos_id or formatter.starts_answer(prompt)
+    return Request(
+        prompt,
+        params,
+        row,
+        min(limit, args.max_seq_len - len(prompt)),
+        tokenizer.stop_tokens | params.stop_ids,
+        Detokenizer(tokenizer, starts_text=params.echo or starts_text),
+    )

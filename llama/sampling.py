@@ -8,6 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# MKL chooses its exp and log kernels at the first call of each; threads that make that call
+# together can get one with half the digits (pytorch/pytorch#188792: some log-probabilities were off
+# by 3e-5 in one of a hundred processes). One number is computed by one thread.
+torch.logsumexp(torch.zeros(1, device="cpu"), dim=0)
+
 # Try the top 1,024 tokens before sorting the vocabulary.
 _HEAD = 1024
 # Below this, logits / temperature would overflow float32.
@@ -90,6 +95,12 @@ def new_generator(seed: int, device: torch.device) -> torch.Generator:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected -2**63 to 2**64 - 1")
     return torch.Generator(device).manual_seed(int(seed))
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for another generator."""
+    draw = torch.empty((), dtype=torch.int64, device=generator.device)
+    return int(draw.random_(generator=generator))
 
 
 def sample(

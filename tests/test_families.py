@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llama import Dialog, Llama, Tokenizer
 from llama.checkpoint.folder import find_checkpoint
+from llama.completions import Completion
 from llama.detokenizer import Detokenizer
-from llama.predictions import Completion
 
 LLAMA3_VOCABULARY = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 LLAMA2_VOCABULARY = SHARED / "llama2-tokenizer" / "tokenizer.model"
@@ -240,7 +240,7 @@ def test_llama_31_tool_calls_come_back_in_their_place(demo: Llama) -> None:
     ids = [tag, *tools.encode(code, bos=False, eos=False)]
     decoder = Detokenizer(tools, starts_text=False)
     row = Completion(ids, [decoder.add(i) for i in ids], stop_token=eom)
-    message = llm._answer(row)
+    message = row.answer(llm.formatter)
     assert message == {"role": "assistant", "content": "", "tool_call": code, "eom": True}
     assert llm.formatter.encode_message(message)[-len(ids) - 1 :] == [*ids, eom]  # type: ignore[union-attr]
 

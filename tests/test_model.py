@@ -254,7 +254,7 @@ def test_passes() -> None:
     assert (prompts.slots.tolist(), prompts.positions.tolist()) == ([5, 5, 2], [0, 1, 3])
     assert (prompts.max_seqlen_q, prompts.max_seqlen_k) == (2, 4)
     assert (prompts.cu_seqlens_q.tolist(), prompts.seqlens_k.tolist()) == ([0, 2, 3], [2, 4])
-    assert prompts.last_tokens().tolist() == [2]
+    assert prompts.select(torch.arange(sum(prompts.seqlens))).tolist() == [2]
     last = prompts.of_last_tokens()
     assert (last.slots.tolist(), last.positions.tolist()) == ([2], [3])
     step = Decode(torch.tensor([1, 2]), 3, ragged=True)

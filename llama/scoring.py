@@ -1,0 +1,42 @@
+"""Log-probabilities of given tokens, and of the likeliest ones."""
+
+import torch
+from torch import Tensor
+
+from llama.request import Request
+
+# Float32 logits of one pass that scores a prompt: 128 MiB.
+SCORING_LOGITS = 2**25
+
+
+def score_prompt(request: Request, start: int, logits: Tensor) -> bool:
+    """Add the log-probabilities of the prompt's tokens after ``start``, given logits [S, V] from
+    there on.
+
+    Returns:
+        Whether they are finite, apart from single tokens of probability 0.
+    """
+    targets = request.prompt[start + 1 : start + 1 + len(logits)]
+    if not targets:
+        return True
+    logits = logits[: len(targets)]
+    log_total = torch.logsumexp(logits, dim=-1)
+    index = torch.tensor(targets, device=logits.device)[:, None]
+    scores = logits.gather(-1, index)[:, 0] - log_total
+    request.prompt_logprobs += scores.tolist()
+    request.prompt_top += top_logprobs(
+        logits, log_total, [request.params.top_logprobs] * len(targets)
+    )
+    return bool(log_total.isfinite().all())
+
+
+def top_logprobs(
+    logits: Tensor, log_total: Tensor, counts: list[int]
+) -> list[dict[int, float] | None]:
+    """For each row of logits, its ``counts`` likeliest tokens; None for none."""
+    k = min(max(counts), logits.shape[-1])
+    if k == 0:
+        return [None] * len(counts)
+    values, ids = logits.topk(k, dim=-1)
+    rows = zip(counts, ids.tolist(), (values - log_total[:, None]).tolist(), strict=True)
+    return [dict(zip(i[:n], v[:n], strict=True)) if n else None for n, i, v in rows]
