@@ -130,6 +130,11 @@ def check_dialog(dialog: Dialog, continue_final_message: bool) -> None:
             f"continue_final_message is set, but message {len(dialog) - 1}, the last, has the role "
             f"{dialog[-1].get('role')!r:.40}, expected 'assistant'"
         )
+    if continue_final_message and dialog[-1].get("eom"):
+        raise ValueError(
+            f"continue_final_message is set, but message {len(dialog) - 1}, the last, has 'eom', "
+            "which ends it: leave 'eom' out"
+        )
 
 
 _TOOL_KEYS = {"tool_call": str, "eom": bool}

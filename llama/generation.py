@@ -181,9 +181,7 @@ class Llama:
             RuntimeError: while iterating, if another generation has taken the cache since.
             RankError: while iterating, if another rank has failed or is gone.
         """
-        params = SamplingParams(
-            max_gen_len, temperature, top_p, tuple(stop), logprobs, top_logprobs, echo
-        )
+        params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs, echo)
         requests = self._requests(prompt_tokens, params, truncate)
         steps = run(self.engine, "Llama.stream", requests, params, self._generator_for(seed))
         return ([event for _, event in events] for events in steps)
@@ -206,7 +204,7 @@ class Llama:
         The stop token is left out; the prompt comes first with ``echo``. Arguments and errors are
         ``stream``'s.
         """
-        params = SamplingParams(max_gen_len, temperature, top_p, tuple(stop), logprobs, echo=echo)
+        params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, echo=echo)
         rows = self._complete(prompt_tokens, params, seed, truncate)
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
@@ -232,9 +230,7 @@ class Llama:
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is a str, expected a list of them: write [prompt]")
-        params = SamplingParams(
-            max_gen_len, temperature, top_p, tuple(stop), logprobs, top_logprobs, echo
-        )
+        params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs, echo)
         tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         rows = self._generated(_repeat(tokens, n), params, seed, truncate)
         return [row.prediction("".join(row.pieces), params) for row in rows]
@@ -261,9 +257,7 @@ class Llama:
 
         Other arguments and errors are ``stream``'s and ``ChatFormat``'s.
         """
-        params = SamplingParams(
-            max_gen_len, temperature, top_p, tuple(stop), logprobs, top_logprobs
-        )
+        params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs)
         tokens = [
             self.formatter.encode_dialog_prompt(
                 dialog, continue_final_message=continue_final_message

@@ -74,6 +74,7 @@ class SamplingParams:
                 raise TypeError(
                     f"stop has {item!r:.60}, expected strings that aren't empty, or ids"
                 )
+        object.__setattr__(self, "stop", tuple(self.stop))  # the caller's list may change
 
     @property
     def stop_strings(self) -> list[str]:
