@@ -68,6 +68,7 @@ def test_a_rank_of_eight_has_an_eighth_of_the_matrices() -> None:
     assert weights["norm.weight"].shape == (1024,)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     """A few figures of the smallest shape, and both peers; every line is JSON."""
     command: list[str | Path] = [sys.executable, "benchmarks/run.py", "--shape", "tiny"]

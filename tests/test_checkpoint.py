@@ -321,6 +321,7 @@ print((peak - before) / weights, weights, (rss() - before) / weights)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_build_takes_little_more_memory_than_the_weights(

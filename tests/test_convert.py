@@ -374,6 +374,7 @@ def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2])
 
 
+@pytest.mark.slow
 def test_a_full_disk(
     tmp_path: Path, folder: Path, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,6 +476,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, T
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_conversion_leaves_no_folder_that_looks_whole(
     tmp_path: Path, wide: Path, folder: Path

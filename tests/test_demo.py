@@ -50,6 +50,7 @@ def test_the_model_is_small_and_divides_by_eight() -> None:
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 4e6
 
 
+@pytest.mark.slow
 def test_nothing_held_out_is_in_the_training_text() -> None:
     rng = random.Random(2)
     questions: set[str] = set()
@@ -84,6 +85,7 @@ def test_story_faults_are_found() -> None:
     assert "only 1" in str(data.story_fault(story.split(".")[0] + "."))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_training_makes_a_folder_that_loads(tmp_path: Path) -> None:
     """Two steps of the real thing: vocabulary, weights, native files."""
@@ -96,6 +98,7 @@ def test_training_makes_a_folder_that_loads(tmp_path: Path) -> None:
     assert len(llm.text_completion(["Once"], max_gen_len=3)) == 1
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table() -> None:
     result = run(sys.executable, ROOT / "demo" / "evaluate.py", "--count", "3")
     assert result.returncode == 0, result.stderr

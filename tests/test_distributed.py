@@ -26,7 +26,9 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return dict(json.loads((out / "rank0.json").read_text()))
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "n_ranks", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+)
 def test_ranks_give_what_one_process_gives(
     tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any], n_ranks: int
 ) -> None:
@@ -53,6 +55,7 @@ def test_ranks_give_what_one_process_gives(
     assert re.sub("started|loaded|built|done", "", words).strip() == ""
 
 
+@pytest.mark.slow
 def test_two_ranks_in_bfloat16(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
     result = torchrun(2, WORKER, folder, tmp_path, "bfloat16")
@@ -61,6 +64,7 @@ def test_two_ranks_in_bfloat16(tmp_path: Path, weights: dict[str, Tensor]) -> No
     assert ranks[0] == ranks[1]
 
 
+@pytest.mark.slow
 def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
     params = json.loads((DEMO / "params.json").read_text())
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
@@ -129,7 +133,7 @@ def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) 
 STORY_PROMPTS = ["", "Once upon a time", "The dog ran to the", "Lily and Ben", "One day"]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+@pytest.mark.parametrize("n_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_on_any_ranks(
     tmp_path: Path, layouts: list[Path], story_tokens: dict[str, Any], n_ranks: int
 ) -> None:
@@ -152,6 +156,7 @@ def demo_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [DEMO, out / "hf", out / "mp8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
 def test_the_demo_answers_the_same_from_every_layout(
     tmp_path: Path, demo_folders: list[Path], n_ranks: int
@@ -167,6 +172,7 @@ def test_the_demo_answers_the_same_from_every_layout(
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
     """One key head, 4 ranks: all hold it, and the logits are those of one process."""
     params = PARAMS | {"n_kv_heads": 1}
@@ -209,6 +215,7 @@ Path(out, os.environ["RANK"]).write_text(f"{(peak - before) / weights} {weights}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -268,7 +275,9 @@ def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return dict(json.loads((out / "0").read_text()))
 
 
-@pytest.mark.parametrize(("n_ranks", "size"), [(2, 1), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("n_ranks", "size"), [(2, 1), *(pytest.param(4, n, marks=pytest.mark.slow) for n in (2, 1))]
+)
 def test_prompts_are_divided_over_replicas(
     tmp_path: Path, folder: Path, undivided: dict[str, Any], n_ranks: int, size: int
 ) -> None:
@@ -313,6 +322,7 @@ except Exception as error:
     assert "FloatingPointError" in (tmp_path / "1").read_text()
 
 
+@pytest.mark.slow
 def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any]) -> None:
     """Two launchers that meet at a port, as on two machines."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights)
@@ -345,6 +355,7 @@ def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) ->
     assert f"torchrun --nproc_per_node 3 {path}" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_fails_on_every_rank(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     """Nobody waits in the next all-reduce for a rank that will not come."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
@@ -366,6 +377,7 @@ except Exception as error:
     assert "Loaded" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_one_process_lacks_fails_on_all(tmp_path: Path, folder: Path, size: int) -> None:
     """Before the weights too, and in another replica: nobody goes on alone."""
@@ -391,6 +403,7 @@ for missing in range(2):
         assert "'nowhere'" in (tmp_path / f"{missing}.1").read_text()
 
 
+@pytest.mark.slow
 def test_stdout_of_every_rank_can_be_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
     script = f"""
@@ -405,6 +418,7 @@ print("after build")
     assert result.stdout.count("after build") == 2
 
 
+@pytest.mark.slow
 def test_a_quiet_rank_prints_what_the_first_can(tmp_path: Path, folder: Path) -> None:
     """Where the locale has ASCII only, PYTHONIOENCODING gives the first rank's stdout UTF-8."""
     path = tmp_path / "script.py"
@@ -464,6 +478,7 @@ os.write(1, b"finished\\n")
 """
 
 
+@pytest.mark.slow
 def test_groups_that_the_caller_has_made(tmp_path: Path, folder: Path) -> None:
     """Replicas of such groups are not divided: each computes all prompts."""
     path = tmp_path / "script.py"

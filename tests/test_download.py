@@ -1029,6 +1029,7 @@ def test_a_link_without_encryption_is_refused(any_box: Box, host: str) -> None:
     assert any_box.files() == {}
 
 
+@pytest.mark.slow
 def test_early_hints_without_end(box: Box) -> None:
     """A small file has a time limit: ten times LLAMA_DOWNLOAD_STALL."""
     if shutil.which("timeout"):
@@ -1141,6 +1142,7 @@ def test_a_body_without_end(box: Box) -> None:
     assert not [name for name in box.files() if "params.json" in name]
 
 
+@pytest.mark.slow
 def test_a_body_that_drips(tmp_path: Path, server: Server) -> None:
     """Five bytes a second are no download, though there is never silence."""
     if not usable("curl"):

@@ -120,6 +120,7 @@ def test_a_missing_folder_is_named() -> None:
     assert "no checkpoint folder at '/nowhere/8B'" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "word"), [(CHAT, "Lisbon"), (TEXT, "Hanoi")])
 def test_with_a_checkpoint_the_prompts_are_general(tmp_path: Path, script: Path, word: str) -> None:
     folder = shutil.copytree(DEMO, tmp_path / "other")

@@ -93,7 +93,13 @@ def build(folder: Path, **arguments: Any) -> Llama:
 
 
 @pytest.mark.usefixtures("one_process_group")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("Llama 2 7B", "Llama 3 8B") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -> None:
     params = FAMILIES[name]
     weights = random_weights(params)
@@ -121,6 +127,7 @@ def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -
         assert relative_error(logits(native, TOKENS), published) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama 3.1 8B", "Llama 3.2 1B"])
 def test_scaled_rope_beyond_the_original_context(tmp_path: Path, name: str) -> None:
     """Positions 8150 to 8450 against Hugging Face, in pieces on our side."""
@@ -245,6 +252,7 @@ def test_llama_31_tool_calls_come_back_in_their_place(demo: Llama) -> None:
     assert llm.formatter.encode_message(message)[-len(ids) - 1 :] == [*ids, eom]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_huggingface_folder_needs_safetensors_only(stories: Path) -> None:
     script = f"""
 import sys

@@ -180,6 +180,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     """Three times 64 MiB come again without new pages, of which there would be 49,152 of 4 KiB."""
@@ -351,6 +352,7 @@ def compiler() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm: Llama) -> None:
     """Once for one row and once for more, whatever the lengths and numbers of rows."""
@@ -379,6 +381,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -91,7 +91,13 @@ def ended(result: Any) -> str:
 
 @pytest.mark.parametrize(
     ("n_ranks", "victim", "place"),
-    [(2, 1, "load"), (2, 0, "prefill"), (2, 1, "decode"), (4, 0, "load"), (4, 3, "decode")],
+    [
+        (2, 1, "decode"),
+        *(
+            pytest.param(*where, marks=pytest.mark.slow)
+            for where in [(2, 1, "load"), (2, 0, "prefill"), (4, 0, "load"), (4, 3, "decode")]
+        ),
+    ],
 )
 def test_a_rank_is_killed(
     script: Path, shards: Path, n_ranks: int, victim: int, place: str
@@ -101,7 +107,8 @@ def test_a_rank_is_killed(
 
 
 @pytest.mark.parametrize(
-    ("n_ranks", "victim", "place"), [(2, 0, "load"), (2, 1, "between"), (4, 2, "decode")]
+    ("n_ranks", "victim", "place"),
+    [(2, 0, "load"), (2, 1, "between"), pytest.param(4, 2, "decode", marks=pytest.mark.slow)],
 )
 def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, place: str) -> None:
     result = torchrun(n_ranks, script, shards, str(victim), place, "raise", timeout=60)
@@ -109,7 +116,10 @@ def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, pl
     assert result.stderr.count("Traceback") <= 2  # the rank's, and torchrun's own report
 
 
-@pytest.mark.parametrize(("n_ranks", "victim", "place"), [(2, 0, "load"), (4, 1, "decode")])
+@pytest.mark.parametrize(
+    ("n_ranks", "victim", "place"),
+    [(2, 0, "load"), pytest.param(4, 1, "decode", marks=pytest.mark.slow)],
+)
 def test_a_rank_is_stopped(
     script: Path, shards: Path, n_ranks: int, victim: int, place: str
 ) -> None:
@@ -119,6 +129,7 @@ def test_a_rank_is_stopped(
     assert message.endswith("sent no heartbeat for 3 s: it is stopped (SIGSTOP); all ranks exit")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
     """Its program goes on; its partner is in the middle of the pass."""
     call = "llm.generate([[1, 2, 3], [4]], 20, temperature=0)"
@@ -128,6 +139,7 @@ def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
     assert message == "rank 1 failed (KeyError: 'the fault'); all ranks exit"
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
     folder = 'folder if os.environ["RANK"] == "0" else "nowhere"'
     script.write_text(SCRIPT.replace("Llama.build(folder,", f"Llama.build({folder},"))
@@ -187,6 +199,7 @@ os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encod
         assert re.search(rf"{re.escape(name)} on rank 0 and .* on rank 1: every rank", message)
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_its_own_way(tmp_path: Path, shards: Path) -> None:
     """One rank leaves a stream half way and begins the next call; the other waits in the first."""
     path = tmp_path / "script.py"
@@ -207,6 +220,7 @@ print("finished")
     assert message.startswith("rank 1 has begun its call 2, but rank 0 is still in call 1: ")
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_early(tmp_path: Path, shards: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
@@ -224,6 +238,7 @@ if os.environ["RANK"] == "0":
     assert message.startswith("rank 1 has ended, and rank 0 still waits for it: ")
 
 
+@pytest.mark.slow
 def test_what_is_slow_does_not_time_out(tmp_path: Path, shards: Path) -> None:
     """Loading, a pause between two calls and one within a stream, each longer than the time-out;
     and standard input is closed."""
@@ -251,6 +266,7 @@ print("finished")
     assert not messages(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["interrupted", "terminated", "killed"])
 def test_torchrun_ends(script: Path, shards: Path, how: str) -> None:
     """By Ctrl-C and by a scheduler, which are no faults, and when it is gone itself."""
@@ -334,6 +350,7 @@ print("finished")
 """
 
 
+@pytest.mark.slow
 def test_forked_children_are_no_ranks(tmp_path: Path, shards: Path) -> None:
     """A pool's workers that are terminated, children that fail: the ranks go on."""
     path = tmp_path / "script.py"
@@ -367,6 +384,7 @@ print("finished")
 """
 
 
+@pytest.mark.slow
 def test_models_of_different_sizes_take_turns(tmp_path: Path, shards: Path) -> None:
     """Each keeps the groups that it was built in."""
     path = tmp_path / "script.py"

@@ -317,6 +317,7 @@ def test_a_header_with_offsets_beyond_4_gib(tmp_path: Path) -> None:
     assert numbers.start > pickle_.start > 5 * 2**30
 
 
+@pytest.mark.slow
 def test_files_that_are_too_large_to_parse(tmp_path: Path) -> None:
     def make(folder: Path, case: str) -> None:
         target, data, _ = BULKY[case]
@@ -582,6 +583,7 @@ def test_hostile_roles(role: Any, tokenizer: Tokenizer) -> None:
         ChatFormat(tokenizer).encode_dialog_prompt([{"role": role, "content": "x"}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character", ["a", " ", "\n", "é", "1", "-"])
 def test_ten_megabytes_of_one_character(character: str, tokenizer: Tokenizer) -> None:
     text = character * 10_000_000
@@ -589,6 +591,7 @@ def test_ten_megabytes_of_one_character(character: str, tokenizer: Tokenizer) ->
     assert same  # not the comparison itself: pytest would show the difference
 
 
+@pytest.mark.slow
 def test_ten_megabytes_for_llama2(real2: SentencePieceTokenizer) -> None:
     text = "a" * 10_000_000
     same = real2.decode(real2.encode(text, bos=False, eos=False)) == text

@@ -216,6 +216,7 @@ print((peak - before) / (plan.cache + plan.workspace))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("prompts", ["plain", "scored"])
 @pytest.mark.parametrize("freed", ["kept", "given back"])

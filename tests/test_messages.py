@@ -172,6 +172,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path, names: list[str], advice:
         Llama.build(str(folder))
 
 
+@pytest.mark.slow
 def test_shards_of_two_models(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "one", PARAMS, weights, n_shards=2)
     other = write_checkpoint(tmp_path / "two", PARAMS, random_weights(PARAMS, seed=1), n_shards=2)
@@ -205,6 +206,7 @@ def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> 
     assert "and 8 more" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_verify_finds_numbers_that_are_not_finite(
     copy: Path, weights: dict[str, Tensor], value: float
@@ -270,9 +272,12 @@ def test_truncation_is_asked_for(llm: Llama) -> None:
     "command",
     [
         ["example_text_completion.py"],
-        ["example_chat_completion.py"],
-        ["-m", "llama", "complete", "demo/model", "Once"],
-        [*TORCHRUN[1:], "2", "example_text_completion.py", "--max_gen_len", "400"],
+        pytest.param(["example_chat_completion.py"], marks=pytest.mark.slow),
+        pytest.param(["-m", "llama", "complete", "demo/model", "Once"], marks=pytest.mark.slow),
+        pytest.param(
+            [*TORCHRUN[1:], "2", "example_text_completion.py", "--max_gen_len", "400"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:

@@ -36,6 +36,7 @@ def expected(fresh: Llama) -> Any:
     return fresh.generate(PROMPTS, 20, logprobs=True, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_flat_and_the_output_the_same() -> None:
     """As far as 400 calls can tell: docs/reliability.md has the figures of 2,000."""
@@ -216,6 +217,7 @@ print(json.dumps([torch.get_num_threads(), tokens, logits.flatten().tolist()]))
 """
 
 
+@pytest.mark.slow
 def test_greedy_tokens_do_not_depend_on_process_or_threads(folder: Path) -> None:
     """In float32; the logits agree to rounding."""
     results = []

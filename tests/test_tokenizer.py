@@ -468,6 +468,7 @@ def real_json(real31: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
+@pytest.mark.slow
 def test_real_tokenizer_json(real: Tokenizer, real31: Tokenizer, real_json: Path) -> None:
     ours = Tokenizer(str(real_json), llama31=True)
     assert ours.model._mergeable_ranks == real31.model._mergeable_ranks
