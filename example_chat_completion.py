@@ -5,9 +5,11 @@ torchrun --nproc_per_node 1 example_chat_completion.py Meta-Llama-3-8B-Instruct
 torchrun --nproc_per_node 8 example_chat_completion.py Meta-Llama-3-70B-Instruct
 """
 
+from pathlib import Path
+
 from llama import Dialog, Llama, cli
 
-DEMO = __file__.rpartition("/")[0] + "/demo/model"
+DEMO = str(Path(__file__).parent / "demo" / "model")
 
 DEMO_DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is 23 + 45?"}],
@@ -32,7 +34,7 @@ DIALOGS: list[Dialog] = [
         {
             "role": "assistant",
             "content": "Day one: Alfama and the castle, then fado in the evening. "
-            "Day two: Belém with its tower and monastery, and the pastries beside it.",
+            "Day two: Belém with its tower and monastery, and the pastries next door.",
         },
         {"role": "user", "content": "It will rain on the second day. Change the plan."},
     ],

@@ -5,9 +5,11 @@ torchrun --nproc_per_node 1 example_text_completion.py Meta-Llama-3-8B
 torchrun --nproc_per_node 8 example_text_completion.py Meta-Llama-3-70B
 """
 
+from pathlib import Path
+
 from llama import Llama, cli
 
-DEMO = __file__.rpartition("/")[0] + "/demo/model"
+DEMO = str(Path(__file__).parent / "demo" / "model")
 
 DEMO_PROMPTS = [
     "Once upon a time there was a little fox named Clara.",

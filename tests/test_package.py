@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, and what the README says of it."""
+"""The package's dependencies, and its pages: links, commands, computed tables."""
 
 import ast
 import re
@@ -11,54 +11,98 @@ from conftest import ROOT, run
 from demo import data
 from llama import ModelArgs
 
-# Each module may import those before it (generation the lot).
-LAYERS = [
-    "files",
-    "watch",
-    "parallel",
-    "model",
-    "huggingface",
-    "pth_safety",
-    "checkpoint",
-    "vocabulary",
-    "tokenizer",
-    "llama2",
-    "sampling",
-    "fast",
-    "memory",
-    "convert",
-    "verify",
-    "generation",
-    "cli",
-    "__main__",
+# Dependencies run one way: a module may import those of earlier lines and of its own. A folder
+# stands for its modules, apart from those that have a line of their own.
+ORDER = [
+    {"config"},
+    {"files", "pages"},
+    {"distributed"},
+    {"cache"},
+    {"attention", "hooks"},
+    {"model"},
+    {"accel"},
+    {"device"},
+    {"checkpoint.sharding"},
+    {"vocab"},
+    {"detokenizer", "sampling"},
+    {"chat"},
+    {"tokenizer"},
+    {"request"},
+    {"scoring", "slots"},
+    {"engine"},
+    {"memory"},
+    {"completions"},
+    {"checkpoint"},
+    {"build"},
+    {"generation"},
+    {"cli"},
+    {"__main__"},
 ]
-PAGES = ["README.md", "MODEL_CARD.md", "USE_POLICY.md", "demo/README.md"]
-PAGES += ["benchmarks/README.md", "docs/performance.md", "docs/reliability.md"]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "demo", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of llama that a file imports."""
+    """Modules of llama that a file imports, as in "checkpoint.reader"."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "llama":
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("llama."):
-            found.add(str(node.module).split(".")[1])
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "llama":
+            base = str(node.module).partition(".")[2]
+            for name in (alias.name for alias in node.names):
+                names = [base, f"{base}.{name}" if base else name]
+                found.update(n for n in names if n and source(n).exists())
         elif isinstance(node, ast.Import):
-            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("llama."))
+            found.update(a.name.partition(".")[2] for a in node.names if a.name[:6] == "llama.")
     return found
 
 
+def source(module: str) -> Path:
+    path = ROOT / "llama" / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def level(module: str) -> int:
+    """The line of ORDER."""
+    for name in (module, module.split(".")[0]):
+        for i, names in enumerate(ORDER):
+            if name in names:
+                return i
+    raise AssertionError(f"{module} has no line in ORDER")
+
+
 def test_imports_point_one_way() -> None:
-    modules = {path.stem for path in (ROOT / "llama").glob("*.py")} - {"__init__"}
-    assert modules == set(LAYERS)
-    for i, module in enumerate(LAYERS):
-        assert imports_of(ROOT / "llama" / f"{module}.py") <= set(LAYERS[:i])
-    assert imports_of(ROOT / "llama" / "model.py") == {"parallel"}
-    assert "parallel" not in imports_of(ROOT / "llama" / "checkpoint.py")
-    assert imports_of(ROOT / "llama" / "tokenizer.py") == {"vocabulary"}
+    for path in (ROOT / "llama").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "llama").with_suffix("").parts)
+        module = module.removesuffix(".__init__")
+        if module == "__init__":
+            continue
+        for imported in imports_of(path):
+            assert level(imported) <= level(module), f"{module} imports {imported}"
+
+
+def test_the_model_knows_neither_files_nor_accelerated_forms() -> None:
+    for module in ("config", "cache", "attention", "model", "hooks"):
+        known = {name.split(".")[0] for name in imports_of(source(module))}
+        assert known <= {"config", "cache", "attention", "hooks", "distributed"}
     assert imports_of(ROOT / "tests" / "reference.py") == set()
+
+
+def test_the_documented_names_are_importable() -> None:
+    names = {
+        "llama": "Llama Dialog Message ModelArgs Tokenizer Transformer",
+        "llama.model": "ModelArgs RMSNorm precompute_freqs_cis apply_rotary_emb Attention "
+        "FeedForward TransformerBlock Transformer",
+        "llama.tokenizer": "Tokenizer ChatFormat Dialog Message Role",
+        "llama.generation": "Llama CompletionPrediction ChatPrediction TokenEvent sample_top_p",
+    }
+    for module, wanted in names.items():
+        for name in wanted.split():
+            assert hasattr(__import__(module, fromlist=[name]), name), f"{module}.{name}"
 
 
 def test_import_is_quiet_and_starts_nothing() -> None:
@@ -73,28 +117,37 @@ def test_import_is_quiet_and_starts_nothing() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-# --- The README -------------------------------------------------------------------------------
+# --- The pages --------------------------------------------------------------------------------
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def commands(page: str) -> list[str]:
+    return re.findall(r"^    (?=\S*(?:python|torchrun|hf|pip))(.*)$", page, re.M)
 
 
-def test_the_tree_names_the_files_that_are_there() -> None:
-    named = re.findall(r"^    ([\w./-]+)  ", section("Files"), re.M)
-    tracked = run("git", "ls-files", cwd=ROOT).stdout.split()
-    shown = [p for p in tracked if not p.startswith(("demo/model/", "benchmarks/results/", ".git"))]
-    assert sorted(named) == sorted(shown)
+def test_the_readme_is_short_and_both_languages_have_the_same_commands() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(commands(README)) >= 10
+    assert commands(CHINESE) == commands(README)
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(name: str) -> None:
+def test_links_lead_somewhere(name: str) -> None:
     path = ROOT / name
-    text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
-    assert not re.search(r"TODO|[A-Z]+_TABLE|^TABLE|TABLE_|TRAIN_MINUTES", text, re.M)
+
+
+@pytest.mark.parametrize("page", [README, CHINESE], ids=["English", "Chinese"])
+def test_the_code_of_the_readme_prints_its_comments(page: str) -> None:
+    snippet = re.search(r"```python\n(.*?)```", page, re.S)
+    assert snippet is not None
+    result = run(sys.executable, "-c", snippet[1], cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    shown = re.findall(r"# prints: (.*)", snippet[1])
+    assert shown
+    for line in shown:
+        assert line in result.stdout, result.stdout
 
 
 def test_the_demos_table_is_what_its_kinds_promise() -> None:
@@ -108,7 +161,7 @@ def test_the_demos_table_is_what_its_kinds_promise() -> None:
 
 
 def test_the_memory_table_is_computed() -> None:
-    """Weights and cache by the formulas of the section, in bfloat16."""
+    """Weights and cache by the formulas of docs/memory.md, in bfloat16."""
     shapes = {
         "8B": ModelArgs(
             dim=4096, n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3
@@ -125,7 +178,7 @@ def test_the_memory_table_is_computed() -> None:
     }
     rows = re.findall(
         r"^\| (8B|70B), (\d) ranks? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
-        section("Memory"),
+        (ROOT / "docs" / "memory.md").read_text(),
         re.M,
     )
     assert len(rows) == 2
@@ -139,24 +192,3 @@ def test_the_memory_table_is_computed() -> None:
         token = 2 * 2 * args.n_layers * kv_dim / int(n_ranks)
         computed = [weights, 4 * 512 * token, 4 * 8192 * token]
         assert [float(x) for x in shown] == [round(x / 2**30, 2) for x in computed]
-
-
-def test_the_notebook_snippet_runs() -> None:
-    snippet = re.search(r"```python\n(.*?)```", section("In Python"), re.S)
-    assert snippet is not None
-    result = run(sys.executable, "-c", snippet[1], cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    shown = re.findall(r"# prints: (.*)", snippet[1])
-    assert len(shown) > 2
-    for line in shown:
-        assert line in result.stdout, result.stdout
-
-
-def test_messages_of_the_table_are_in_the_code() -> None:
-    source = "".join(p.read_text() for p in [*ROOT.glob("llama/*.py"), ROOT / "download.sh"])
-    source = re.sub(r'"\s*\n\s*f?"', "", source)
-    messages = re.findall(r"^\| `([^`]+)` \|", section("Messages and what they mean"), re.M)
-    assert len(messages) >= 8
-    for message in messages:
-        for part in re.split(r"\s*…\s*", message):
-            assert part in source, part
