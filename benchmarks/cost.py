@@ -58,15 +58,15 @@ def prefill_flops(args: ModelArgs, n_ranks: int, length: int) -> float:
 
 
 def sent_bytes(args: ModelArgs, n_ranks: int, size: int, n_tokens: int) -> float:
-    """What one rank sends: two all-reduces per layer and one behind the embedding, each of which
-    moves 2 (N - 1) / N times its size in a ring."""
+    """Bytes that one rank sends: two all-reduces per layer and one after the embedding, each of
+    2 (N - 1) / N times its size in a ring."""
     size_of_one = n_tokens * args.dim * size
     return (2 * args.n_layers + 1) * size_of_one * 2 * (n_ranks - 1) / n_ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What devices reach, not what their data sheets say.
+    """Rates that devices reach, below those of data sheets.
 
     Attributes:
         bandwidth: bytes per second from memory.
@@ -96,7 +96,7 @@ def _communication(args: ModelArgs, n_ranks: int, n_tokens: int, hardware: Hardw
 def step_seconds(
     args: ModelArgs, n_ranks: int, batch: int, context: int, hardware: Hardware
 ) -> float:
-    """The slower of reading and computing, and then what is sent; in bfloat16."""
+    """The slower of reading and computing, and then communication; in bfloat16."""
     read = step_bytes(args, n_ranks, 2, batch, context) / hardware.bandwidth
     computed = step_flops(args, n_ranks, batch, context) / hardware.rate
     return max(read, computed) + _communication(args, n_ranks, batch, hardware)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Engine:
-    """A model behind one method.
+    """A model with one method.
 
     Args:
         folder: a native checkpoint; for Hugging Face's a folder in its layout.

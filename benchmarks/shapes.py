@@ -1,4 +1,4 @@
-"""Named shapes, and random checkpoints of them: speed does not depend on what the weights say."""
+"""Named shapes, and random checkpoints of them: speed doesn't depend on the weights' values."""
 
 import base64
 import dataclasses
@@ -69,7 +69,7 @@ def checkpoint_of(name: str, where: Path) -> Path:
     """The folder of a random bfloat16 checkpoint of a shape; written if it is not there yet.
 
     Raises:
-        ValueError: there is no shape of this name.
+        ValueError: the name is unknown.
     """
     if name not in SHAPES:
         raise ValueError(f"shape is {name!r}, expected one of {', '.join(SHAPES)}")
@@ -82,7 +82,7 @@ def checkpoint_of(name: str, where: Path) -> Path:
     _write_tokenizer(folder / "tokenizer.model", params["vocab_size"] - 256)
     partial = folder / ".params.json"
     partial.write_text(json.dumps(params))
-    os.replace(partial, folder / "params.json")  # last: it says that the rest is there
+    os.replace(partial, folder / "params.json")  # last: it marks the folder as complete
     return folder
 
 

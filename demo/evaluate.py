@@ -1,4 +1,4 @@
-"""Ask the demo model what it was not trained on, and print how much it gets right.
+"""Ask the demo model held-out questions, and print its accuracy.
 
 python demo/evaluate.py                     the whole table
 python demo/evaluate.py --count 20          a quick look
@@ -29,7 +29,7 @@ def as_dialog(dialog: data.Dialog) -> Dialog:
 
 
 def wrong_answers(llm: Llama, kind: str, count: int) -> tuple[list[tuple[str, str, str]], int]:
-    """(question, expected, answer) of what went wrong, greedily, and how much was asked."""
+    """(question, expected, answer) of wrong answers, greedily, and the number of questions."""
     dialogs = data.test_dialogs(kind, count)
     predictions = llm.chat_completion([as_dialog(d) for d in dialogs], temperature=0)
     wrong = []

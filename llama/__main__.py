@@ -60,7 +60,7 @@ def info(
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
 ) -> None:
-    """Show what a folder holds and the memory it needs, without reading the weights.
+    """Show the model in a folder and the memory it needs, without reading the weights.
 
     Args:
         ckpt_dir: checkpoint folder.

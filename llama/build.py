@@ -97,5 +97,5 @@ def build_model(
 
 def _silence_stdout() -> None:
     if getattr(sys.stdout, "name", None) != os.devnull:
-        # open as long as the process; what the first rank can print must not be an error here
+        # open as long as the process; text that the first rank can print must not be an error here
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115

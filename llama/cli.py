@@ -112,6 +112,6 @@ def _bound(command: _Command, calls: list[Callable[[], None]]) -> _Command:
 
 
 def _text_or_list(value: str) -> str | list[str]:
-    """The text as it was typed, or the list that ["one", "two"] stands for."""
+    """The text as typed; ["one", "two"] is parsed to a list."""
     items = fire.parser.DefaultParseValue(value) if value[:2] in ('["', "['") else None
     return items if isinstance(items, list) and all(type(i) is str for i in items) else value

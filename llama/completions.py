@@ -1,4 +1,4 @@
-"""Calls run to their end: the events of each sequence, put together to what the calls return."""
+"""Run a call to completion, and collect its events into the results of the public calls."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class Completion:
     def add(self, event: TokenEvent, *, is_stop_token: bool) -> None:
         if is_stop_token:
             self.stop_token = event.token
-            if event.text:  # what was held back, waiting for the rest of a character or stop string
+            if event.text:  # held back as the possible start of a character or stop string
                 self.pieces[-1] += event.text
             return
         self.tokens.append(event.token)

@@ -23,7 +23,7 @@ class Detokenizer:
     continuation keeps it, so that prompt and continuation join to the text.
 
     Attributes:
-        stop: strings that end the text, which is cut before them.
+        stop: strings that end the text and are removed from it.
         stopped: whether one was found.
     """
 

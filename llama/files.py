@@ -18,7 +18,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise ValueError for what is there but no file with an end: reading a pipe or a device could
+    """Raise ValueError for anything but a regular file: reading a pipe or a device could
     take for ever. Links are followed; FileNotFoundError if there is nothing."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{str(path)!r} isn't a regular file: give a folder of plain files")
@@ -59,7 +59,7 @@ def read_bounded(path: Path, largest: int) -> bytes:
     """Content of a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file doesn't exist.
         ValueError: it is a pipe or a device, or has more than ``largest`` bytes.
     """
     check_regular(path)
@@ -75,7 +75,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     """Content of a file that holds a JSON object of at most ``largest`` bytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file doesn't exist.
         ValueError: it holds something else.
     """
     try:

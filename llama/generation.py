@@ -32,7 +32,7 @@ class Llama:
     Attributes:
         model: the Transformer, or this rank's part of it.
         tokenizer, formatter: the tokenizer and its chat format.
-        engine: what the calls run on.
+        engine: runs the requests of all calls.
     """
 
     @classmethod
@@ -86,9 +86,9 @@ class Llama:
         Raises:
             FileNotFoundError: a file or the folder is missing.
             ImportError: the files need a package that isn't installed; the message names it.
-            MemoryError: the model won't fit; the message says what would.
+            MemoryError: the model won't fit; the message has the sizes that would.
             ValueError: a file is damaged or doesn't match the others, or an argument is impossible;
-                the message says what was found and what to do.
+                the message has the value found and the remedy.
             RankError: another rank has failed or is gone.
         """
         model, tokenizer = build_model(
@@ -300,7 +300,7 @@ class Llama:
         seed: int | None,
         truncate: bool = False,
     ) -> list[Completion]:
-        """``_complete``, or what an overridden ``generate`` returns."""
+        """``_complete``, or the result of an overridden ``generate``."""
         if type(self).generate is Llama.generate and "generate" not in vars(self):
             return self._complete(prompt_tokens, params, seed, truncate)
         options: dict[str, Any] = {"seed": seed, "truncate": truncate, "stop": params.stop}

@@ -144,7 +144,7 @@ def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
 
 def _free_host_bytes() -> int | None:
     meminfo = _ROOT / "proc/meminfo"
-    if not meminfo.is_file():  # macOS reports the total, but not what is free
+    if not meminfo.is_file():  # macOS reports the total only
         names = os.sysconf_names
         if "SC_PHYS_PAGES" not in names:
             return None

@@ -196,7 +196,7 @@ class Transformer(nn.Module):
                 hold ``lock``; blocks see [T, dim].
 
         Returns:
-            [B, S, V]; of a Decode [B, V], of a Prefill [T, V] or what its ``logits_for`` asks for.
+            [B, S, V]; of a Decode [B, V], of a Prefill [T, V] or [n, V] for its ``logits_for``.
 
         Raises:
             ValueError: the tokens don't fit into the cache.

@@ -22,7 +22,7 @@ class TokenEvent(NamedTuple):
     Attributes:
         row: index of the prompt.
         token: its id.
-        text: what it adds to the text. A character that is spread over several tokens comes with
+        text: the text that it adds. A character that is spread over several tokens comes with
             the last of them, and a piece that may be the start of a stop string later or never, so
             that a piece may be empty.
         logprob: natural logarithm of its probability under the model (before temperature and

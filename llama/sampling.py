@@ -27,7 +27,7 @@ class SamplingParams:
         max_gen_len: tokens to generate at most; None for as many as fit.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: see ``sample_top_p``; 0 takes the likeliest token.
-        stop: strings that end the text, which is cut before them, and token ids that end it, in
+        stop: strings that end the text and are removed from it, and token ids that end it, in
             addition to ``tokenizer.stop_tokens``.
         logprobs: compute log-probabilities of the tokens; with ``echo``, of the prompt's too.
         top_logprobs: for each token, also give the log-probabilities of this many of the likeliest.

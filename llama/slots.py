@@ -91,7 +91,7 @@ class Slots:
                 occupant.slot = slot
 
     def forget(self) -> None:
-        """Reuse nothing of what the slots hold."""
+        """Drop all cached prefixes."""
         self.cached = [[] for _ in self.cached]
 
     def forget_if_model_changed(self) -> None:

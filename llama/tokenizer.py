@@ -94,7 +94,7 @@ class Tokenizer:
         drops_first_space: False: the text of the ids is exactly their bytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file doesn't exist.
         ValueError: the file is damaged, or not a vocabulary of this kind.
     """
 

@@ -49,7 +49,7 @@ PARAMS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-# What build says about a file; all of it has a message. An error of the interpreter has not.
+# Errors of the library, all of which have a message; the interpreter's own aren't among them.
 EXPECTED = (ValueError, FileNotFoundError, MemoryError)
 # No message of ours is about these, though they derive from ValueError.
 UNEXPECTED = (UnicodeError, json.JSONDecodeError, RankError)
@@ -168,7 +168,7 @@ tokenizer_of = functools.lru_cache(SentencePieceTokenizer)
 
 
 class Target(NamedTuple):
-    """A folder, the file in it that is replaced, and what is done with the folder then."""
+    """A folder, the file in it that is replaced, and the use of the folder."""
 
     make: Callable[[Path], None]
     name: str
@@ -190,7 +190,7 @@ TARGETS: dict[str, Target] = {
 
 
 def outcome(folder: Path, use: Callable[[Path], None]) -> str:
-    """Use what is in a folder: "accepted", or the type of one of the library's errors."""
+    """Use a folder: "accepted", or the type of one of the library's errors."""
     try:
         use(folder)
     except UNEXPECTED:

@@ -34,7 +34,7 @@ TOUCH = "open('evil', 'w').close()"
 
 
 def by_name(name: str, *operations: bytes) -> bytes:
-    """A pickle that is written by hand: the object of this name, and what is done with it."""
+    """A pickle that is written by hand: the object of this name, and its use."""
     return b"\x80\x02c" + name.encode() + b"\n" + b"".join(operations) + b"."
 
 
@@ -63,7 +63,7 @@ PAYLOADS: dict[str, bytes] = {
     "a dotted name": by_name("torch\nos.system", b"(", text("touch evil"), b"tR"),
     "a name of torch's": by_name("torch\nload", b"(", text("evil"), b"tR"),
     "no name": by_name("\n", b")R"),
-    # what torch's weights_only lets pass, and what would fill the memory
+    # accepted by torch's weights_only, or filling the memory
     "bytearray": by_name(
         "__builtin__\nbytearray", b"(\x8a\x06", (10**11).to_bytes(6, "little"), b"tR"
     ),
@@ -236,7 +236,7 @@ SAFETENSORS = {
     "a header longer than the file": struct.pack("<Q", 10**6) + b"{}",
     "a header longer than memory": struct.pack("<Q", 2**63) + b"{}",
     "no header": struct.pack("<Q", 0),
-    "offsets behind the end": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "offsets after the end": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
     "offsets that are not the shape's": b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
     "a shape without end": b'{"a":{"dtype":"U8","shape":[18446744073709551616],'
     b'"data_offsets":[0,4]}}',

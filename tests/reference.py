@@ -1,7 +1,7 @@
 """The oracle: Llama without a cache, batches or speed, in float64. Imports nothing from llama.
 
 Angles are float32, as they are in every published implementation: near position 8192 they differ
-from the exact ones by 5e-4, which is part of what the models were trained with.
+from the exact ones by 5e-4, and the models were trained with the former.
 """
 
 import math

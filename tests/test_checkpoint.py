@@ -1,4 +1,4 @@
-"""Native folders: what is read, what is refused and with which words, and the memory it takes."""
+"""Native folders: loading, refusals with their messages, and peak memory."""
 
 import hashlib
 import json
@@ -198,7 +198,7 @@ def test_wrong_contents(
         build(copy)
 
 
-def test_a_checkpoint_that_is_no_dict(copy: Path, weights: dict[str, Tensor]) -> None:
+def test_a_checkpoint_that_isnt_a_dict(copy: Path, weights: dict[str, Tensor]) -> None:
     torch.save(list(weights.values()), copy / "consolidated.00.pth")
     with pytest.raises(ValueError, match="holds a list, expected a dict"):
         build(copy)
@@ -284,7 +284,7 @@ def test_impossible_arguments(folder: Path, arguments: dict[str, Any], message: 
 def test_the_context_of_a_family_is_the_limit(
     copy: Path, params: dict[str, Any], context: int
 ) -> None:
-    """Fault 8: max_seq_len beyond what the model was trained for."""
+    """Fault 8: max_seq_len beyond the model's training context."""
     (copy / "params.json").write_text(json.dumps(PARAMS | params))
     with pytest.raises(ValueError, match=f"at most {context}"):
         build(copy, max_seq_len=context + 1)
@@ -302,7 +302,7 @@ from llama import Llama
 def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 torch.ones(8) @ torch.ones(8)
-Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # what a first build imports
+Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # imports of a first build
 peak, done, before = 0, False, rss()
 def watch():
     global peak

@@ -261,7 +261,7 @@ def test_force_replaces_nothing_but_a_checkpoint(
     "how", ["itself", "inside", "weights", "params.json", "tokenizer.model", "tokenizer_path"]
 )
 def test_force_does_not_delete_the_source(tmp_path: Path, folder: Path, how: str) -> None:
-    """Nor what the source's links lead to."""
+    """Nor the targets of the source's links."""
     target, source, words = tmp_path / "target", tmp_path / "source", []
     shutil.copytree(folder, target)
     shutil.copytree(folder, source)
@@ -365,7 +365,7 @@ def test_the_tokenizer_gets_the_name_of_its_kind(
         cli("verify", tmp_path / name)
 
 
-def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None:
+def test_fields_that_a_layout_lacks_are_reported(tmp_path: Path, stories: Path) -> None:
     words = cli("convert", stories / "hf", tmp_path / "native")
     assert "can't record the context of 512 tokens; it will be read as 4096" in words
     assert "note" not in cli("convert", tmp_path / "native", tmp_path / "hf", "--format", "hf")
@@ -378,7 +378,7 @@ def test_what_a_layout_cannot_say_is_told(tmp_path: Path, stories: Path) -> None
 def test_a_full_disk(
     tmp_path: Path, folder: Path, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before, and while writing: a limit on the size of files stands in for the disk."""
+    """Found before, and while writing: a limit on the size of files simulates the disk."""
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**8))

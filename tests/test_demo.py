@@ -1,4 +1,4 @@
-"""The demo model knows what it was taught, and its text is what its rules say."""
+"""The demo model answers questions it wasn't trained on, and its text follows its rules."""
 
 import random
 import re
@@ -12,7 +12,7 @@ from demo import data
 from demo.evaluate import wrong_answers, wrong_stories
 from llama import Llama
 
-# Floors on a sample lie below what is promised for the whole table in demo/README.md.
+# Floors on a sample are below those of the whole table in demo/README.md.
 SAMPLE_SLACK = 0.07
 
 
@@ -63,7 +63,7 @@ def test_nothing_held_out_is_in_the_training_text() -> None:
     assert len(practised) > 5000
     for kind in data.TESTS:
         for _, turns in data.test_dialogs(kind, 100):
-            # of a remembered name, the introduction is what is new
+            # of a remembered name, only the introduction is new
             asked = turns[0][0] if kind.startswith("names") else turns[-1][0]
             assert asked not in questions, kind
             answer = turns[-1][1]

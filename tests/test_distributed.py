@@ -81,7 +81,7 @@ def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
 
 # --- Any shards on any ranks --------------------------------------------------------------------
 
-# Builds every folder in turn; the first rank writes down what each generates.
+# Builds every folder in turn; the first rank writes the tokens of each to a file.
 MATRIX = """
 import json, os, sys
 from llama import Llama
@@ -324,7 +324,7 @@ except Exception as error:
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any]) -> None:
-    """Two launchers that meet at a port, as on two machines."""
+    """Two launchers with one rendezvous port, as on two machines."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -379,7 +379,9 @@ except Exception as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_one_process_lacks_fails_on_all(tmp_path: Path, folder: Path, size: int) -> None:
+def test_a_file_missing_on_one_process_fails_on_all(
+    tmp_path: Path, folder: Path, size: int
+) -> None:
     """Before the weights too, and in another replica: nobody goes on alone."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -419,7 +421,7 @@ print("after build")
 
 
 @pytest.mark.slow
-def test_a_quiet_rank_prints_what_the_first_can(tmp_path: Path, folder: Path) -> None:
+def test_a_quiet_rank_accepts_any_text(tmp_path: Path, folder: Path) -> None:
     """Where the locale has ASCII only, PYTHONIOENCODING gives the first rank's stdout UTF-8."""
     path = tmp_path / "script.py"
     path.write_text(

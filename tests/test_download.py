@@ -1,6 +1,6 @@
 """download.sh against a local HTTP server, with curl and with wget.
 
-Every run is also checked for what must always hold: the link's signature is nowhere to be seen,
+Invariants are checked in every run: the link's signature is nowhere to be seen,
 and no file has its final name unless it is whole and right.
 """
 
@@ -93,7 +93,7 @@ LOCAL = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``; ``faults`` says what goes wrong at the next requests of a path."""
+    """Serves ``files``; ``faults`` are those of the next requests of a path."""
 
     daemon_threads = True
 
@@ -362,7 +362,7 @@ def test_llama_3_model(box: Box) -> None:
 
 
 def test_llama_2_model(box: Box) -> None:
-    """The tokenizer of Llama 2 is beside the model folder, not in it."""
+    """Llama 2's tokenizer is in the parent of the model folder."""
     result = box.get("13B-chat")
     succeeded(result)
     assert box.files() == LOCAL["llama-2-13b-chat"]
@@ -377,7 +377,7 @@ def test_llama_2_model(box: Box) -> None:
 
 
 def test_questions_and_enter(box: Box) -> None:
-    """The link and the models are asked for; Enter stands for the four of Llama 3."""
+    """The link and the models are asked for; Enter selects the four of Llama 3."""
     result = box.run(stdin=f"  {box.server.url} \n\n")
     succeeded(result)
     expected: dict[str, bytes] = {}
@@ -448,7 +448,7 @@ def test_licences_of_the_project_stay(any_box: Box) -> None:
     assert any_box.files() == own | LOCAL["Meta-Llama-3-8B"] | LOCAL["llama-2-7b"]
 
 
-def test_link_is_no_argument(box: Box) -> None:
+def test_the_link_isnt_an_argument(box: Box) -> None:
     """The fetching tool does not get the link where "ps" would show it."""
     log = box.top / "arguments"
     for name in ("curl", "wget"):
@@ -461,10 +461,10 @@ def test_link_is_no_argument(box: Box) -> None:
 
 
 def test_macos_md5(any_box: Box) -> None:
-    """Where there is no md5sum, md5 does."""
+    """md5 replaces a missing md5sum."""
     real = shutil.which("md5sum")
     if real is None:
-        pytest.skip("md5sum, which stands in for md5 here, is not installed")
+        pytest.skip("md5sum, which replaces md5 here, isn't installed")
     (any_box.bin / "md5sum").unlink()
     any_box.fake("md5", f'[ "$1" = -q ] || exit 9\nset -- $(\'{real}\' "$2")\necho "$1"\n')
     succeeded(any_box.get("8B"))
@@ -535,7 +535,7 @@ def test_server_error_then_success(box: Box) -> None:
 
 @pytest.mark.parametrize("fault", ["500", "cut short"])
 def test_gives_up(box: Box, fault: str) -> None:
-    """The number of tries is limited, and what came so far is kept for the next run."""
+    """The number of tries is limited, and the part received is kept for the next run."""
     box.server.faults[SHARD] = repeat(fault)
     failed(box.get("8B"), f"gave up on {SHARD}", "run this again")
     assert len(box.server.ranges(SHARD)) == 5
@@ -659,7 +659,7 @@ def test_web_page(box: Box, path: str, fault: str) -> None:
 
 
 def test_web_page_on_resume(box: Box) -> None:
-    """A web page in answer to a resume does not cost what was fetched before."""
+    """A web page in answer to a resume does not discard the part fetched before."""
     part = box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
     box.server.faults[SHARD] = iter(["text/html"])
     failed(box.get("8B"), "web page", SHARD)
@@ -678,7 +678,7 @@ def test_corrupt_shard(box: Box) -> None:
 
 
 def test_disk_full(box: Box) -> None:
-    """A write that fails is reported as such; a limit on file sizes stands in for the disk."""
+    """A write that fails is reported as such; a limit on file sizes simulates the disk."""
     result = box.get("8B", before="trap '' XFSZ; ulimit -f 2")
     failed(result, "disk is full", "consolidated.00.pth")
     assert len(box.server.ranges(SHARD)) == 1
@@ -867,7 +867,7 @@ def test_verify_bad_checklist(any_box: Box, kind: str) -> None:
 
 
 def test_verify_without_checklist(any_box: Box) -> None:
-    """A folder that is no model's, or none at all, is reported."""
+    """A folder of another kind, or a missing one, is reported."""
     failed(any_box.run("--verify", "."), "no checklist.chk")
     failed(any_box.run("--verify", "nowhere"), "no such folder")
 
@@ -876,7 +876,7 @@ def test_verify_without_checklist(any_box: Box) -> None:
 
 
 def on_terminal(box: Box, *args: str, typed: str = "") -> tuple[int, bytes]:
-    """Run download.sh on a terminal; return the exit status and what the terminal showed.
+    """Run download.sh on a terminal; return the exit status and the output of the terminal.
 
     ``typed`` is typed at the first question: before it the terminal would edit the line itself.
     """
@@ -1004,7 +1004,7 @@ def test_settings_of_the_tools_are_not_read(box: Box) -> None:
     assert box.files(box.home) == before
 
 
-def test_the_link_is_in_no_environment(box: Box) -> None:
+def test_the_link_isnt_in_any_environment(box: Box) -> None:
     """Not even if the caller has exported variables of the script's names, or exports all."""
     words = set(re.findall(r"[A-Za-z_]\w*", SCRIPT.read_text()))
     kept = {"PATH", "HOME", "IFS", "BASH_ENV", "SHELLOPTS", "LLAMA_DOWNLOAD_STALL"}
@@ -1144,7 +1144,7 @@ def test_a_body_without_end(box: Box) -> None:
 
 @pytest.mark.slow
 def test_a_body_that_drips(tmp_path: Path, server: Server) -> None:
-    """Five bytes a second are no download, though there is never silence."""
+    """Five bytes a second never time out as silence, but aren't a download either."""
     if not usable("curl"):
         pytest.skip("wget only notices silence")
     box = Box(tmp_path, server, "curl")
@@ -1161,6 +1161,6 @@ def test_the_servers_name_for_a_file_does_not_count(box: Box) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "99999"])
-def test_a_stall_that_is_no_time(any_box: Box, value: str) -> None:
+def test_an_invalid_stall_time(any_box: Box, value: str) -> None:
     any_box.env["LLAMA_DOWNLOAD_STALL"] = value
     failed(any_box.get("8B"), "LLAMA_DOWNLOAD_STALL must be 1 to 9999 seconds")

@@ -268,7 +268,7 @@ def test_a_request_reuses_the_prefix_of_one_that_still_decodes(
     assert second.tokens == plain.generate([QUESTION + ANSWER], 12, temperature=0)[0][0]
 
 
-def test_a_reused_slot_does_not_leak_what_lies_after_the_prefix(llm: Llama, plain: Llama) -> None:
+def test_a_reused_slot_does_not_leak_keys_after_the_prefix(llm: Llama, plain: Llama) -> None:
     """Every position beyond the tokens that a slot claims is overwritten with large numbers."""
     llm.generate([LONG, QUESTION, LONG[:20]], 20, temperature=0)
     for cache in llm.model.cache or []:
@@ -297,7 +297,7 @@ def test_changed_weights_are_not_mixed_with_old_keys(llm: Llama) -> None:
     assert tokens == fresh.generate([LONG], 12, temperature=0)
 
 
-def test_a_direct_forward_is_not_taken_for_the_engines_keys(llm: Llama, plain: Llama) -> None:
+def test_a_direct_forward_invalidates_cached_prefixes(llm: Llama, plain: Llama) -> None:
     llm.generate([LONG], 4, temperature=0)
     llm.model(torch.tensor([ANSWER] * 4), 0)
     assert (

@@ -63,7 +63,7 @@ def vocabulary(params: dict[str, Any]) -> Path:
 def native_folder(
     folder: Path, params: dict[str, Any], weights: dict[str, Tensor], n_shards: int = 1
 ) -> Path:
-    """As Meta publishes it: Llama 2 says neither its theta nor its vocabulary, its tokenizer is in
+    """As Meta publishes it: Llama 2 has neither rope_theta nor vocab_size, its tokenizer is in
     the parent folder, and its embedding is cut by columns."""
     is_llama2 = params["vocab_size"] == 32000
     folder.mkdir(parents=True)
@@ -111,7 +111,7 @@ def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -
     native = build(native_folder(tmp_path / "native", params, weights, n_shards))
     assert relative_error(logits(native, TOKENS), expected) < 1e-5
     assert torch.equal(logits(native, TOKENS).argmax(-1), expected.argmax(-1))
-    # what transformers itself writes, in several files
+    # written by transformers itself, in several files
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20MB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     shutil.copy(vocabulary(params), tmp_path / "hf")

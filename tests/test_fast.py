@@ -60,7 +60,7 @@ def test_weight_lhs_takes_any_shape() -> None:
     torch.testing.assert_close(cpu.weight_lhs_matmul(x, weight), nn.functional.linear(x, weight))
 
 
-def test_onednn_meets_few_numbers_of_rows() -> None:
+def test_onednn_compiles_for_few_row_counts() -> None:
     """It keeps a program for each; every row is computed all the same."""
     met = set()
 
@@ -254,7 +254,7 @@ def documented_kernel(
 
 
 @pytest.mark.parametrize("case", ["prompts", "prompts' ends", "chunks", "step"])
-def test_flash_attention_hands_the_kernel_what_attention_computes(
+def test_flash_attention_equals_attention_by_the_kernels_documentation(
     case: str, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)

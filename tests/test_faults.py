@@ -239,7 +239,7 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.slow
-def test_what_is_slow_does_not_time_out(tmp_path: Path, shards: Path) -> None:
+def test_slow_ranks_do_not_time_out(tmp_path: Path, shards: Path) -> None:
     """Loading, a pause between two calls and one within a stream, each longer than the time-out;
     and standard input is closed."""
     path = tmp_path / "script.py"
@@ -269,7 +269,7 @@ print("finished")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["interrupted", "terminated", "killed"])
 def test_torchrun_ends(script: Path, shards: Path, how: str) -> None:
-    """By Ctrl-C and by a scheduler, which are no faults, and when it is gone itself."""
+    """By Ctrl-C and by a scheduler, which aren't faults, and when it is gone itself."""
     path = script.with_name("loop.py")
     path.write_text(
         SCRIPT.replace('print("finished")', 'print("running", flush=True)\n')
@@ -351,7 +351,7 @@ print("finished")
 
 
 @pytest.mark.slow
-def test_forked_children_are_no_ranks(tmp_path: Path, shards: Path) -> None:
+def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
     """A pool's workers that are terminated, children that fail: the ranks go on."""
     path = tmp_path / "script.py"
     path.write_text(FORKS)

@@ -173,7 +173,7 @@ def test_a_scored_prompt_never_makes_all_its_logits_at_once(
 
 
 class Scripted(nn.Module):
-    """Stands in for the weights: row b says texts[b], whatever it is asked."""
+    """A model whose row b generates texts[b] for any prompt."""
 
     def __init__(self, llm: Llama, texts: list[list[int]]) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def test_stream_gives_the_token_of_every_live_row(llm: Llama) -> None:
             assert -1 < event.logprob < 0
 
 
-def test_stream_is_what_generate_folds(llm: Llama) -> None:
+def test_generate_folds_over_stream(llm: Llama) -> None:
     for echo in (False, True):
         rows: list[list[int]] = [[] for _ in PROMPTS * 2]
         for events in llm.stream(PROMPTS * 2, 12, temperature=0, echo=echo):
@@ -438,7 +438,7 @@ def test_arguments_out_of_range(llm: Llama, arguments: dict[str, Any], message: 
         llm.stream(**(valid | arguments))
 
 
-def test_a_prompt_that_is_no_list_of_texts(llm: Llama) -> None:
+def test_a_prompt_that_isnt_a_list_of_texts(llm: Llama) -> None:
     with pytest.raises(TypeError, match=r"write \[prompt\]"):
         llm.text_completion(cast(Any, "Hello"))
     with pytest.raises(TypeError, match=r"prompt 0 is \[1.5\], expected a list of token ids"):
@@ -464,7 +464,7 @@ def test_a_very_low_temperature_is_greedy(llm: Llama) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_gen_len", "temperature", "top_p"])
-def test_arguments_that_are_no_numbers(llm: Llama, name: str) -> None:
+def test_arguments_that_arent_numbers(llm: Llama, name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} is 'abc', expected a number"):
         llm.text_completion(["a"], **{name: cast(Any, "abc")})
 

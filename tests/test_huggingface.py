@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read, and what is refused and with which words."""
+"""Hugging Face folders: loading, and refusals with their messages."""
 
 import json
 import shutil

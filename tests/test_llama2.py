@@ -248,7 +248,7 @@ def test_tags_in_contents_are_refused(llama2: SentencePieceTokenizer, tag: str, 
 
 @pytest.mark.parametrize("tag", ["\uff3b/INST\uff3d", "[\x01/INST]", "[/\U0001d408NST]"])
 def test_tags_that_the_vocabulary_normalizes_are_refused(tmp_path: Path, tag: str) -> None:
-    """nmt_nfkc is what sentencepiece trains with unless told otherwise."""
+    """nmt_nfkc is sentencepiece's default in training."""
     fuzz.sentencepiece_folder(tmp_path)
     tokenizer = SentencePieceTokenizer(str(tmp_path / "tokenizer.model"))
     assert "[/INST]" in tokenizer.decode(tokenizer.encode(tag, bos=False, eos=False))
@@ -270,7 +270,7 @@ def test_contents_that_become_control_tokens_are_refused(
 
 
 def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePieceTokenizer) -> None:
-    path = tmp_path / "tokenizer.json"  # the name says something else
+    path = tmp_path / "tokenizer.json"  # a misleading name
     path.write_bytes(VOCABULARIES["llama2"].read_bytes())
     opened = load_tokenizer(str(path), llama31=True)
     assert isinstance(opened, SentencePieceTokenizer)
@@ -351,7 +351,7 @@ def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) 
     ],
 )
 def test_a_text_is_streamed_from_every_split(llama2: SentencePieceTokenizer, text: str) -> None:
-    """As a continuation it is the bytes of its pieces; as a text of its own what decode gives."""
+    """As a continuation it is the bytes of its pieces; as a text of its own, decode's result."""
     ids = llama2.encode(text, bos=False, eos=False)
     for start in range(len(ids)):
         for starts_text in (False, True):

@@ -1,4 +1,4 @@
-"""The plan: formulas against what the model really holds, and what is said if it does not fit."""
+"""The memory plan: formulas against measurements, and the error if a model doesn't fit."""
 
 import re
 import sys
@@ -160,7 +160,7 @@ def test_limits_of_control_groups(
 
 
 def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
-    """The shards are no checkpoints at all: the plan comes first."""
+    """The shards aren't checkpoints at all: the plan comes first."""
     folder = write_checkpoint(tmp_path / "big", PARAMS | {"dim": 2**15, "n_layers": 400}, {})
     (folder / "consolidated.00.pth").write_bytes(b"not read")
     with pytest.raises(MemoryError, match=r"this needs weights \d+\.\d\d GiB"):

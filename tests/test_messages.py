@@ -1,7 +1,7 @@
 """What a user reads after a mistake: the real situation, and the message's values and advice.
 
 Those of damaged files are in test_hostile.py, those of failing ranks in test_faults.py, the others
-beside the tests of what they are about.
+with the tests of their subject.
 """
 
 import json
@@ -51,7 +51,7 @@ def test_a_build_of_torch_without_cuda() -> None:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that says it has two CUDA devices, where torchrun has started the fourth of four
+    """A machine that reports two CUDA devices, where torchrun has started the fourth of four
     processes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -225,7 +225,7 @@ def test_verify_finds_numbers_that_are_not_finite(
 
 
 def test_logits_that_are_not_finite(tokenizer: Tokenizer) -> None:
-    """The step and the row, also behind the first batch; a row that has ended does not count."""
+    """The step and the row, also after the first batch; a row that has ended does not count."""
     weights = random_weights(PARAMS)
     llm = Llama(new_model(PARAMS, weights, max_seq_len=64, max_batch_size=2), tokenizer)
     llm.tokenizer.stop_tokens = set()
@@ -256,7 +256,7 @@ def test_truncation_is_asked_for(llm: Llama) -> None:
     assert row[: len(kept)] == kept
     assert len(row) <= length
     assert llm.generate([kept], 4, temperature=0)[0] == [row[len(kept) :]]
-    # half of the cache at most is left empty, and what fits is left alone
+    # half of the cache at most is left empty, and shorter prompts are left alone
     (row,) = llm.generate([prompt[1:]], 1000, temperature=0, echo=True, truncate=True)[0]
     assert row[: length // 2] == prompt[-(length // 2) :]
     (row,) = llm.generate([prompt[:length]], 0, echo=True, truncate=True)[0]

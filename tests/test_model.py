@@ -180,7 +180,7 @@ def test_changing_the_dtype_keeps_the_angles(model: Transformer) -> None:
 
 
 def test_rows_at_their_own_positions(model: Transformer) -> None:
-    """A packed prefill and a step of two rows of 3 and 10 tokens are what each row gives alone."""
+    """A packed prefill and a step of two rows of 3 and 10 tokens equal those of each row alone."""
     lengths = [3, 10]
     with torch.inference_mode():
         packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])

@@ -12,7 +12,7 @@ from demo import data
 from llama import ModelArgs
 
 # Dependencies run one way: a module may import those of earlier lines and of its own. A folder
-# stands for its modules, apart from those that have a line of their own.
+# includes its modules, except those that have a line of their own.
 ORDER = [
     {"config"},
     {"files", "pages"},

@@ -1,4 +1,4 @@
-"""Any number of shards on any number of ranks, as pure functions: what is cut joins again."""
+"""Any number of shards on any number of ranks, as pure functions: shards join again."""
 
 import math
 from typing import Any
@@ -67,7 +67,7 @@ def shapes(draw: st.DrawFn) -> ModelArgs:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(shapes(), st.sampled_from(COUNTS), st.sampled_from(COUNTS), st.booleans())
 def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_columns: bool) -> None:
-    """M -> N is M -> 1 -> N, and M -> 1 gives back what was cut, for every kind of tensor."""
+    """M -> N is M -> 1 -> N, and M -> 1 restores the tensor, for every kind of tensor."""
     for key, cut in shard_specs(args).items():
         full = numbered(cut.sizes)
         stored = cut

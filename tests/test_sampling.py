@@ -1,4 +1,4 @@
-"""Top-p sampling, token for token what the published sampler draws."""
+"""Top-p sampling, token for token equal to the published sampler."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_draws_equal_the_published_rule(dtype: torch.dtype, n_rows: int) -> None
 
 
 def full_sort(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The published rule over the whole vocabulary: what torch.multinomial draws from; the ids."""
+    """The published rule over the whole vocabulary: the distribution and its ids."""
     ranked, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     nucleus = ranked.masked_fill(torch.cumsum(ranked, dim=-1) - ranked > p, 0.0)
     return nucleus / nucleus.sum(dim=-1, keepdim=True), ids

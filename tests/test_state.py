@@ -197,7 +197,7 @@ def test_a_stream_that_another_thread_overtakes_is_refused(fresh: Llama) -> None
         next(stream)
 
 
-def test_an_abandoned_stream_is_no_burden(fresh: Llama, expected: Any) -> None:
+def test_an_abandoned_stream_frees_its_slots_and_memory(fresh: Llama, expected: Any) -> None:
     """Neither while it is kept nor when it is gone."""
     kept = [fresh.stream(PROMPTS, 20) for _ in range(3)]
     for stream in kept:

@@ -166,7 +166,7 @@ def test_pieces_never_split_a_character(real: Tokenizer) -> None:
     pieces = [decoder.add(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-    # cut inside a character: what is left over comes out at the end, as in a decoding of the whole
+    # truncated inside a character: the rest comes out at the end, as when decoding the whole
     for end in range(len(ids)):
         decoder = Detokenizer(real, starts_text=True)
         cut = "".join(decoder.add(t) for t in ids[:end]) + decoder.add(None, final=True)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: find the files and read what describes them, before any weights.
+"""Checkpoint folders: find the files and read their description, before any weights.
 
 A native folder holds ``consolidated.00.pth`` ... ``consolidated.{M-1:02d}.pth``, a dict of tensors
 for each of M model-parallel ranks, and ``params.json``. A Hugging Face folder (see huggingface.py)
@@ -14,7 +14,7 @@ from llama.checkpoint import huggingface
 from llama.config import ModelArgs
 from llama.files import listed, read_json
 
-# params.json of Llama 2 has no rope_theta: 10000 is what it was trained with.
+# Llama 2 was trained with 10000; its params.json has no rope_theta.
 LLAMA2_ROPE_THETA = 10000.0
 # Longest context that each generation was trained for, by its rotary embedding.
 LLAMA31_CONTEXT = 131072

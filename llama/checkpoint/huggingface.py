@@ -141,7 +141,7 @@ def read_config(path: Path) -> Config:
     """Read and check a config.json.
 
     Raises:
-        FileNotFoundError, ValueError: there is no valid file, or it describes another model than a
+        FileNotFoundError, ValueError: a file is missing or invalid, or its model isn't a
             Llama; the message names the field.
     """
     config = read_json(path)

@@ -3,7 +3,7 @@
 torch.save writes a zip archive (PKWARE's APPNOTE.TXT, section 4.3) of stored members: one pickle,
 and the numbers of each tensor. ``torch.load(weights_only=True)`` runs no foreign code, but it
 allocates what the pickle asks for, hashes keys of any size, and finds members by names in any case.
-So the archive must have one reading only, and its pickle only what a dict of tensors needs.
+So the archive must have one reading only, and its pickle only the opcodes of a dict of tensors.
 """
 
 import pickletools

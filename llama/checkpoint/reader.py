@@ -220,7 +220,7 @@ def load(
         progress: show a bar on stderr if it takes more than a second.
 
     Raises:
-        ValueError: the files can't be read or don't hold exactly this; the message says where.
+        ValueError: the files can't be read or don't contain exactly this; the message says where.
     """
     weights = Weights(ckpt, args)
     loaded: dict[str, Tensor] = {}

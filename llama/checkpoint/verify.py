@@ -68,7 +68,7 @@ def _not_finite(weights: Weights) -> Iterator[str]:
 
 
 def read_checklist(path: Path) -> dict[str, str]:
-    """MD5 sums by file name, empty if there is no list. download.sh reads it by the same rules.
+    """MD5 sums by file name, empty without a list. download.sh reads it by the same rules.
 
     Raises:
         ValueError: it is too long, empty, or a line of it isn't a sum and the name of a file.

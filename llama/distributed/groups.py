@@ -1,6 +1,6 @@
 """Process groups: which ranks share one copy of the weights, and what each process is.
 
-The groups are fairscale's. With one process there is no process group at all, and every function
+The groups are fairscale's. One process has no process group, and every function
 here works for a group of one.
 """
 

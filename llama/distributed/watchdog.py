@@ -41,7 +41,7 @@ _PATIENCE = 2.0
 
 
 class RankError(RuntimeError):
-    """Another rank has failed or is gone; the message says which, and why."""
+    """Another rank has failed or is gone; the message names it and the cause."""
 
 
 class Watchdog:
@@ -55,7 +55,7 @@ class Watchdog:
     def __init__(self, rank: int, n_ranks: int) -> None:
         self.timeout = math.inf
         self._rank = rank
-        # a connection of its own: on the process group's, it would queue behind blocking calls
+        # a connection of its own: on the process group's, it would wait for blocking calls
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False)
         self._store = PrefixStore(f"llama/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -161,7 +161,7 @@ class Watchdog:
         return self._store.get("report").decode()
 
     def _killed(self) -> str | None:
-        """A rank on this machine whose process is gone without having said so."""
+        """A rank on this machine whose process is gone without a report."""
         for rank, beat in enumerate(self._heartbeats()):
             if beat not in (_LEFT, _TERMINATED) and self._state(rank) in ("Z", "X"):
                 return (

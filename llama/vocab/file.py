@@ -18,7 +18,7 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
     ``tokenizer.model`` could be another model's.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file doesn't exist.
         ValueError: it is a failed download, or too large.
     """
     try:

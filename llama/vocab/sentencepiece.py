@@ -30,7 +30,7 @@ class SentencePieceTokenizer:
 
     Raises:
         ImportError: sentencepiece is not installed.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file doesn't exist.
         ValueError: the file is damaged, or not a SentencePiece vocabulary.
     """
 
