@@ -133,7 +133,7 @@ def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) 
 STORY_PROMPTS = ["", "Once upon a time", "The dog ran to the", "Lily and Ben", "One day"]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_ranks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_every_layout_on_any_ranks(
     tmp_path: Path, layouts: list[Path], story_tokens: dict[str, Any], n_ranks: int
 ) -> None:
@@ -275,9 +275,8 @@ def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return dict(json.loads((out / "0").read_text()))
 
 
-@pytest.mark.parametrize(
-    ("n_ranks", "size"), [(2, 1), *(pytest.param(4, n, marks=pytest.mark.slow) for n in (2, 1))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_ranks", "size"), [(2, 1), (4, 2), (4, 1)])
 def test_prompts_are_divided_over_replicas(
     tmp_path: Path, folder: Path, undivided: dict[str, Any], n_ranks: int, size: int
 ) -> None:
@@ -301,6 +300,7 @@ def test_prompts_are_divided_over_replicas(
     assert n_rows == [1] * (2 * size) + [0] * (n_ranks - 2 * size)
 
 
+@pytest.mark.slow
 def test_a_failing_replica_is_an_error_on_all(tmp_path: Path, folder: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -343,6 +343,7 @@ def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, 
     assert sorted(result.stdout.count("Loaded in") for result in results) == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(

@@ -96,7 +96,7 @@ def test_requests_of_any_schedule_give_the_tokens_they_give_alone(
     options: Any = {"device": "cpu", "dtype": "float32", **SIZES}
     llm = Llama.build(str(folder), prefix_caching=prefix_caching, **options)
     alone = Llama.build(str(folder), prefix_caching=False, **options | {"max_batch_size": 1})
-    results = [row for seed in range(6) for row in schedule(llm, seed)]
+    results = [row for seed in range(3) for row in schedule(llm, seed)]
     check_against_alone(results, alone)
 
 

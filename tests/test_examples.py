@@ -40,6 +40,7 @@ def test_text_example_under_torchrun_tells_stories(tmp_path: Path) -> None:
     assert "Clara" in story.split("====")[0]
 
 
+@pytest.mark.slow
 def test_defaults_run_too() -> None:
     for script in (CHAT, TEXT):
         result = run(sys.executable, script)

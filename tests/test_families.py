@@ -156,6 +156,7 @@ def folder_of(tmp_path: Path, params: dict[str, Any]) -> Path:
     return native_folder(tmp_path / "folder", params | {"n_layers": 1}, weights)
 
 
+@pytest.mark.slow
 def test_the_generation_is_told_by_the_rotary_embedding(tmp_path: Path) -> None:
     plain = build(folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])).tokenizer
     assert "<|eom_id|>" not in plain.special_tokens

@@ -210,6 +210,7 @@ for line in Path("/proc/self/smaps").read_text().splitlines():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_large_pages_are_asked_for() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():

@@ -149,6 +149,7 @@ def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_told_so(tmp_path: Path, shards: Path) -> None:
     """Different arguments are an error on every rank, after which they can go on."""
     path = tmp_path / "script.py"

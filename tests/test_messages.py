@@ -95,6 +95,7 @@ def build(folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
     return run(sys.executable, "-c", script, env=env)
 
 
+@pytest.mark.slow
 def test_a_port_in_use(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -106,6 +107,7 @@ def test_a_port_in_use(folder: Path) -> None:
     assert "another --master_port, or --standalone" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_is_missing_in_the_environment(folder: Path) -> None:
     env = rank_environment(1, 2)
     del env["RANK"]
@@ -130,6 +132,7 @@ def test_a_group_that_has_ended(folder: Path, one_process_group: None) -> None:
     assert older.generate([[1, 2]], 5, temperature=0) == expected
 
 
+@pytest.mark.slow
 def test_a_number_of_ranks_that_does_not_divide(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=4)
     path = tmp_path / "script.py"

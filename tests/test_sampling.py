@@ -48,6 +48,7 @@ def full_sort(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return nucleus / nucleus.sum(dim=-1, keepdim=True), ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_of_a_large_vocabulary_gives_the_draws_of_a_full_sort(
