@@ -15,7 +15,7 @@ def attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
 
 
 def decode_attention(q: Tensor, cache: KVCache, batch: Decode) -> Tensor:
-    n_rows, length = len(q), batch.max_seqlen_k
+    n_rows, length = q.shape[0], batch.max_seqlen_k
     k, v = cache.k[:n_rows, :, :length], cache.v[:n_rows, :, :length]  # [B, K, L, D]
     # The H / K query heads of a key head become query positions: with enable_gqa and a mask, SDPA
     # may fall back to its math kernel.

@@ -49,6 +49,8 @@ class Detokenizer:
             if self._tokenizer.decode([token]) == dropped.decode(errors="replace"):
                 data = dropped  # else the space is the token's own, as in " \u2047 "
         text = self._held + self._utf8.decode(data, final=final)
+        if not self.stop:
+            return text
         found = [at for at in map(text.find, self.stop) if at >= 0]
         if found:
             self.stopped, self._held = True, ""

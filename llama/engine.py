@@ -141,11 +141,10 @@ class Engine:
             RuntimeError: they were cancelled meanwhile.
         """
         try:
-            while True:
+            while not all(request.finish_reason for request in requests):
                 with self.model.lock:
-                    if all(request.finish_reason for request in requests):
-                        break
-                    events = self.step()
+                    is_over = all(request.finish_reason for request in requests)
+                    events = [] if is_over else self.step()
                 if events:
                     yield events
             if any(request.finish_reason == "cancelled" for request in requests):
@@ -165,13 +164,13 @@ class Engine:
             return []
         lengths = [len(self.slots.cached[slot]) for slot in range(len(self._decoding))]
         last = [request.tokens[-1] for request, _ in self._decoding]
-        tokens, positions = torch.tensor([last, lengths], device=self.model.device)
+        tokens, positions = torch.tensor([last, lengths], device=self.model.device).unbind()
         batch = Decode(positions, max(lengths) + 1, ragged=len(set(lengths)) > 1)
         logits = self.model(tokens, batch)  # [B, V]
         for slot, token in enumerate(last):
             self.slots.cached[slot].append(token)
         events = self._sample(self._decoding, logits)
-        for request, event in events:
+        for request, event in reversed(events):  # a row that ends last needs no swap
             if event.finish_reason:
                 self._finish(request, event.finish_reason)
         return events
@@ -305,25 +304,26 @@ class Engine:
         for source, indices in by_group.items():
             params = rows[indices[0]][0].params
             x = logits if len(indices) == len(rows) else logits[indices]
-            if source is None:
-                tokens[indices] = self.sample(x, params.temperature, params.top_p, None)
-                continue
-            # The published sampler also draws for rows that have ended: a draw depends on the shape
-            # of the batch and on the row's place in it.
-            places = [source.requests.index(rows[i][0]) for i in indices]
-            if places != list(range(len(source.requests))):
-                live, x = x, x.new_zeros(len(source.requests), x.shape[-1])
-                x[places] = live
-            drawn = self.sample(x, params.temperature, params.top_p, source.generator)
+            places, generator = list(range(len(indices))), None
+            if source is not None:
+                generator = source.generator
+                # The published sampler also draws for rows that have ended: a draw depends on the
+                # shape of the batch and on the row's place in it.
+                places = [source.requests.index(rows[i][0]) for i in indices]
+                if places != list(range(len(source.requests))):
+                    live, x = x, x.new_zeros(len(source.requests), x.shape[-1])
+                    x[places] = live
+            drawn = self.sample(x, params.temperature, params.top_p, generator)
+            if len(by_group) == 1 and places == list(range(len(drawn))):
+                return drawn
             tokens[indices] = drawn[places]
         return tokens
 
     def _not_finite(self, what: str) -> FloatingPointError:
-        dtype = str(self.model.dtype).removeprefix("torch.")
         return FloatingPointError(
-            f"the logits of {what} aren't finite (computed in {dtype}): the weights are damaged "
-            "(check them with python -m llama verify), or the model needs a wider range: build it "
-            "with dtype='bfloat16' or 'float32'"
+            f"the logits of {what} aren't finite (computed in {self.model.dtype}): the weights are "
+            "damaged (check them with python -m llama verify), or the model needs a wider range: "
+            "build it with dtype='bfloat16' or 'float32'"
         )
 
     # --- Leaving --------------------------------------------------------------------------------

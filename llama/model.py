@@ -94,7 +94,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         tp_size = current_groups().size
-        kv_dim = args.n_local_kv_heads(tp_size) * tp_size * args.head_dim
+        self.n_local_heads = args.n_heads // tp_size
+        self.n_local_kv_heads = args.n_local_kv_heads(tp_size)
+        kv_dim = self.n_local_kv_heads * tp_size * args.head_dim
         self.wq = ColumnParallelLinear(args.dim, args.dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
@@ -103,13 +105,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> Tensor:
         """x: [T, dim] or [B, S, dim], the tokens of ``batch`` in their order."""
         self.update_cache(x, freqs_cis, cache, batch)
-        q = self.wq(x).view(len(freqs_cis), -1, self.head_dim)  # [T, H, D]
+        q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)  # [T, H, D]
         y = self.attend(self.rotate(q, freqs_cis), cache, batch)  # [T, H, D]
         return self.wo(y.reshape(*x.shape[:-1], -1))
 
     def update_cache(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> None:
-        k = self.wk(x).view(len(freqs_cis), -1, self.head_dim)  # [T, K, D]
-        v = self.wv(x).view(len(freqs_cis), -1, self.head_dim)  # [T, K, D]
+        k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)  # [T, K, D]
+        v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)  # [T, K, D]
         cache.update(self.rotate(k, freqs_cis), v, batch)
 
 
@@ -220,24 +222,23 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, batch))
 
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Final hidden states [..., dim] of the tokens of a pass, [B, S] or packed [T]; of a
-        Prefill those that ``logits_for`` asks for."""
+        """Final hidden states [..., dim] of ``tokens``, or of those that ``logits_for`` selects."""
         h = self.tok_embeddings(tokens)  # [..., dim]
-        caches = self._allocated_cache(h)
+        *caches, last_cache = self._allocated_cache(h)
         # [T, D / 2], indexed as pairs of floats: some devices can't index complex tensors
         freqs_cis = torch.view_as_complex(torch.view_as_real(self.freqs_cis)[batch.positions])
-        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+        *blocks, last = cast(list[TransformerBlock], self.layers)
+        for layer, cache in zip(blocks, caches, strict=True):
             h = layer(h, freqs_cis, cache, batch)
-        last, cache = cast(TransformerBlock, self.layers[-1]), caches[-1]
         is_plain = type(last) is TransformerBlock and type(last.attention) is Attention
         if batch.logits_for is None or not (is_plain and is_unmodified(last)):
-            return batch.select(self.norm(last(h, freqs_cis, cache, batch)))
+            return batch.select(self.norm(last(h, freqs_cis, last_cache, batch)))
         # of the other tokens, only the keys and values are still needed
-        last.attention.update_cache(last.attention_norm(h), freqs_cis, cache, batch)
+        last.attention.update_cache(last.attention_norm(h), freqs_cis, last_cache, batch)
         if not batch.logits_for:
             return h[:0]
         h, freqs_cis = batch.select(h), batch.select(freqs_cis)
-        return self.norm(last(h, freqs_cis, cache, batch.of_last_tokens()))
+        return self.norm(last(h, freqs_cis, last_cache, batch.of_last_tokens()))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of final hidden states [..., dim]."""

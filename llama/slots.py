@@ -59,6 +59,7 @@ class Slots:
                 cache.copy(source, slot, n)
         self.cached[slot] = prompt[:n]
         self.occupants[slot], request.slot = request, slot
+        self._clock += 1
         request.n_prefilled = request.n_reused = n
         return True
 
@@ -67,7 +68,6 @@ class Slots:
         request = self.occupants[slot]
         assert request is not None
         self.occupants[slot] = request.slot = None
-        self._clock += 1
         self._last_used[slot] = self._clock
         # never the last position: the padding rows of a captured step write to it
         self.cached[slot] = self.cached[slot][: self._model.params.max_seq_len - 1]

@@ -236,7 +236,7 @@ def test_logits_that_are_not_finite(tokenizer: Tokenizer) -> None:
     (token,) = llm.generate([[5]], 1, temperature=0)[0][0]
     (second,) = llm.generate([[5, token]], 1, temperature=0)[0][0]
     embedding[second] = float("nan")
-    words = "the logits of token 2 of prompt 3 aren't finite .computed in float32.*verify"
+    words = "the logits of token 2 of prompt 3 aren't finite .computed in torch.float32.*verify"
     for temperature in (0.0, 1e-9):
         with pytest.raises(FloatingPointError, match=words):
             llm.generate([[9], [9], [9], [5]], 4, temperature=temperature)
