@@ -26,7 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["llama"]),
+    packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed"]},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={

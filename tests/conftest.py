@@ -40,6 +40,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "model"
+PROGRAMS = ROOT / "tests" / "programs"  # started by tests
 SHARED = ROOT.parent / "shared" / "models"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, PARAMS, run, write_checkpoint
+from conftest import DEMO, PARAMS, PROGRAMS, run, write_checkpoint
 from torch import Tensor
 
 from llama import Llama
@@ -293,33 +293,6 @@ def test_the_context_of_a_family_is_the_limit(
 
 # --- Memory -----------------------------------------------------------------------------------
 
-MEASURE = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from llama import Llama
-
-def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-torch.ones(8) @ torch.ones(8)
-Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # imports of a first build
-peak, done, before = 0, False, rss()
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, rss())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-llm = Llama.build(sys.argv[1], max_seq_len=8192, dtype=sys.argv[3], device="cpu")
-peak = max(peak, rss())
-done = True
-thread.join()
-weights = sum(p.nbytes for p in llm.model.parameters())
-for p in llm.model.parameters(): p.sum()
-print((peak - before) / weights, weights, (rss() - before) / weights)
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -327,7 +300,7 @@ print((peak - before) / weights, weights, (rss() - before) / weights)
 def test_build_takes_little_more_memory_than_the_weights(
     big: Path, folder: Path, dtype: str
 ) -> None:
-    result = run(sys.executable, "-c", MEASURE, big, folder, dtype)
+    result = run(sys.executable, PROGRAMS / "build_memory.py", big, folder, dtype)
     assert result.returncode == 0, result.stderr
     ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
     print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO, PARAMS, ROOT, random_weights, run, torchrun, write_checkpoint
+from conftest import DEMO, PARAMS, PROGRAMS, ROOT, random_weights, run, torchrun, write_checkpoint
 from reference import relative_error
 from torch import Tensor
 
@@ -81,36 +81,12 @@ def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
 
 # --- Any shards on any ranks --------------------------------------------------------------------
 
-# Builds every folder in turn; the first rank writes the tokens of each to a file.
-MATRIX = """
-import json, os, sys
-from llama import Llama
-out, prompts, n_tokens, *folders = sys.argv[1:]
-results = {}
-for folder in folders:
-    llm = Llama.build(folder, max_seq_len=128, max_batch_size=5, dtype="float32", device="cpu")
-    texts = json.loads(prompts)
-    tokens = [llm.tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    dialogs = [[{"role": "user", "content": text}] for text in texts]
-    answers = llm.chat_completion(dialogs, temperature=0) if "?" in prompts else []
-    rows = llm.generate(tokens, int(n_tokens), temperature=0, echo=True)[0]
-    results[folder] = {
-        "tokens": rows,
-        "texts": [llm.tokenizer.decode(row) for row in rows],
-        "answers": [answer["generation"]["content"] for answer in answers],
-    }
-    print("one more", folder)
-if os.environ.get("RANK", "0") == "0":
-    open(out, "w").write(json.dumps(results))
-"""
-
 
 def matrix(
     tmp_path: Path, n_ranks: int, prompts: list[str], n_tokens: int, folders: list[Path]
 ) -> list[dict[str, Any]]:
     """What each folder gives on ``n_ranks``, in the order of ``folders``."""
-    script, out = tmp_path / "matrix.py", tmp_path / "matrix.json"
-    script.write_text(MATRIX)
+    script, out = PROGRAMS / "layouts.py", tmp_path / "matrix.json"
     arguments: list[str | Path] = [script, out, json.dumps(prompts), str(n_tokens), *folders]
     result = run(sys.executable, *arguments) if n_ranks == 1 else torchrun(n_ranks, *arguments)
     assert result.returncode == 0, result.stderr
@@ -188,33 +164,6 @@ def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
     assert relative_error(torch.tensor(many["logits"]), torch.tensor(alone["logits"])) < 1e-5
 
 
-RANK_MEMORY = """
-import os, sys, threading, time
-from pathlib import Path
-import torch
-from llama import Llama
-
-def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-folder, warm, dtype, out = sys.argv[1:]
-Llama.build(warm, max_seq_len=8, dtype=dtype, device="cpu", quiet_ranks=False)
-peak, done, before = 0, False, rss()
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, rss())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-llm = Llama.build(folder, warm + "/tokenizer.model", max_seq_len=8, dtype=dtype, device="cpu")
-peak = max(peak, rss())
-done = True
-thread.join()
-weights = sum(p.nbytes for p in llm.model.parameters())
-Path(out, os.environ["RANK"]).write_text(f"{(peak - before) / weights} {weights}")
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("n_ranks", [2, 4])
@@ -222,8 +171,7 @@ Path(out, os.environ["RANK"]).write_text(f"{(peak - before) / weights} {weights}
 def test_a_rank_takes_memory_for_its_share_only(
     tmp_path: Path, folder: Path, wide: Path, n_ranks: int, dtype: str
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(RANK_MEMORY)
+    script = PROGRAMS / "rank_memory.py"
     result = torchrun(n_ranks, script, wide, folder, dtype, tmp_path)
     assert result.returncode == 0, result.stderr
     for rank in range(n_ranks):
@@ -235,42 +183,12 @@ def test_a_rank_takes_memory_for_its_share_only(
 
 # --- Replicas and nodes -------------------------------------------------------------------------
 
-REPLICAS = """
-import json, os, sys
-from llama import Llama
-folder, out, size = sys.argv[1:]
-options = {"model_parallel_size": int(size), "dtype": "float32", "device": "cpu"}
-llm = Llama.build(folder, max_batch_size=2, **options)
-prompts = [[7, 20, 300], [9], [500, 2, 600, 13], [3, 4], [5, 5, 5, 5, 5]]
-counted = []
-hidden = llm.model.hidden
-def counting(tokens, batch):
-    counted.append(set(batch.slots.tolist()))
-    return hidden(tokens, batch)
-llm.model.hidden = counting
-results = {
-    "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
-    "scored": llm.generate(prompts, 4, temperature=0, logprobs=True, echo=True),
-    "equal": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
-    "again": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
-    "streamed": [e.token for events in llm.stream(prompts, 5, temperature=0) for e in events],
-}
-counted.clear()
-llm.generate(prompts[:2], 1, temperature=0)
-results["rows"] = [len(rows) for rows in counted]
-try:
-    llm.generate([[1], [2], [99999]], 3)
-except ValueError as error:
-    results["error"] = str(error)
-open(os.path.join(out, os.environ.get("RANK", "0")), "w").write(json.dumps(results))
-"""
-
 
 @pytest.fixture(scope="module")
 def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process gives."""
     out = tmp_path_factory.mktemp("undivided")
-    result = run(sys.executable, "-c", REPLICAS, folder, out, "1")
+    result = run(sys.executable, PROGRAMS / "replicas.py", folder, out, "1")
     assert result.returncode == 0, result.stderr
     return dict(json.loads((out / "0").read_text()))
 
@@ -280,8 +198,7 @@ def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_prompts_are_divided_over_replicas(
     tmp_path: Path, folder: Path, undivided: dict[str, Any], n_ranks: int, size: int
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(REPLICAS)
+    script = PROGRAMS / "replicas.py"
     result = torchrun(n_ranks, script, folder, tmp_path, str(size))
     assert result.returncode == 0, result.stderr
     ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(n_ranks)]
@@ -440,52 +357,10 @@ for _ in range(2):
     assert result.stdout.count("after build \u2603") == 2
 
 
-BY_HAND = """
-import os, sys
-import fairscale.nn.model_parallel.initialize as fairscale_groups
-import torch
-import torch.distributed as dist
-from llama import Llama, ModelArgs, Tokenizer, Transformer
-
-folder = sys.argv[1]
-tokenizer = Tokenizer(folder + "/tokenizer.model")
-args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=1024, max_seq_len=32, max_batch_size=2)
-
-def model():
-    made = Transformer(args)
-    for parameter in made.parameters():
-        torch.nn.init.constant_(parameter, 0.01)
-    return made
-
-def tokens(llm):
-    return llm.generate([[1, 2], [7], [5]], 4, temperature=0)[0]
-
-dist.init_process_group("gloo")
-fairscale_groups.initialize_model_parallel(1)
-replica = tokens(Llama(model(), tokenizer))
-fairscale_groups.destroy_model_parallel()
-fairscale_groups.initialize_model_parallel(2)
-split = tokens(Llama(model(), tokenizer))
-assert len(replica) == len(split) == 3
-assert [len(row) for row in replica] == [len(row) for row in split] == [4] * 3
-
-# a process group in place of one that is gone, by keys of its own in torchrun's store
-built = Llama.build(folder, None, 64, dtype="float32", device="cpu")
-before = tokens(built)
-dist.destroy_process_group()
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-dist.init_process_group("gloo", store=dist.PrefixStore("new", store), rank=rank, world_size=size)
-assert tokens(Llama.build(folder, None, 64, dtype="float32", device="cpu")) == before
-os.write(1, b"finished\\n")
-"""
-
-
 @pytest.mark.slow
 def test_groups_that_the_caller_has_made(tmp_path: Path, folder: Path) -> None:
     """Replicas of such groups are not divided: each computes all prompts."""
-    path = tmp_path / "script.py"
-    path.write_text(BY_HAND)
+    path = PROGRAMS / "callers_groups.py"
     result = torchrun(2, path, folder, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 2

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEMO, PARAMS, needs_packing, new_model, random_weights, run, torchrun
+from conftest import DEMO, PARAMS, PROGRAMS, needs_packing, new_model, random_weights, run, torchrun
 from reference import relative_error
 from torch import Tensor, nn
 
@@ -166,48 +166,17 @@ def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch
         assert cpu.cpu_features() == everything
 
 
-KEPT = """
-import resource, sys, torch
-from llama.accel.cpu import keep_freed_memory
-if sys.argv[1] == "kept": assert keep_freed_memory()
-def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def work():
-    for _ in range(3): torch.ones(2**24)  # 64 MiB
-work()
-before = faults()
-work()
-print(faults() - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
     """Three times 64 MiB come again without new pages, of which there would be 49,152 of 4 KiB."""
     counts = {}
     for case in ("kept", "given back"):
-        result = run(sys.executable, "-c", KEPT, case)
+        result = run(sys.executable, PROGRAMS / "freed_memory.py", case)
         assert result.returncode == 0, result.stderr
         counts[case] = int(result.stdout)
     assert counts["kept"] < 100
     assert counts["given back"] > 10 * 100
-
-
-PAGES = """
-import sys
-from pathlib import Path
-from llama import Llama
-llm = Llama.build(sys.argv[1], device="cpu", dtype="bfloat16")
-address = llm.model.output.weight.data_ptr()
-inside = False
-for line in Path("/proc/self/smaps").read_text().splitlines():
-    word = line.split()[0]
-    if "-" in word and not word.endswith(":"):
-        start, stop = (int(x, 16) for x in word.split("-"))
-        inside = start <= address < stop
-    elif inside and word == "VmFlags:":
-        print("hg" in line.split())
-"""
 
 
 @pytest.mark.slow
@@ -215,7 +184,7 @@ for line in Path("/proc/self/smaps").read_text().splitlines():
 def test_large_pages_are_asked_for() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("this kernel has none")
-    result = run(sys.executable, "-c", PAGES, DEMO)
+    result = run(sys.executable, PROGRAMS / "huge_pages.py", DEMO)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "True"
 
@@ -371,22 +340,10 @@ def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm
     assert counters["stats"]["unique_graphs"] == 2
 
 
-COMPILED_RANK = """
-import json, sys
-from llama import Llama
-results = []
-for compile in (False, True):
-    llm = Llama.build(sys.argv[1], max_seq_len=64, dtype="float32", device="cpu", compile=compile)
-    results.append(llm.generate([[7, 20, 300], [9]], 10, temperature=0)[0])
-print(json.dumps(results))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(COMPILED_RANK)
+    script = PROGRAMS / "compiled_rank.py"
     result = torchrun(2, script, folder)
     assert result.returncode == 0, result.stderr
     plain, compiled = json.loads(result.stdout.splitlines()[-1])
@@ -396,21 +353,9 @@ def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
 # --- The packed path, with the instructions it is for ---------------------------------------------
 
 
-PACKED = """
-import json, sys
-from llama import Llama
-from llama.accel import cpu
-cpu._MIN_WEIGHT_BYTES = 0
-llm = Llama.build(sys.argv[1], max_seq_len=256, dtype="bfloat16", device="cpu")
-print(json.dumps([type(llm.model.output.linear).__name__,
-    llm.chat_completion([[{"role": "user", "content": "What is 23 + 45?"}]], temperature=0)[0]
-    ["generation"]["content"]]))
-"""
-
-
 @pytest.mark.skipif("avx512_bf16" not in cpu.cpu_features(), reason="needs AVX512-BF16")
 def test_a_processor_without_amx_answers_too() -> None:
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    result = run(sys.executable, "-c", PACKED, DEMO, env=environment)
+    result = run(sys.executable, PROGRAMS / "packed_weights.py", DEMO, env=environment)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == ["PackedLinear", "23 + 45 = 68."]

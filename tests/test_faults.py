@@ -10,44 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PARAMS, TORCHRUN, environment, run, torchrun, write_checkpoint
+from conftest import PARAMS, PROGRAMS, TORCHRUN, environment, run, torchrun, write_checkpoint
 from torch import Tensor
 
-# FOLDER VICTIM PLACE ACTION: rank VICTIM does it when it comes to the place.
-SCRIPT = """
-import os, signal, sys, time
-from llama import Llama, build
-from llama.model import Transformer
-
-folder, victim, place, action = sys.argv[1:]
-passes, hidden, load = 0, Transformer.hidden, build.load
-
-def reach(*names):
-    if os.environ["RANK"] == victim and place in names:
-        if action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        else:
-            raise KeyError("the fault")
-
-def loading(*args, **kwargs):
-    reach("load")
-    return load(*args, **kwargs)
-
-def passing(*args, **options):
-    global passes
-    passes += 1
-    reach({1: "prefill", 5: "decode"}.get(passes))
-    return hidden(*args, **options)
-
-build.load, Transformer.hidden = loading, passing
-os.write(1, f"process {os.getpid()}\\n".encode())  # in one piece
-llm = Llama.build(folder, None, 64, 4, dtype="float32", device="cpu", rank_timeout=3)
-reach("between")
-llm.generate([[1, 2, 3], [4]], 20, temperature=0)
-print("finished")
-"""
+SCRIPT = (PROGRAMS / "faults.py").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -311,85 +277,20 @@ while True:
     assert messages(result) == expected[how]
 
 
-FORKS = """
-import multiprocessing, os, sys, time
-from llama import Llama
-
-llm = Llama.build(sys.argv[1], None, 64, dtype="float32", device="cpu")
-tokens = llm.generate([[1, 2, 3]], 5, temperature=0)[0]
-context = multiprocessing.get_context("fork")
-
-def use():
-    try:
-        llm.generate([[1, 2, 3]], 5, temperature=0)
-    except RuntimeError as error:
-        sys.exit("forked from a rank" in str(error) and 7)
-
-def code(process):
-    process.join(20)
-    return process.exitcode
-
-def forked(action):
-    pid = os.fork()
-    if pid == 0:
-        action()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-with context.Pool(2) as pool:
-    assert pool.map(abs, [-1, 2, -3]) == [1, 2, 3]
-pool.join()
-sleeper, user = context.Process(target=time.sleep, args=(60,)), context.Process(target=use)
-sleeper.start()
-sleeper.terminate()
-user.start()
-assert (code(sleeper), code(user)) == (-15, 7)
-assert forked(sys.exit) == 0
-assert forked(lambda: [][0]) == 1  # uncaught in the child: no fault of the rank
-time.sleep(1)  # two heartbeats
-assert llm.generate([[1, 2, 3]], 5, temperature=0)[0] == tokens
-print("finished")
-"""
-
-
 @pytest.mark.slow
 def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
     """A pool's workers that are terminated, children that fail: the ranks go on."""
-    path = tmp_path / "script.py"
-    path.write_text(FORKS)
+    path = PROGRAMS / "forks.py"
     result = torchrun(2, path, shards, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1
     assert not messages(result)
 
 
-SIZES = """
-import sys
-from llama import Llama
-
-def build(size):
-    return Llama.build(
-        sys.argv[1], None, 64, model_parallel_size=size, dtype="float32", device="cpu"
-    )
-
-def tokens(llm):
-    return llm.generate([[1, 2, 3], [4]], 8, temperature=0, logprobs=True)[0]
-
-two = build(2)
-expected = tokens(two)
-one = build(1)
-assert tokens(one) == expected
-assert tokens(two) == expected
-assert tokens(build(2)) == expected
-assert tokens(one) == expected
-print("finished")
-"""
-
-
 @pytest.mark.slow
 def test_models_of_different_sizes_take_turns(tmp_path: Path, shards: Path) -> None:
     """Each keeps the groups that it was built in."""
-    path = tmp_path / "script.py"
-    path.write_text(SIZES)
+    path = PROGRAMS / "two_sizes.py"
     result = torchrun(2, path, shards, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1

@@ -17,7 +17,7 @@ import fuzz
 import hostile
 import pytest
 import torch
-from conftest import DEMO, ROOT, SHARED, run
+from conftest import DEMO, PROGRAMS, ROOT, SHARED, run
 from hostile import (
     AMBIGUOUS,
     BULKY,
@@ -86,21 +86,6 @@ def test_pickles_that_would_hang_or_crash(tmp_path: Path) -> None:
         assert "consolidated.00.pth' was not loaded" in message
 
 
-REFUSED = """
-import json, resource, sys, time
-from llama import Llama
-for folder in sys.argv[1:]:
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        Llama.build(folder, max_seq_len=16, max_batch_size=1, device="cpu")
-    except (ValueError, FileNotFoundError) as error:
-        message = str(error)
-    seconds = time.perf_counter() - start
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([seconds, kib, message]), flush=True)
-"""
-
-
 def refused(
     tmp_path: Path, cases: Iterable[str], make: Callable[[Path, str], None]
 ) -> dict[str, str]:
@@ -110,7 +95,7 @@ def refused(
     for folder, case in zip(folders, cases, strict=True):
         folder.mkdir()
         make(folder, case)
-    result = run(sys.executable, "-c", REFUSED, *folders, timeout=120)
+    result = run(sys.executable, PROGRAMS / "refused.py", *folders, timeout=120)
     messages = {}
     for case, line in zip(cases, result.stdout.splitlines(), strict=False):
         seconds, kib, messages[case] = json.loads(line)

@@ -7,7 +7,7 @@ import fairscale.nn.model_parallel.layers as fairscale_layers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PARAMS, new_model, run
+from conftest import PARAMS, PROGRAMS, new_model, run
 from reference import relative_error
 from torch import Tensor
 
@@ -213,35 +213,9 @@ def test_any_memory_layout_of_the_attention_kernel(
     assert torch.equal(model.forward(TOKENS[:, 9:10], 9), expected[1])
 
 
-UNTOUCHED = """
-import os, torch
-from pathlib import Path
-from llama import ModelArgs, Transformer
-
-def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-torch.set_num_threads(1)  # threads do not survive a fork
-args = ModelArgs(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, vocab_size=64, multiple_of=64,
-                 max_batch_size=64, max_seq_len=8192)
-model = Transformer(args)
-for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=0.1)
-tokens = torch.tensor([[1, 2, 3]])
-Transformer(ModelArgs(**{**vars(args), "max_batch_size": 1, "max_seq_len": 8}))(tokens, 0)
-before = rss()
-first = model(tokens, 0)
-size = sum(cache.k.nbytes + cache.v.nbytes for cache in model.cache)
-print((rss() - before) / size, size)
-if os.fork() == 0:  # a child has its own cache
-    for cache in model.cache: cache.k[0, :, :4] = 7
-    os._exit(0)
-os.wait()
-print(bool((first[:, 2:] - model(tokens[:, 2:], 2)).abs().max() < 1e-5))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_untouched_cache_takes_no_memory_and_a_fork_has_its_own() -> None:
-    result = run(sys.executable, "-c", UNTOUCHED)
+    result = run(sys.executable, PROGRAMS / "untouched_cache.py")
     assert result.returncode == 0, result.stderr
     (ratio, size), (same,) = (line.split() for line in result.stdout.splitlines())
     assert int(size) == 2**29

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import soak
 import torch
-from conftest import PARAMS, new_model, random_weights, run
+from conftest import PARAMS, PROGRAMS, new_model, random_weights, run
 
 from llama import Llama, Tokenizer
 
@@ -207,23 +207,17 @@ def test_an_abandoned_stream_frees_its_slots_and_memory(fresh: Llama, expected: 
     assert fresh.generate(PROMPTS, 20, logprobs=True, seed=3) == expected
 
 
-GREEDY = """
-import json, sys, torch
-from llama import Llama
-llm = Llama.build(sys.argv[1], max_seq_len=128, dtype=sys.argv[2], device="cpu")
-tokens = llm.generate([[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]], 100, temperature=0)[0]
-logits = llm.model.forward(torch.arange(40)[None], 0)
-print(json.dumps([torch.get_num_threads(), tokens, logits.flatten().tolist()]))
-"""
-
-
 @pytest.mark.slow
 def test_greedy_tokens_do_not_depend_on_process_or_threads(folder: Path) -> None:
     """In float32; the logits agree to rounding."""
     results = []
     for threads in (1, 2, 2):
         result = run(
-            sys.executable, "-c", GREEDY, folder, "float32", env={"OMP_NUM_THREADS": str(threads)}
+            sys.executable,
+            PROGRAMS / "greedy.py",
+            folder,
+            "float32",
+            env={"OMP_NUM_THREADS": str(threads)},
         )
         assert result.returncode == 0, result.stderr
         results.append(result.stdout.splitlines()[-1])
