@@ -23,7 +23,7 @@ PROMPTS = [
     """Dear colleagues,
 
 from next week the printer on the second floor will""",
-    # a few examples show what is wanted
+    # few-shot: examples before the question
     """Write the country for each city.
 
 Oslo: Norway

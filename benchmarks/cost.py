@@ -1,4 +1,4 @@
-"""What a step must read, compute and send: formulas of docs/performance.md.
+"""Bytes and operations of a step: the formulas of docs/performance.md.
 
     python benchmarks/cost.py
 
@@ -34,7 +34,7 @@ def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
 
 
 def step_bytes(args: ModelArgs, n_ranks: int, size: int, batch: int, context: int) -> float:
-    """What one rank reads to decode a token for each of ``batch`` rows."""
+    """Bytes that one rank reads to decode a token for each of ``batch`` rows."""
     return weight_bytes(args, n_ranks, size) + batch * context * cache_bytes(args, n_ranks, size)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: this library and its peers, each in a process of its own.
+"""The measured engines: this library and its peers, each in a process of its own.
 
 ``python -m benchmarks.engines NAME ...`` loads a model and then answers requests, one JSON line
 each, on stdin and stdout: {"prompts": [[id, ...], ...], "n_new": N} gives {"first_s": seconds to

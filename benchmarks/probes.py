@@ -1,4 +1,4 @@
-"""What the machine can do: the limits that every figure is compared with."""
+"""Limits of the machine, with which every figure is compared."""
 
 import time
 from collections.abc import Callable

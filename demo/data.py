@@ -61,7 +61,7 @@ NAMES = sorted(
     )
 )
 
-# topic: (what is known, ways to ask, the answer)
+# topic: (facts, ways to ask, the answer)
 FACTS: dict[str, tuple[dict[str, str], list[str], str]] = {
     topic: (dict(pair.split(":") for pair in known.split()), wordings, answer)
     for topic, known, wordings, answer in [
@@ -173,7 +173,7 @@ NAME_QUESTIONS = [
     "Do you remember my name?",
     "Tell me my name.",
 ]
-# what is said (every opening with every ending), the answer
+# statements (every opening with every ending), and the answer
 GREETINGS = [
     (
         [a + b for a in ("Hello", "Hi", "Hey", "Good morning", "Good day", "Good evening")
@@ -465,7 +465,7 @@ _SENTENCE_PATTERNS = [_sentence_pattern(s) for group in SENTENCES.values() for s
 
 
 def story_fault(text: str, animal: str | None = None) -> str | None:
-    """What is wrong with a story, or None: each sentence must be one of the grammar's, and the
+    """The fault of a story, or None: each sentence must be one of the grammar's, and the
     same letter must stand for the same thing throughout."""
     position, cast, count = 0, {} if animal is None else {"a": animal}, 0
     while position < len(text):
@@ -511,7 +511,7 @@ def _third_turn(rng: random.Random) -> Dialog:
     return None, [*first_two, rng.choice([addition, fact])(rng, test=True)]
 
 
-# what is tested: (a dialog whose last answer is expected, the share of right answers promised)
+# tests: (a dialog whose last answer is expected, the share of right answers promised)
 TESTS: dict[str, tuple[Callable[[random.Random], Dialog], float]] = {
     "sums: new pairs of numbers": (lambda r: _one(addition(r, test=True)), 0.97),
     "facts: new wording for this fact": (lambda r: _one(fact(r, test=True)), 0.97),

@@ -33,7 +33,7 @@ Dialog = Sequence[Message]
 
 
 class ChatTokenizer(Protocol):
-    """What a chat format needs of a tokenizer."""
+    """The part of a tokenizer that a chat format uses."""
 
     bos_id: int
     special_tokens: dict[str, int]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class TokenDecoder(Protocol):
-    """What a ``Detokenizer`` needs of a tokenizer."""
+    """The part of a tokenizer that a ``Detokenizer`` uses."""
 
     drops_first_space: bool
 

@@ -39,7 +39,7 @@ def what_to_do(path: str | Path) -> str:
 
 
 def seems(start: bytes) -> str | None:
-    """What a file that begins like this is, and what to do, if it is a well-known mistake."""
+    """The cause and the remedy for a file that begins like a well-known mistake."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         return "it is empty, the download did not start or the disk was full: download it again"

@@ -264,4 +264,4 @@ def _what_fits(needed: Plan, free: int) -> str:
     possible = [(b, n) for b, n in sizes if b and n]
     possible = possible or [(1, largest(lambda n: fits(1, n), length))]
     words = [f"max_seq_len {n} at max_batch_size {b}" for b, n in possible]
-    return f"what fits is {' or '.join(words)}"
+    return f"it would fit with {' or '.join(words)}"

@@ -18,7 +18,7 @@ _context.set_forkserver_preload(["torch.distributed.run", "pytest.__main__"])
 def launch(
     arguments: list[str], environment: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """What ``subprocess.run(["torchrun", *arguments])`` does.
+    """Equivalent of ``subprocess.run(["torchrun", *arguments])``.
 
     Raises:
         subprocess.TimeoutExpired: it has not ended after ``timeout`` seconds.

@@ -85,7 +85,7 @@ def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
 def matrix(
     tmp_path: Path, n_ranks: int, prompts: list[str], n_tokens: int, folders: list[Path]
 ) -> list[dict[str, Any]]:
-    """What each folder gives on ``n_ranks``, in the order of ``folders``."""
+    """Tokens of each folder on ``n_ranks``, in the order of ``folders``."""
     script, out = PROGRAMS / "layouts.py", tmp_path / "matrix.json"
     arguments: list[str | Path] = [script, out, json.dumps(prompts), str(n_tokens), *folders]
     result = run(sys.executable, *arguments) if n_ranks == 1 else torchrun(n_ranks, *arguments)
@@ -102,7 +102,7 @@ def layouts(stories: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the one-shard file gives in one process."""
+    """Tokens of the one-shard file in one process."""
     return matrix(tmp_path_factory.mktemp("one"), 1, STORY_PROMPTS, 30, layouts[:1])[0]
 
 
@@ -186,7 +186,7 @@ def test_a_rank_takes_memory_for_its_share_only(
 
 @pytest.fixture(scope="module")
 def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process gives."""
+    """Results of one process."""
     out = tmp_path_factory.mktemp("undivided")
     result = run(sys.executable, PROGRAMS / "replicas.py", folder, out, "1")
     assert result.returncode == 0, result.stderr

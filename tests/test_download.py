@@ -264,7 +264,7 @@ class Box:
         return self.run("--url", self.server.url, "--models", models, *args, before=before)
 
     def check(self, output: str) -> None:
-        """What must hold after every run."""
+        """Invariants of every run."""
         assert SECRET not in output
         origin = {place: path for places in PLACES.values() for place, path in places.items()}
         for path in self.top.rglob("*"):
@@ -779,7 +779,7 @@ def test_shard_that_no_list_names(any_box: Box) -> None:
     ],
 )
 def test_bad_arguments(any_box: Box, args: list[str], words: str) -> None:
-    """What is wrong with the command line or the answers is said, and nothing is fetched."""
+    """Mistakes in the command line or the answers are reported, and nothing is fetched."""
     args = [any_box.server.url if arg == "LINK" else arg for arg in args]
     failed(any_box.run(*args), words, "Usage:", code=2)
     assert any_box.server.requests == []

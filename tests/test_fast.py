@@ -203,7 +203,7 @@ def documented_kernel(
     *,
     seqused_k: Tensor,
 ) -> Tensor:
-    """What the flash kernel is documented to compute from packed rows: causal, aligned at the last
+    """The flash kernel's documented result for packed rows: causal, aligned at the last
     token, with the first ``seqused_k`` keys of each row."""
     assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
     shared = q.shape[1] // k.shape[1]

@@ -1,4 +1,4 @@
-"""What happens to the other ranks when one fails: real torchrun processes and real signals. All
+"""Effects on the other ranks when one fails: real torchrun processes and real signals. All
 end, with an exit code and one message that says which rank it was and why."""
 
 import os

@@ -53,7 +53,7 @@ def test_the_largest_model_is_planned_without_being_made() -> None:
     # 405.85 billion; norms and repeated key heads are on every rank
     assert 405.85e9 / 8 <= plan.weights < 405.85e9 / 8 * 1.015
     with pytest.raises(
-        MemoryError, match=r"what fits is max_seq_len \d+ at max_batch_size 1;?"
+        MemoryError, match=r"it would fit with max_seq_len \d+ at max_batch_size 1;?"
     ) as e:
         memory.check(plan, 56 * 10**9)
     assert "the device has 52.15 GiB free" in str(e.value)
@@ -92,7 +92,9 @@ def test_both_sizes_must_shrink() -> None:
     """Neither alone is enough: the longest sequence for a batch of one."""
     args = ModelArgs(**SHAPE_8B, max_batch_size=32, max_seq_len=8192)
     plan = memory.plan(args, 1, torch.bfloat16)
-    with pytest.raises(MemoryError, match=r"what fits is max_seq_len \d+ at max_batch_size 1$"):
+    with pytest.raises(
+        MemoryError, match=r"it would fit with max_seq_len \d+ at max_batch_size 1$"
+    ):
         memory.check(plan, plan.weights + 60 * 2**20)
 
 

@@ -1,4 +1,4 @@
-"""What a user reads after a mistake: the real situation, and the message's values and advice.
+"""Messages after a user's mistake: the real situation, and the message's values and advice.
 
 Those of damaged files are in test_hostile.py, those of failing ranks in test_faults.py, the others
 with the tests of their subject.
@@ -78,7 +78,7 @@ def test_no_nccl(two_gpus: pytest.MonkeyPatch) -> None:
 
 
 def rank_environment(port: int, world_size: int) -> dict[str, str]:
-    """What torchrun sets for the first process; ours hosts the store, as with old launchers."""
+    """torchrun's variables for the first process; ours hosts the store, as with old launchers."""
     return {
         "TORCHELASTIC_RUN_ID": "1",
         "MASTER_ADDR": "127.0.0.1",

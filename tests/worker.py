@@ -1,4 +1,4 @@
-"""What each rank runs in test_distributed.py: a user's script that also writes down its results.
+"""A rank's program in test_distributed.py: a user's script that writes its results to a file.
 
 torchrun --nproc_per_node N tests/worker.py CKPT_DIR OUT_DIR DTYPE
 """

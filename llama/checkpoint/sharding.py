@@ -96,7 +96,7 @@ def copies(
 ) -> list[Copy]:
     """The pieces that make up a rank's part of a tensor stored in ``n_shards``.
 
-    What several shards hold is read from the nearest to the rank, so that with as many ranks as
+    Data that several shards hold is read from the nearest one, so that with as many ranks as
     shards each rank opens its own.
     """
     wanted = local_slices(target, n_ranks, rank)
