@@ -337,6 +337,7 @@ def test_a_file_that_comes_meanwhile_is_kept(
         assert contents(target) == before | {"new": b""}
 
 
+@pytest.mark.slow
 def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
     target = tmp_path / "target"
     words = cli("convert", folder, target, "--formt", "hf", code=2)

@@ -27,7 +27,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    "n_ranks", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+    "n_ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8))]
 )
 def test_ranks_give_what_one_process_gives(
     tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any], n_ranks: int
@@ -109,7 +109,8 @@ def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) 
 STORY_PROMPTS = ["", "Once upon a time", "The dog ran to the", "Lily and Ben", "One day"]
 
 
-@pytest.mark.parametrize("n_ranks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
 def test_every_layout_on_any_ranks(
     tmp_path: Path, layouts: list[Path], story_tokens: dict[str, Any], n_ranks: int
 ) -> None:

@@ -31,6 +31,7 @@ def test_chat_example_answers_on_the_demo_model(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_text_example_under_torchrun_tells_stories(tmp_path: Path) -> None:
     result = run(*TORCHRUN, "1", TEXT, "--temperature", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -77,6 +78,7 @@ def test_prompts_are_read_as_text(
     assert shown == prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
 def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
     result = run(sys.executable, script, "--temprature", "0", "--ckpt_dir", "/nowhere")
@@ -107,6 +109,7 @@ def test_a_text_without_its_value_is_refused(
         runpy.run_path(str(TEXT), run_name="__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
 def test_help_explains_the_arguments(script: Path) -> None:
     result = run(sys.executable, script, "--help", stdin=subprocess.DEVNULL)
@@ -115,6 +118,7 @@ def test_help_explains_the_arguments(script: Path) -> None:
         assert f"--{name}=" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_folder_is_named() -> None:
     result = run(sys.executable, CHAT, "--ckpt_dir", "/nowhere/8B")
     assert result.returncode == 1
@@ -131,11 +135,11 @@ def test_with_a_checkpoint_the_prompts_are_general(tmp_path: Path, script: Path,
 
 
 @pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
-def test_examples_import_only_what_users_have(script: Path) -> None:
+def test_examples_import_only_llama_and_the_standard_library(script: Path) -> None:
     imports = []
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Import):
             imports += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             imports.append(str(node.module))
-    assert set(imports) <= {"fire", "llama", "sys", "typing"}
+    assert set(imports) <= {"llama", "pathlib", "sys", "typing"}

@@ -183,6 +183,7 @@ def test_native_llama_32_is_recognised_by_its_shape(tmp_path: Path) -> None:
     assert factor(dim=2048, n_layers=16, rope_scaling_factor=8.0) == 8
 
 
+@pytest.mark.slow
 def test_the_factor_can_be_given(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, FAMILIES["Llama 3.1 8B"])
     assert build(folder, rope_scaling_factor=32).model.params.rope_scaling_factor == 32

@@ -75,6 +75,7 @@ def test_the_payloads_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "evil").unlink()
 
 
+@pytest.mark.slow
 def test_pickles_that_would_hang_or_crash(tmp_path: Path) -> None:
     def make(folder: Path, hog: str) -> None:
         fuzz.native_folder(folder)
@@ -176,6 +177,7 @@ def test_the_file_that_was_checked_is_loaded(
     assert Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
 
 
+@pytest.mark.slow
 def test_archives_that_unfold(tmp_path: Path) -> None:
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
