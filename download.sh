@@ -3,11 +3,11 @@
 # Download Llama 2 and Llama 3 weights with the signed link that Meta sends by e-mail.
 # "./download.sh --help" explains how. Runs on bash 3.2 (macOS) and later.
 
-set -efuo pipefail # -f: no name is ever expanded as a pattern
-export LC_ALL=C    # the tools' output is the same everywhere
+set -efuo pipefail # -f: no pathname expansion
+export LC_ALL=C    # the tools' output must not depend on the locale
 
-# A variable of ours that the caller has exported, even a local one, would be exported too: the link
-# would stand in the environment of every tool. A test keeps this list complete.
+# If the caller has exported a variable of the same name, ours would be exported too, even a local
+# one, and leak the link into the environment of every tool. A test keeps this list complete.
 set +a
 unset -v ANSWER CHILD FETCHED FETCHER FOLDER FOLDERS LOCK MD5 OTHER_KIB PAUSE PREFIX PRESENT REMOTE \
   RESULT SHARDS SHARD_KIB STALL STATUS SUM TRIES TYPE URL_HEAD URL_TAIL USAGE all args dir file \
@@ -16,9 +16,9 @@ unset -v ANSWER CHILD FETCHED FETCHER FOLDER FOLDERS LOCK MD5 OTHER_KIB PAUSE PR
 
 TRIES=5                          # requests per file before giving up
 PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2}  # seconds before the 2nd request; grows with each one
-STALL=${LLAMA_DOWNLOAD_STALL:-60} # seconds below 1 KiB/s, or of silence, that end a request
-SHARD_KIB=$((40 * 1024 * 1024))   # more than any shard has: a server that does not stop
-OTHER_KIB=$((100 * 1024))         # more than any other file has
+STALL=${LLAMA_DOWNLOAD_STALL:-60} # seconds below 1 KiB/s, or without data, that end a request
+SHARD_KIB=$((40 * 1024 * 1024))   # larger than any shard: limit for a server that never stops
+OTHER_KIB=$((100 * 1024))         # larger than any other file
 FETCHED=0 PRESENT=0
 LOCK='' CHILD=''
 USAGE='Usage: ./download.sh [--url URL] [--models "LIST"] [--dir DIR]
@@ -28,11 +28,11 @@ help() {
   say "$USAGE"
   cat <<'TEXT'
 
-Downloads Llama weights with a signed link. What is not given is asked for.
-Run it again after an interruption: it goes on where it stopped.
+Downloads Llama weights with a signed link, and prompts for missing options.
+Run it again after an interruption: it resumes where it stopped.
 
-  --url URL        the link from Meta's e-mail, with the * in it. Leave it out and
-                   paste it when asked: it then stays out of the shell's history.
+  --url URL        the link from Meta's e-mail, including the *. Leave it out and
+                   paste it when prompted, to keep it out of the shell's history.
   --models "LIST"  models to download, separated by commas or spaces (see below)
   --dir DIR        where the model folders go (default: the current directory)
   --verify DIR     only check the files of one model folder against its checklist.chk
@@ -43,10 +43,10 @@ TEXT
   model_names
   cat <<'TEXT'
 
-LLAMA_DOWNLOAD_PAUSE (environment): seconds before a broken download is tried again;
-twice, three times ... as long before the next tries (default 2).
-LLAMA_DOWNLOAD_STALL (environment): seconds of less than 1 KiB/s (wget: of silence) after
-which a download counts as broken (default 60); ten times as long for all of a small file.
+LLAMA_DOWNLOAD_PAUSE (environment): seconds before a failed download is retried;
+twice, three times ... as long before further retries (default 2).
+LLAMA_DOWNLOAD_STALL (environment): seconds below 1 KiB/s (wget: without data) before
+a download is aborted (default 60); a small file may take ten times as long in total.
 TEXT
 }
 
@@ -62,7 +62,7 @@ TEXT
 say() { printf '%s\n' "$*"; }
 warn() { printf '%s\n' "download.sh: $*" >&2; }
 die() { warn "$*"; exit 1; }
-bad_usage() { warn "$*"; say "$USAGE (--help says more)" >&2; exit 2; }
+bad_usage() { warn "$*"; say "$USAGE (--help for more)" >&2; exit 2; }
 
 # find_model NAME: set FOLDER (published name), REMOTE (path on the server) and SHARDS.
 find_model() {
@@ -91,30 +91,30 @@ choose_models() {
   for name in ${1//,/ }; do
     # A link broken over two lines ends up here: its second half must not be shown.
     [[ ${#name} -le 40 && $name != *[!A-Za-z0-9._-]* ]] ||
-      bad_usage "the list of models holds something else (was the link broken over two lines?)"
+      bad_usage "the list of models has invalid names (was the link broken over two lines?)"
     find_model "$name" || { model_names >&2; bad_usage "unknown model: $name"; }
     case " ${FOLDERS[*]-} " in *" $FOLDER "*) ;; *) FOLDERS+=("$FOLDER") ;; esac
   done
   [[ -n ${FOLDERS[*]-} ]] || choose_models "8B 8B-instruct 70B 70B-instruct"
 }
 
-# split_url URL: the * of the link stands for a file's path; keep what is on each side.
+# split_url URL: the * in the link is a placeholder for a file's path; keep the text on each side.
 split_url() {
   local url=$1 here='^http://(127\.0\.0\.1|localhost)(:[0-9]+)?/'
-  url=${url#"${url%%[![:space:]]*}"} # pasting may add blanks on either side
+  url=${url#"${url%%[![:space:]]*}"} # pasting may add whitespace on either side
   url=${url%"${url##*[![:space:]]}"}
   [[ -n $url ]] || bad_usage "no link given"
-  # None of these belongs in a URL; a quote or backslash would have a meaning to curl
+  # None of these belongs in a URL; curl's config would interpret a quote or backslash
   [[ $url != *[[:space:][:cntrl:]\"\\]* ]] || bad_usage "the link has a space, line break," \
     "quote or backslash in it: copy it again, in one piece"
-  # Without encryption only from this machine, as for tests
+  # Plain HTTP only from this machine, for tests
   [[ $url == https://* || $url =~ $here ]] || bad_usage "the link must start with https://"
   [[ ${url%%\?*} == *\** ]] || bad_usage "the link has no * in its path: copy the text of the" \
     "link from the e-mail, not the address a browser shows"
   URL_HEAD=${url%%\**} URL_TAIL=${url#*\*}
 }
 
-# ask PROMPT: set ANSWER. -e because a terminal's own line editing may stop at 1024 bytes,
+# ask PROMPT: set ANSWER. -e because a terminal's own line editing may be limited to 1024 bytes,
 # which is about the length of a signed link.
 ask() {
   ANSWER=''
@@ -129,7 +129,7 @@ find_md5() {
 
 find_fetcher() {
   if command -v curl >/dev/null; then FETCHER=curl
-  # BusyBox has a wget that cannot read the link from its input
+  # BusyBox's wget cannot read the link from its input
   elif [[ $(wget --version 2>/dev/null || :) == *GNU\ Wget* ]]; then FETCHER=wget
   else die "neither curl nor GNU wget is installed: install one of them and run this again"; fi
 }
@@ -142,7 +142,7 @@ has_sum() {
 }
 
 # read_list CHECKLIST: print "md5 name" lines; fail if anything in it is not such a line.
-# The list comes from outside: a name may not lead out of the folder or look like an option.
+# The list is untrusted: a name must not escape the folder or look like an option.
 read_list() {
   awk '{ sub(/\r$/, "") }
     NF == 0 { next }
@@ -153,7 +153,7 @@ read_list() {
     END { exit (bad || !lines) }' <"$1"
 }
 
-# find_sum SUMS NAME: set SUM to the md5 of NAME in what read_list printed, or to nothing.
+# find_sum SUMS NAME: set SUM to the md5 of NAME in read_list's output, or to the empty string.
 find_sum() {
   local lines=$'\n'$1$'\n'
   lines=${lines%%" $2"$'\n'*}
@@ -166,7 +166,7 @@ is_page() { # whether the file starts like a web page or an XML error message
   [[ $start == *'<!doctype html'* || $start == *'<html'* || $start == '<?xml'* ]]
 }
 
-# is_right FILE NAME SUM: whether FILE is what NAME should be, as far as that can be known.
+# is_right FILE NAME SUM: whether FILE has the right content for NAME, as far as can be checked.
 is_right() {
   [[ -s $1 ]] || return 1
   if [[ -n $3 ]]; then has_sum "$1" "$3"; return; fi
@@ -174,16 +174,15 @@ is_right() {
   case $2 in *checklist.chk) read_list "$1" >/dev/null ;; esac
 }
 
-# request PATH PART: one request that continues PART if it is there. Sets STATUS (HTTP, 000 if
+# request PATH PART: one request, which resumes PART if it exists. Sets STATUS (HTTP, 000 if
 # none came), TYPE (content type) and RESULT (done, norange, disk, toolong, or the tool's error).
-# The link is given on standard input, through a pipe: arguments show in "ps", and a
-# here-document would be a temporary file. Redirections are not followed: the signature is for
-# one server, and where another one leads is not for it to say. The user's own settings of the
-# tools (~/.curlrc, ~/.wgetrc) are not read, since they may follow redirections, log the link,
-# or write other files; proxies from the environment are used.
+# The link is passed on standard input, through a pipe: arguments show in "ps", and a
+# here-document would be a temporary file. Redirects are not followed: the link is signed for one
+# server. The user's own settings of the tools (~/.curlrc, ~/.wgetrc) are ignored, since they may
+# follow redirects, log the link, or write other files; proxies from the environment are used.
 request() {
   local args key value rest rc=0 url=$URL_HEAD$1$URL_TAIL kib=$OTHER_KIB seconds=$((10 * STALL))
-  if [[ $1 == *.pth ]]; then kib=$SHARD_KIB seconds=0; fi # 0: without a limit
+  if [[ $1 == *.pth ]]; then kib=$SHARD_KIB seconds=0; fi # 0: no limit
   STATUS='' TYPE='' RESULT=''
   if [[ $FETCHER == curl ]]; then
     # --disable must come first
@@ -210,7 +209,7 @@ request() {
     done <"$LOCK/answer"
     [[ $rc != 3 ]] || RESULT=disk
   fi
-  [[ $STATUS == [0-9][0-9][0-9] ]] || STATUS=000 # it is shown: a server may send anything
+  [[ $STATUS == [0-9][0-9][0-9] ]] || STATUS=000 # it is printed, and may be anything
   [[ -n $RESULT ]] || RESULT="$FETCHER error $rc"
   [[ $rc != 0 ]] || RESULT='done'
   [[ $RESULT != disk || $(wc -c <"$2" 2>/dev/null || echo 0) -lt $((kib * 1024)) ]] ||
@@ -218,9 +217,9 @@ request() {
   [[ -s $2 ]] || rm -f "$2"
 }
 
-# fetch KIB INPUT COMMAND...: run the command with INPUT as a line of its input and a limit on the
-# files it writes. Its output goes into the lock, which is private: a server may repeat the link.
-# In the background: bash handles a signal while it waits for a job, not while it runs a command.
+# fetch KIB INPUT COMMAND...: run the command with INPUT as its standard input and a size limit on
+# the files it writes. Its output goes into the lock, which is private: a server may echo the link.
+# Runs in the background: bash handles signals while waiting for a job, but not during a command.
 fetch() {
   (limit_size "$1" && exec "${@:3}") < <(printf '%s\n' "$2") >"$LOCK/answer" &
   await
@@ -231,7 +230,7 @@ pause() { # SECONDS
   await
 }
 
-await() { # wait for the job that was started last
+await() { # wait for the latest job
   local rc=0
   CHILD=$!
   wait "$CHILD" || rc=$?
@@ -239,22 +238,22 @@ await() { # wait for the job that was started last
   return "$rc"
 }
 
-# stop CODE: end after a signal, with the tool that is running.
+# stop CODE: after a signal, kill the running tool and exit.
 stop() {
   trap '' INT TERM HUP
   if [[ -n $CHILD ]]; then
     kill "$CHILD" 2>/dev/null || :
     wait "$CHILD" 2>/dev/null || :
   fi
-  warn "stopped; run this again to go on from here"
+  warn "stopped; run this again to resume"
   exit "$1"
 }
 
-# lock PART: two runs must not write to the same file. The lock of a run that was killed is removed.
+# lock PART: two runs must not write to the same file. The stale lock of a killed run is removed.
 lock() {
   local pid='' host=''
   until mkdir -m 700 "$1.lock" 2>/dev/null; do
-    [[ -d $1.lock ]] || die "cannot make $1.lock: choose another place with --dir"
+    [[ -d $1.lock ]] || die "cannot create $1.lock: choose another folder with --dir"
     read -r pid host 2>/dev/null <"$1.lock/owner" || :
     if [[ $host != "$HOSTNAME" || $pid == *[!0-9]* ]] || kill -0 "$pid" 2>/dev/null ||
       [[ -e /proc/$pid ]]; then
@@ -272,9 +271,9 @@ unlock() {
   LOCK=''
 }
 
-limit_size() { # KIB: files that are written from here on; a write beyond it is an error
+limit_size() { # KIB: limit the size of files written from here on; larger writes fail
   trap '' XFSZ
-  ulimit -S -f "$1" 2>/dev/null || : # a lower one may be set already
+  ulimit -S -f "$1" 2>/dev/null || : # a lower limit may be set already
 }
 
 die_page() {
@@ -282,27 +281,27 @@ die_page() {
     "wrongly. Ask Meta for a new one and run this again"
 }
 
-die_wrong() { # PATH PART SUM: remove a file that came whole, but is not what it should be
+die_wrong() { # PATH PART SUM: remove a file that was downloaded completely, but is wrong
   local page=no
   if [[ -s $2 ]] && is_page "$2"; then page=yes; fi
   rm -f "$2"
   [[ $page == no ]] || die_page "$1"
-  [[ -n $3 ]] || die "what the server sent for $1 is empty or no valid checklist: run this again"
-  die "wrong checksum for $1: it was damaged on the way, and is removed. Run this again to fetch" \
-    "it afresh; if that does not help, delete its checklist as well"
+  [[ -n $3 ]] || die "the server's $1 is empty or not a valid checklist: run this again"
+  die "wrong checksum for $1: it was damaged in transfer, and is removed. Run this again to" \
+    "download it; if that does not help, delete its checklist as well"
 }
 
-# transfer PATH PART SUM: fill PART, with a limited number of requests. Returns when the server
-# has nothing more to send; whether PART is right is for the caller to see.
+# transfer PATH PART SUM: download PART, with a limited number of requests. Returns when the server
+# has nothing more to send; the caller checks PART.
 transfer() {
   local path=$1 part=$2 sum=$3 try=1 had
   while :; do
-    # Without a checksum nobody could tell whether the two halves belong together
+    # Without a checksum, nothing would tell whether the two halves belong together
     [[ -n $sum ]] || rm -f "$part"
     had=no; [[ ! -s $part ]] || had=yes
     request "$path" "$part"
     [[ $RESULT != disk ]] || die "cannot write $part: the disk is full (or writing is not" \
-      "allowed there). Make room and run this again; it goes on where it stopped"
+      "allowed there). Free some space and run this again; it resumes where it stopped"
     if [[ $RESULT == toolong ]]; then
       rm -f "$part"
       die "the server sends more for $path than any such file has: check the link"
@@ -310,34 +309,34 @@ transfer() {
     case $STATUS in
       200 | 206)
         if [[ $TYPE == text/html* ]]; then
-          [[ $had == yes ]] || rm -f "$part" # what an earlier run has fetched stays
+          [[ $had == yes ]] || rm -f "$part" # keep the data of an earlier run
           die_page "$path"
         fi
         [[ $RESULT != 'done' ]] || return 0
-        # No ranges here: start over rather than glue a whole file to a half one
+        # No range support: start over rather than append a whole file to a partial one
         [[ $RESULT != norange ]] || rm -f "$part" ;;
-      30?) die "the server wants to lead to another address for $path (HTTP $STATUS), which is not" \
+      30?) die "the server redirects to another address for $path (HTTP $STATUS), which is not" \
         "followed: check the link, or ask Meta for a new one" ;;
       401 | 403) die "access refused for $path (HTTP $STATUS): the link has expired (after 24" \
         "hours) or is for another model. Ask Meta for a new one and run this again" ;;
       404 | 410) die "the server has no $path (HTTP $STATUS): the link is probably for another" \
         "model. Check the models, or ask Meta for a link for this one" ;;
       416)
-        [[ $had == no ]] || return 0 # PART has all there is, or too much
+        [[ $had == no ]] || return 0 # PART is complete, or too long
         die "the server refused to send $path (HTTP 416): run this again later" ;;
       000 | 1?? | 408 | 429 | 5??) ;;
       *) die "the server gave an unexpected answer for $path (HTTP $STATUS): check the link" ;;
     esac
     [[ $try -lt $TRIES ]] || die "gave up on $path after $TRIES attempts (HTTP $STATUS, $RESULT):" \
-      "check the network and run this again; it goes on where it stopped"
-    [[ $RESULT == norange ]] || warn "$path: broken off (HTTP $STATUS, $RESULT); trying again"
+      "check the network and run this again; it resumes where it stopped"
+    [[ $RESULT == norange ]] || warn "$path: interrupted (HTTP $STATUS, $RESULT); trying again"
     pause $((PAUSE * try))
     try=$((try + 1))
   done
 }
 
-# get PATH FILE [SUMS]: make FILE whole; SUMS is what read_list printed of its checklist.
-# FILE has its name only once it is known to be right; until then it is FILE.part.
+# get PATH FILE [SUMS]: download FILE; SUMS is the output of read_list for its checklist.
+# It is written to FILE.part, and renamed to FILE once it is verified.
 get() {
   local path=$1 file=$2 part=$2.part name=${2##*/} sum resumed
   find_sum "${3-}" "$name"
@@ -351,7 +350,7 @@ get() {
     return
   fi
   if [[ -e $file ]]; then
-    warn "$file is not what it should be (half a download?): fetching it"
+    warn "$file is damaged or incomplete: downloading it again"
     if [[ -e $part ]]; then rm -f "$file"; else mv -f "$file" "$part"; fi
   fi
   say "  $name"
@@ -367,7 +366,7 @@ get() {
     fi
     if [[ $resumed == no ]]; then die_wrong "$path" "$part" "$sum"; fi
     rm -f "$part"
-    warn "$path: the earlier partial download does not fit what the server has; starting over"
+    warn "$path: the earlier partial download does not match the server's file; starting over"
   done
 }
 
@@ -376,17 +375,17 @@ get_model() { # FOLDER
   find_model "$1"
   say "$1:"
   if ! mkdir -p "$dir" || [[ ! -w $dir ]]; then
-    die "cannot make the folder $dir or write in it: choose another place with --dir"
+    die "cannot create the folder $dir or write to it: choose another folder with --dir"
   fi
   case $1 in llama-2-*) policy=USE_POLICY.md ;; esac
-  # Beside the weights, where they do not replace those of a project in the folder above
+  # Next to the weights, so that they do not overwrite those of a project in the parent folder
   get LICENSE "$dir/LICENSE"
   get "$policy" "$dir/$policy"
   get "$REMOTE/checklist.chk" "$list"
   sums=$(read_list "$list")
   get "$REMOTE/params.json" "$dir/params.json" "$sums"
   case $1 in
-    llama-2-*) # one tokenizer for all, in the folder above
+    llama-2-*) # one tokenizer for all, in the parent folder
       get tokenizer_checklist.chk "${PREFIX}tokenizer_checklist.chk"
       get tokenizer.model "${PREFIX}tokenizer.model" \
         "$(read_list "${PREFIX}tokenizer_checklist.chk")" ;;
@@ -395,14 +394,14 @@ get_model() { # FOLDER
   for ((i = 0; i < SHARDS; i++)); do
     shard=$(printf 'consolidated.%02d.pth' "$i")
     find_sum "$sums" "$shard"
-    [[ -n $SUM ]] || warn "$list does not name $shard: it cannot be checked"
+    [[ -n $SUM ]] || warn "$list has no checksum for $shard: it cannot be verified"
     get "$REMOTE/$shard" "$dir/$shard" "$sums"
   done
 }
 
 summary() {
   local folder script
-  say "Done: $FETCHED files fetched, $PRESENT were already here. To run:"
+  say "Done: $FETCHED files downloaded, $PRESENT were already here. To run:"
   case " ${FOLDERS[*]}" in
     *" llama-2-"*) say '  pip install -e ".[llama2]"  # once, for the tokenizer of Llama 2' ;;
   esac
@@ -414,8 +413,8 @@ summary() {
     esac
     printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q\n' "$SHARDS" "$script" "$PREFIX$folder"
   done
-  say "That is one process for each shard. Any other number that divides the model works as well," \
-    "also 1, for which plain python will do in place of torchrun."
+  say "That is one process per shard. Other numbers that divide the model work as well; for 1," \
+    "plain python can replace torchrun."
 }
 
 # verify DIR: check every listed file; report all of them before failing.
@@ -439,10 +438,10 @@ verify() {
   [[ $found == yes ]] || die "$1 has no checklist.chk: give the folder of one model"
   [[ $good == "$all" ]] || die "$((all - good)) of $all files are missing or wrong: run the" \
     "download again to fetch them"
-  say "All $good files are right."
+  say "All $good files are OK."
 }
 
-set_prefix() { # DIR: what comes before a file's name; no tool may take it for an option
+set_prefix() { # DIR: the path before a file's name; it must not look like an option
   PREFIX=${1%/}/
   case $PREFIX in ./) PREFIX='' ;; -*) PREFIX=./$PREFIX ;; esac
 }
@@ -455,7 +454,7 @@ main() {
       --help | -h) help; exit 0 ;;
       --url | --models | --dir | --verify)
         [[ $# -ge 2 && -n $2 ]] || bad_usage "$1 needs a value" ;;
-      # Neither message shows what may be the link
+      # Neither message repeats an argument that may be the link
       -*) bad_usage "unknown option: ${1%%=*}" ;;
       *) bad_usage "unexpected argument (a link is given with --url)" ;;
     esac
@@ -475,7 +474,7 @@ main() {
   split_url "$url"
   if [[ $have_models == no ]]; then
     model_names >&2
-    ask "Which models? (Enter for the four of Llama 3): " || bad_usage "no models given"
+    ask "Which models? (Enter for all four of Llama 3): " || bad_usage "no models given"
     models=$ANSWER
   fi
   choose_models "$models"

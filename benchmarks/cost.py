@@ -16,20 +16,20 @@ from llama import ModelArgs
 
 
 def linear_parameters(args: ModelArgs) -> int:
-    """Weights that every token is multiplied with, but for the output layer."""
+    """Weights that every token is multiplied with, except for the output layer."""
     kv = args.kv_heads * args.head_dim
     layer = 2 * args.dim * (args.dim + kv) + 3 * args.dim * args.ffn_hidden_dim
     return args.n_layers * layer
 
 
 def weight_bytes(args: ModelArgs, n_ranks: int, size: int) -> float:
-    """Weights of ``size`` bytes that one rank reads in a step (one row of the embedding is
-    nothing)."""
+    """Bytes of weights that one rank reads in a step, at ``size`` bytes each (one row of the
+    embedding is negligible)."""
     return size * (linear_parameters(args) + args.vocab_size * args.dim) / n_ranks
 
 
 def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
-    """Keys and values of one position on one rank."""
+    """Bytes of KV cache per position on one rank."""
     return 2 * args.n_layers * args.n_local_kv_heads(n_ranks) * args.head_dim * size
 
 
@@ -39,16 +39,16 @@ def step_bytes(args: ModelArgs, n_ranks: int, size: int, batch: int, context: in
 
 
 def step_flops(args: ModelArgs, n_ranks: int, batch: int, context: int) -> float:
-    """A multiplication and an addition per weight, and per number of the keys and the values of
-    every query head."""
+    """A multiplication and an addition per weight, and per element of the keys and values that each
+    query head attends to."""
     weights = linear_parameters(args) + args.vocab_size * args.dim
     attention = 2 * args.n_layers * args.dim * context
     return 2 * batch * (weights + attention) / n_ranks
 
 
 def prefill_flops(args: ModelArgs, n_ranks: int, length: int) -> float:
-    """The same for a prompt: attention below the diagonal, logits of one token, and in the last
-    layer, where that token alone looks, only the keys and values of the others."""
+    """The same for a prompt: causal attention, logits of the last token only, and in the last layer
+    only keys and values of the other tokens."""
     layer = linear_parameters(args) // args.n_layers
     kv = 2 * args.dim * args.kv_heads * args.head_dim
     others = args.n_layers - 1
@@ -66,7 +66,7 @@ def sent_bytes(args: ModelArgs, n_ranks: int, size: int, n_tokens: int) -> float
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """Rates that devices reach, below those of data sheets.
+    """Achievable rates, which are below those in data sheets.
 
     Attributes:
         bandwidth: bytes per second from memory.
@@ -81,7 +81,7 @@ class Hardware:
     latency: float
 
 
-# 3.35 TB/s and 989 TFLOP/s on paper
+# 3.35 TB/s and 989 TFLOP/s in the data sheet
 H100_NODE = Hardware(bandwidth=3.0e12, rate=6.5e14, link=3.5e11, latency=1.2e-5)
 H100_TWO_NODES = Hardware(bandwidth=3.0e12, rate=6.5e14, link=4.5e10, latency=3.5e-5)
 
@@ -96,7 +96,7 @@ def _communication(args: ModelArgs, n_ranks: int, n_tokens: int, hardware: Hardw
 def step_seconds(
     args: ModelArgs, n_ranks: int, batch: int, context: int, hardware: Hardware
 ) -> float:
-    """The slower of reading and computing, and then communication; in bfloat16."""
+    """The slower of reading and computing, plus communication; in bfloat16."""
     read = step_bytes(args, n_ranks, 2, batch, context) / hardware.bandwidth
     computed = step_flops(args, n_ranks, batch, context) / hardware.rate
     return max(read, computed) + _communication(args, n_ranks, batch, hardware)

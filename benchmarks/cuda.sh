@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU: parity on CUDA with and without graphs and torch.compile, then the
+# Everything that needs a GPU: parity on CUDA with and without graphs and torch.compile, then the
 # benchmark. Name the shapes; by default 1B and 8B, which take 50 GB of disk.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

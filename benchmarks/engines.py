@@ -1,10 +1,10 @@
-"""The measured engines: this library and its peers, each in a process of its own.
+"""The measured engines: this library and its peers, each in a separate process.
 
 ``python -m benchmarks.engines NAME ...`` loads a model and then answers requests, one JSON line
 each, on stdin and stdout: {"prompts": [[id, ...], ...], "n_new": N} gives {"first_s": seconds to
 the first new token of every prompt, "step_s": seconds of each further step}. Decoding is greedy and
-no token stops it. The peers are driven by the shortest loop that is right, which leaves out what
-their own ``generate`` adds.
+no token stops it. The peers run in a minimal correct loop, without the overhead of
+their own ``generate``.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Engine:
 
     Args:
         folder: a native checkpoint; for Hugging Face's a folder in its layout.
-        n_ranks: the folder holds the first of so many ranks' parts. The others are imagined, and
+        n_ranks: the folder holds the first of this many shards. The other ranks are simulated, and
             communication takes no time.
     """
 
@@ -93,7 +93,7 @@ class Ours(Engine):
             yield
 
     def paths(self) -> dict[str, Any]:
-        """Which ways were chosen: the linear layers' functions, the form of a step, and the
+        """The chosen code paths: the linear layers' functions, the kind of decoding step, and the
         attention kernels that run in prefill and in decoding."""
         from llama import model
         from llama.distributed import layers
@@ -135,7 +135,7 @@ def _imagine_ranks(n_ranks: int) -> None:
 
 class Reference(Engine):
     """The published code: llama-models' Transformer. Its ``generate`` prefills up to the shortest
-    prompt, then goes on token by token, and takes a prompt's own token while there is one."""
+    prompt's length, then continues token by token, using a prompt's own tokens while it has any."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Reference(Engine):
             max_seq_len=max_seq_len,
             max_batch_size=max_batch,
         )
-        # as its own build does: in the default dtype and on the default device
+        # like its own build: in the default dtype and on the default device
         torch.set_default_dtype(getattr(torch, dtype))
         torch.set_default_device(self.device)
         weights = torch.load(folder / "consolidated.00.pth", map_location="cpu", weights_only=True)
@@ -192,7 +192,7 @@ class Reference(Engine):
 
 
 class HuggingFace(Engine):
-    """transformers with SDPA; prompts of a ragged batch are padded on the left."""
+    """transformers with SDPA; prompts of a ragged batch are left-padded."""
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class HuggingFace(Engine):
             kept = [[0] * pad + [1] * (longest + n_new - pad) for pad in pads]
             mask = torch.tensor(kept, device=self.device)
         places = torch.tensor([[-pad] for pad in pads], device=self.device)
-        forward = self.model.forward  # the prompt is not worth compiling for
+        forward = self.model.forward  # prefill isn't compiled
         for i in range(n_new):
             end = longest + i
             span = torch.arange(end - tokens.shape[1], end, device=self.device)
@@ -258,8 +258,8 @@ ENGINES: dict[str, type[Engine]] = {"ours": Ours, "reference": Reference, "hf": 
 
 
 def serve(name: str, **options: Any) -> None:
-    """Load an engine, say how long it took and how memory rose, then answer requests."""
-    torch.mm(torch.ones(2, 2), torch.ones(2, 2))  # libraries that load themselves at first use
+    """Load an engine, report load time and memory growth, then answer requests."""
+    torch.mm(torch.ones(2, 2), torch.ones(2, 2))  # loads libraries that torch loads lazily
     before, start = _resident_bytes(), time.perf_counter()
     engine = ENGINES[name](**options)
     _answer(load_s=time.perf_counter() - start, rss_rise=_resident_bytes() - before)
@@ -283,14 +283,14 @@ def _answer(**values: Any) -> None:
 def _resident_bytes() -> int:
     """Peak of the resident memory so far."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins with that of the parent
+    if status.exists():  # Linux's ru_maxrss is inherited from the parent
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Process:
-    """An engine that runs in a process of its own."""
+    """An engine in a separate process."""
 
     def __init__(self, name: str, folder: Path, **options: Any) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Limits of the machine, with which every figure is compared."""
+"""The machine's limits, to which every figure is compared."""
 
 import time
 from collections.abc import Callable
@@ -7,20 +7,20 @@ import torch
 
 
 class Machine:
-    """Read bandwidth and matrix rate of a device, measured anew at every call: shared machines and
-    warm ones change from one second to the next."""
+    """Read bandwidth and matrix rate of a device, measured again at every call: shared or hot
+    machines vary from one second to the next."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         gib = 1 if device.type == "cpu" else 4
-        self._memory = torch.ones(gib * 2**28, device=device)  # far more than any cache holds
+        self._memory = torch.ones(gib * 2**28, device=device)  # larger than any cache
         self._vector = torch.ones(4096, device=device)
         size = 4096 if device.type == "cpu" else 8192
         self._matrix = torch.ones(size, size, device=device, dtype=dtype)
 
     def bandwidth(self) -> float:
-        """Bytes per second that are read by the better of a sum and a float32 matrix-vector
-        product over memory that is in no cache, best of three each."""
+        """Bytes per second read from uncached memory: the better of a sum and a float32
+        matrix-vector product, best of three each."""
         rows = self._memory.view(-1, 4096)
         readers = (lambda: self._memory.sum(), lambda: torch.mv(rows, self._vector))
         return self._memory.nbytes / min(self._best(reader) for reader in readers)

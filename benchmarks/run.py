@@ -1,4 +1,4 @@
-"""Measure this library against the machine's limits, and against its peers: see README.md here.
+"""Measure this library against the machine's limits and its peers: see benchmarks/README.md.
 
 python benchmarks/run.py --shape 1B --vs reference,hf
 """
@@ -55,10 +55,10 @@ def main(
 
     Args:
         shape: tiny, 1B, 3B, 8B or 70B-rank-of-8; random weights are written once.
-        vs: peers to run in turn with this library: reference, hf.
+        vs: peers to interleave with this library: reference, hf.
         figures: load, prefill, decode, ragged, sampling, overhead.
-        device: default cuda where there is one, else cpu.
-        dtype: of the weights, default what ``Llama.build`` takes on the device.
+        device: default cuda if available, else cpu.
+        dtype: of the weights, by default that of ``Llama.build`` for the device.
         compile: build with compile=True.
         repeats: samples of each figure, and pairs of each comparison.
         plot: write the decoding rates as PNG files (needs matplotlib, the extra [bench]).
@@ -116,7 +116,7 @@ class Benchmark:
     # --- The figures ----------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Seconds until ``build`` returns, and how the peak of the resident memory rose."""
+        """Seconds until ``build`` returns, and growth of the peak resident memory."""
         weights = sum(file.stat().st_size for file in self.folder.glob("*.pth"))
         seconds, rises = [], []
         for _ in range(self.repeats):
@@ -168,7 +168,7 @@ class Benchmark:
                 self._record(name, batch=batch, unit="ms", **_summary(times))
 
     def overhead(self) -> None:
-        """Milliseconds per token of a model so small that only the calls cost time."""
+        """Milliseconds per token of a model so small that only overhead takes time."""
         folder = checkpoint_of("tiny", self.models)
         with self._engine("ours", 512, 1, folder=folder) as engine:
             times = []
@@ -180,7 +180,7 @@ class Benchmark:
     # --- With peers -----------------------------------------------------------------------------
 
     def compare(self, peer: str) -> None:
-        """Ours and a peer in turn: the ratio of every pair."""
+        """Ours and a peer, interleaved: the ratio of every pair."""
         folder = self._huggingface_folder() if peer == "hf" else self.folder
         with (
             self._engine("ours", 1024, 8) as ours,

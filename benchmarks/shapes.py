@@ -46,7 +46,7 @@ _SHAPE_8B = {
     "ffn_dim_multiplier": 1.3,
 }
 _SHAPE_70B = _SHAPE_8B | {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
-# so narrow that nothing but the overhead of the calls is left, with as many layers as 1B
+# so narrow that only the overhead of the calls is left, with as many layers as 1B
 _SHAPE_TINY = {
     "dim": 64,
     "n_layers": 16,
@@ -66,7 +66,7 @@ SHAPES = {
 
 
 def checkpoint_of(name: str, where: Path) -> Path:
-    """The folder of a random bfloat16 checkpoint of a shape; written if it is not there yet.
+    """The folder of a random bfloat16 checkpoint of a shape; written if it doesn't exist yet.
 
     Raises:
         ValueError: the name is unknown.

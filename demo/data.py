@@ -1,12 +1,11 @@
-"""The demo model's world: everything it is trained and tested on, written by rule.
+"""Rule-based generators of the demo model's training and test data.
 
 A turn is a question and its answer; a dialog is a system prompt (or None) and a list of turns; a
 story is one line of text. All of them are drawn from a ``random.Random``, so a seed gives the same
 text everywhere.
 
-What the tests ask is kept out of training by ``held_out``: which pairs of numbers, which words,
-which names, and which wordings of which fact. Reading order: the tables, the turns, ``dialog`` and
-``story``, ``TESTS``.
+``held_out`` keeps test questions out of training: pairs of numbers, words, names, and wordings of
+each fact. Reading order: the tables, the turns, ``dialog`` and ``story``, ``TESTS``.
 """
 
 import random
@@ -243,7 +242,7 @@ PLAIN_SYSTEM_PROMPTS = [
 
 
 def invented(rng: random.Random, low: int, high: int) -> str:
-    """A word nobody knows, that can be pronounced, of ``low`` to ``high`` letters."""
+    """A pronounceable, made-up word of ``low`` to ``high`` letters."""
     length, text, consonant = rng.randint(low, high), "", rng.random() < 0.8
     while len(text) < length:
         text += rng.choice("bcdfghjklmnpqrstvwxyz" if consonant else "aeiou")
@@ -256,7 +255,7 @@ def invented(rng: random.Random, low: int, high: int) -> str:
 def word(rng: random.Random, test: bool) -> str:
     while True:
         w = rng.choice(WORDS) if rng.random() < 0.5 else invented(rng, 3, 7)
-        # a word of the stories is no new word
+        # a word from the stories isn't new to the model
         if 3 <= len(w) <= 7 and (held_out("word", w, one_in=6) and w not in IN_STORIES) == test:
             return w
 
@@ -307,7 +306,7 @@ def greeting(rng: random.Random, test: bool = False) -> Turn:
 
 
 def unknown(rng: random.Random, test: bool = False) -> Turn:
-    """A question about something that is in no table: of a known kind, or of another."""
+    """A question about something not in the tables, in a known wording or an unrelated one."""
     w, x = word(rng, test), word(rng, test)
     if rng.random() < 0.5:
         topic, _ = rng.choice(FACT_LIST)
@@ -327,7 +326,7 @@ def name_question(n: str, rng: random.Random) -> Turn:
     return rng.choice(NAME_QUESTIONS), f"Your name is {n}."
 
 
-# kind of turn: how often it is drawn
+# kind of turn: its sampling weight
 TURNS: dict[Callable[[random.Random], Turn], float] = {
     addition: 5,
     fact: 6,
@@ -346,14 +345,14 @@ def in_capitals(turn: Turn) -> Turn:
     return turn[0], turn[1].upper()
 
 
-# --- Dialogs, stories, drills: what the model is trained on ------------------------------------
+# --- Training data: dialogs, stories, drills ---------------------------------------------------
 
 
 def dialog(rng: random.Random) -> Dialog:
     """A training dialog of one to five turns."""
     kind = rng.random()
     plain = rng.choice(PLAIN_SYSTEM_PROMPTS) if rng.random() < 0.15 else None
-    if kind < 0.15:  # a name is given, other things are talked about, the name is asked for
+    if kind < 0.15:  # the user introduces themselves, changes the topic, and asks for their name
         n = name(rng, test=False)
         between = [any_turn(rng) for _ in range(rng.choice([0, 1, 1, 2]))]
         return plain, [introduction(n, rng), *between, name_question(n, rng)]
@@ -378,8 +377,8 @@ STORY_WORDINGS = [
     "Write a story about a {a}.",
     "I want a story about a {a}.",
 ]
-# One letter stands for one thing throughout a story: {n} and its friend {m}, an {a}nimal that is
-# {j}, a {p}lace, something to do ({v}), and an {o}bject of a {c}olor.
+# Each placeholder has one value throughout a story: {n} and its friend {m}, an {a}nimal that is
+# {j}, a {p}lace, an activity ({v}), and an {o}bject of a {c}olor.
 STORY_WORDS = {
     "a": ANIMALS,
     "j": "little big brave funny kind young clever shy".split(),
@@ -450,7 +449,7 @@ def story(rng: random.Random, animal: str | None = None) -> str:
 
 
 def _sentence_pattern(sentence: str) -> re.Pattern[str]:
-    """The sentence with any words in it, where a letter that comes twice is one word twice."""
+    """A regex for the sentence with any words filled in; a repeated placeholder is one word."""
     seen = set()
 
     def group(letter: re.Match[str]) -> str:
@@ -465,8 +464,8 @@ _SENTENCE_PATTERNS = [_sentence_pattern(s) for group in SENTENCES.values() for s
 
 
 def story_fault(text: str, animal: str | None = None) -> str | None:
-    """The fault of a story, or None: each sentence must be one of the grammar's, and the
-    same letter must stand for the same thing throughout."""
+    """The fault of a story, or None: each sentence must match the grammar, and each placeholder
+    must keep its value throughout."""
     position, cast, count = 0, {} if animal is None else {"a": animal}, 0
     while position < len(text):
         for pattern in _SENTENCE_PATTERNS:
@@ -474,7 +473,7 @@ def story_fault(text: str, animal: str | None = None) -> str | None:
             if match and text[match.end() : match.end() + 1] in ("", " "):
                 break
         else:
-            return f"no sentence of the grammar: {text[position : position + 40]!r}"
+            return f"not a sentence of the grammar: {text[position : position + 40]!r}"
         for letter, found in match.groupdict().items():
             if cast.setdefault(letter, found) != found:
                 return f"{cast[letter]} became {found}"
@@ -493,7 +492,7 @@ def drill(rng: random.Random) -> str:
     return " ".join(f"Say {w}. You said {w}." for w in words)
 
 
-# --- Tests: nothing they ask was seen in training -------------------------------------------------
+# --- Tests: held out from training ----------------------------------------------------------------
 
 
 def _one(turn: Turn) -> Dialog:
@@ -511,7 +510,7 @@ def _third_turn(rng: random.Random) -> Dialog:
     return None, [*first_two, rng.choice([addition, fact])(rng, test=True)]
 
 
-# tests: (a dialog whose last answer is expected, the share of right answers promised)
+# test: (a dialog that ends with the expected answer, the required accuracy)
 TESTS: dict[str, tuple[Callable[[random.Random], Dialog], float]] = {
     "sums: new pairs of numbers": (lambda r: _one(addition(r, test=True)), 0.97),
     "facts: new wording for this fact": (lambda r: _one(fact(r, test=True)), 0.97),
@@ -530,7 +529,7 @@ STORY_TEST_FLOOR = 0.90
 
 
 def test_dialogs(kind: str, count: int) -> list[Dialog]:
-    """Different dialogs of one kind: ``count`` of them, or as many as there are."""
+    """Distinct dialogs of one kind: ``count`` of them, or as many as there are."""
     rng = random.Random(f"test {kind}")
     dialogs: list[Dialog] = []
     for _ in range(20 * count):

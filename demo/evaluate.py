@@ -29,7 +29,7 @@ def as_dialog(dialog: data.Dialog) -> Dialog:
 
 
 def wrong_answers(llm: Llama, kind: str, count: int) -> tuple[list[tuple[str, str, str]], int]:
-    """(question, expected, answer) of wrong answers, greedily, and the number of questions."""
+    """(question, expected, answer) of wrong greedy answers, and the number of questions."""
     dialogs = data.test_dialogs(kind, count)
     predictions = llm.chat_completion([as_dialog(d) for d in dialogs], temperature=0)
     wrong = []
@@ -41,7 +41,7 @@ def wrong_answers(llm: Llama, kind: str, count: int) -> tuple[list[tuple[str, st
 
 
 def wrong_stories(llm: Llama, count: int) -> tuple[list[tuple[str, str, str]], int]:
-    """(opening, fault, story) of the stories that do not hold together, and how many were told."""
+    """(opening, fault, story) of the inconsistent stories, and the number of stories."""
     openings = data.test_story_openings(count)
     predictions = llm.text_completion(openings, temperature=0)
     wrong = []
@@ -56,9 +56,9 @@ def wrong_stories(llm: Llama, count: int) -> tuple[list[tuple[str, str, str]], i
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo model on held-out questions.")
     parser.add_argument("--model", default=str(MODEL), help="checkpoint folder")
-    parser.add_argument("--count", type=int, default=200, help="most questions of one kind")
+    parser.add_argument("--count", type=int, default=200, help="maximum questions per kind")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--wrong", type=int, default=0, help="wrong answers to show of each kind")
+    parser.add_argument("--wrong", type=int, default=0, help="wrong answers to show per kind")
     args = parser.parse_args()
     llm = Llama.build(args.model, max_seq_len=256, max_batch_size=50, dtype=args.dtype)
     results = {kind: wrong_answers(llm, kind, args.count) for kind in data.TESTS}

@@ -1,9 +1,9 @@
-"""Make the demo model from nothing: text, vocabulary, weights, native checkpoint folder.
+"""Train the demo model from scratch: text, vocabulary, weights, native checkpoint folder.
 
     python demo/train.py --out demo/model        20 to 25 minutes on 2 CPU cores
 
-Needs the extra [demo]: transformers as the trainer, tokenizers to train the vocabulary. The text is
-demo/data.py's. The model has Llama 3's architecture and 1.24 million parameters.
+Needs the extra [demo]: transformers to train the model, tokenizers to train the vocabulary. The
+text comes from demo/data.py. The model has Llama 3's architecture and 1.24 million parameters.
 """
 
 import argparse
@@ -51,8 +51,8 @@ WARMUP_STEPS = 100
 
 
 def train_vocabulary(path: Path, seed: int) -> None:
-    """Byte-level BPE with Llama 3's pattern, in tiktoken's format. No digit is in the text it
-    learns from, so digits never merge and the model adds digit by digit."""
+    """Byte-level BPE with Llama 3's pattern, in tiktoken's format. Digits are removed from its
+    training text, so they never merge and the model adds digit by digit."""
     rng = random.Random(seed)
     texts = [data.story(rng) for _ in range(3000)]
     for _ in range(12000):
@@ -80,14 +80,14 @@ def train_vocabulary(path: Path, seed: int) -> None:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The visible character that byte-level BPE writes for each byte (GPT-2's convention)."""
+    """The byte for each visible character of byte-level BPE (GPT-2's convention)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 class Documents:
-    """An endless supply of rows of ``ROW_TOKENS`` tokens, packed from whole documents."""
+    """An endless stream of rows of ``ROW_TOKENS`` tokens, packed from whole documents."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer, self.format = tokenizer, ChatFormat(tokenizer)
@@ -110,8 +110,8 @@ class Documents:
         return ids
 
     def row(self) -> tuple[list[int], list[int], list[int]]:
-        """Tokens, positions and document numbers (0 for the padding) of ``ROW_TOKENS + 1`` places;
-        of the documents that still fit, the longest comes next."""
+        """``ROW_TOKENS + 1`` tokens with their positions and document numbers (0 for padding),
+        packed greedily: the longest document that still fits comes next."""
         ids: list[int] = []
         positions: list[int] = []
         numbers: list[int] = []
@@ -221,7 +221,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the demo model from nothing.")
+    parser = argparse.ArgumentParser(description="Train the demo model from scratch.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=1)

@@ -64,10 +64,10 @@ def info(
 
     Args:
         ckpt_dir: checkpoint folder.
-        tokenizer_path: default the one in the folder.
-        mp: number of ranks to plan for; default as many as the folder has shards.
-        max_seq_len: longest prompt and generation together, in tokens; default 512.
-        max_batch_size: rows that run together.
+        tokenizer_path: tokenizer file; default: the one in the folder.
+        mp: number of ranks to plan for; default: the number of shards in the folder.
+        max_seq_len: maximum length of prompt plus generation, in tokens; default 512.
+        max_batch_size: maximum number of sequences in a batch.
         dtype: bfloat16, float16 or float32.
     """
     ckpt, tokenizer, args = _opened(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
@@ -109,7 +109,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
 
     Args:
         ckpt_dir: checkpoint folder.
-        tokenizer_path: default the one in the folder.
+        tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
     faults = verification.verify(ckpt, args, progress=True)
@@ -134,12 +134,12 @@ def convert_folder(
 
     Args:
         src: checkpoint folder.
-        dst: folder to write; it appears when it is complete.
-        mp: shards of a native folder; default 1.
+        dst: folder to write; it appears once it is complete.
+        mp: number of shards in a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
-        dtype: bfloat16, float16 or float32; default as stored.
+        dtype: bfloat16, float16 or float32; default: as stored.
         force: replace dst if it exists.
-        tokenizer_path: default the one in src.
+        tokenizer_path: tokenizer file; default: the one in src.
     """
     if format not in ("native", "hf"):
         raise ValueError(f"format is {format!r}, expected 'native' or 'hf'")
@@ -200,14 +200,14 @@ def complete(
     Args:
         ckpt_dir: checkpoint folder.
         prompt: the text.
-        tokenizer_path: default the one in the folder.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that sum up to this probability.
-        max_seq_len: longest prompt and generation together, in tokens.
-        max_gen_len: longest generation, in tokens; default what max_seq_len leaves.
-        dtype: bfloat16, float16 or float32; default by device.
-        device: cuda, mps or cpu; default the first that is available.
-        seed: of the draws.
+        tokenizer_path: tokenizer file; default: the one in the folder.
+        temperature: divides the logits; 0 is greedy.
+        top_p: sample from the most likely tokens with this total probability (the nucleus).
+        max_seq_len: maximum length of prompt plus generation, in tokens.
+        max_gen_len: maximum number of tokens to generate; default: as many as fit.
+        dtype: bfloat16, float16 or float32; the default depends on the device.
+        device: cuda, mps or cpu; default: the first that is available.
+        seed: seed for sampling.
     """
     llm = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
@@ -236,15 +236,15 @@ def chat(
     Args:
         ckpt_dir: checkpoint folder.
         prompt: the message.
-        system: a system message before it.
-        tokenizer_path: default the one in the folder.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draw from the likeliest tokens that sum up to this probability.
-        max_seq_len: longest prompt and answer together, in tokens.
-        max_gen_len: longest answer, in tokens; default what max_seq_len leaves.
-        dtype: bfloat16, float16 or float32; default by device.
-        device: cuda, mps or cpu; default the first that is available.
-        seed: of the draws.
+        system: the system message, if any.
+        tokenizer_path: tokenizer file; default: the one in the folder.
+        temperature: divides the logits; 0 is greedy.
+        top_p: sample from the most likely tokens with this total probability (the nucleus).
+        max_seq_len: maximum length of prompt plus answer, in tokens.
+        max_gen_len: maximum number of tokens to generate; default: as many as fit.
+        dtype: bfloat16, float16 or float32; the default depends on the device.
+        device: cuda, mps or cpu; default: the first that is available.
+        seed: seed for sampling.
     """
     llm = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device

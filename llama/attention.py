@@ -1,4 +1,4 @@
-"""Causal attention over the key/value cache, by PyTorch's scaled_dot_product_attention (SDPA)."""
+"""Causal attention over the KV cache with PyTorch's scaled_dot_product_attention (SDPA)."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
 def decode_attention(q: Tensor, cache: KVCache, batch: Decode) -> Tensor:
     n_rows, length = q.shape[0], batch.max_seqlen_k
     k, v = cache.k[:n_rows, :, :length], cache.v[:n_rows, :, :length]  # [B, K, L, D]
-    # The H / K query heads of a key head become query positions: with enable_gqa and a mask, SDPA
+    # Fold the H / K query heads per key head into query positions: with enable_gqa and a mask, SDPA
     # may fall back to its math kernel.
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, D]
     y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=batch.mask)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a loaded and accelerated model."""
+"""Build a loaded and accelerated model from a checkpoint folder."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ def build_model(
     if not rank_timeout >= MIN_TIMEOUT:
         raise ValueError(
             f"rank_timeout is {rank_timeout}, expected at least {MIN_TIMEOUT:g} seconds: with "
-            "less, healthy ranks of a busy machine would be ended"
+            "less, healthy ranks on a busy machine would count as lost"
         )
     groups.initialize(torch_device, model_parallel_size, rank_timeout)
     ranks = groups.current_groups()
@@ -97,5 +97,5 @@ def build_model(
 
 def _silence_stdout() -> None:
     if getattr(sys.stdout, "name", None) != os.devnull:
-        # open as long as the process; text that the first rank can print must not be an error here
+        # stays open until exit; accepts any text, since the first rank may print it without error
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""The key/value cache, and which of its slots the tokens of one pass occupy.
+"""The KV cache, and the slots and positions that the tokens of a pass occupy in it.
 
 The tokens of a pass are packed: T tokens of B sequences, one sequence after the other, as in
 FlashAttention's varlen kernels, whose names (cu_seqlens, seqlens_k, max_seqlen) are used here. A
@@ -22,7 +22,7 @@ from llama.config import ModelArgs
 class KVCache:
     """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D].
 
-    The first axis is the slots, one sequence each.
+    The first axis indexes the slots, one sequence each.
     """
 
     def __init__(self, args: ModelArgs, tp_size: int, like: Tensor) -> None:
@@ -42,8 +42,7 @@ class KVCache:
             x[target, :, :length] = x[source, :, :length]
 
     def swap(self, a: int, b: int, length_a: int, length_b: int) -> None:
-        """Exchange two slots, of which the first ``length_a`` and ``length_b`` positions are
-        used."""
+        """Exchange two slots, with ``length_a`` and ``length_b`` positions in use."""
         for x in (self.k, self.v):
             saved = x[a, :, :length_a].clone()
             x[a, :, :length_b] = x[b, :, :length_b]
@@ -86,7 +85,7 @@ class Prefill:
         self.seqlens_k = torch.tensor(self.ends, dtype=torch.int32, device=device)
 
     def select(self, x: Tensor) -> Tensor:
-        """The rows of x [T, ...] that ``logits_for`` asks for."""
+        """The rows of x [T, ...] that ``logits_for`` selects."""
         if self.logits_for is None:
             return x
         ends = list(accumulate(self.seqlens))
@@ -94,7 +93,7 @@ class Prefill:
         return x[torch.tensor(index, dtype=torch.int64, device=x.device)]
 
     def of_last_tokens(self) -> "Prefill":
-        """A pass of the tokens that ``logits_for`` asks for alone."""
+        """A pass over only the tokens that ``logits_for`` selects."""
         rows = self.logits_for or []
         slot_ids, starts = [self.slot_ids[i] for i in rows], [self.ends[i] - 1 for i in rows]
         return Prefill(slot_ids, starts, [1] * len(rows), self.positions.device)
@@ -106,7 +105,7 @@ class Decode:
     Args:
         positions: int64 [B], below ``max_seqlen_k``.
         ragged: the positions differ.
-        seqlens_k: int32 [B], positions to attend to; default ``positions`` + 1.
+        seqlens_k: int32 [B], positions to attend to; default: ``positions`` + 1.
     """
 
     max_seqlen_q = 1
@@ -149,10 +148,10 @@ def next_tokens(n_rows: int, n_tokens: int, start_pos: int, device: torch.device
 
 
 class CacheLock:
-    """Held while a model's cache is in use: calls from several threads run one after the other.
+    """Held while a model's cache is in use, which serializes calls from several threads.
 
-    A copy of the model has a lock of its own. So has a forked process, because the thread that
-    holds the lock isn't there; nor are OpenMP's threads, for which libgomp would wait forever.
+    A copy of the model gets its own lock. So does a forked process, because the thread that holds
+    the lock doesn't exist there; nor do OpenMP's threads, for which libgomp would wait forever.
     """
 
     def __init__(self) -> None:
@@ -172,8 +171,8 @@ class CacheLock:
 
 
 def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """Zeros with ``like``'s dtype and device. Not empty: masked positions are multiplied by 0, and
-    0 * NaN is NaN. On the CPU the pages are mapped but take no memory until they are written;
+    """Zeros with ``like``'s dtype and device. Not torch.empty: masked positions are multiplied by
+    0, and 0 * NaN is NaN. On the CPU the pages are mapped but take no memory until written;
     MAP_PRIVATE gives a forked process its own copy. Elsewhere the memory order is [slot, position,
     head, D], which the kernels prefer."""
     if like.device.type != "cpu":

@@ -1,9 +1,9 @@
 """Dialogs as token ids: the chat formats of Llama 3 and Llama 2.
 
-Two rules hold: user text is always encoded as plain text, and the ids of special tokens are
-inserted by structure only. A user who types ``<|eot_id|>`` gets the ids of those ten characters and
-can't end the turn. The tags of Llama 2's format are text, which that model was trained with;
-content that holds one is refused.
+User text is always encoded as plain text, and only the format itself inserts the ids of special
+tokens. A user who types ``<|eot_id|>`` gets the ids of those ten characters and can't end the turn.
+The tags of Llama 2's format are plain text, as in that model's training; content that contains one
+is rejected.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class _RoleAndContent(TypedDict):
 
 
 class Message(_RoleAndContent, total=False):
-    """One turn of a dialog. A tool's answer has the role ``ipython``.
+    """One turn of a dialog. A tool's output has the role ``ipython``.
 
-    Two optional keys of assistant messages from Llama 3.1 on: ``tool_call``, the text after
+    From Llama 3.1 on, assistant messages have two optional keys: ``tool_call``, the text after
     ``<|python_tag|>``, and ``eom``, whether the message ends in ``<|eom_id|>`` (the assistant waits
     for the tool) instead of ``<|eot_id|>`` (the turn is over).
     """
@@ -63,28 +63,28 @@ class ChatFormat:
         self.eom_id: int | None = tokenizer.special_tokens.get("<|eom_id|>")
 
     def encode_header(self, message: Message) -> list[int]:
-        """Ids of the header that opens ``message``.
+        """Encode the header of ``message``.
 
         Raises:
-            ValueError: the message isn't a known role and a text, or has keys that this model
-                doesn't support.
+            ValueError: the message isn't a dict of a known role and a string, or has keys that this
+                model doesn't support.
         """
         self._check(message, "the message")
         return self._header(message["role"])
 
     def encode_message(self, message: Message) -> list[int]:
-        """Ids of a whole message, its ``<|eot_id|>`` or ``<|eom_id|>`` included."""
+        """Encode a whole message, including its ``<|eot_id|>`` or ``<|eom_id|>``."""
         self._check(message, "the message")
         return self._message(message)
 
     def encode_dialog_prompt(
         self, dialog: Dialog, *, continue_final_message: bool = False
     ) -> list[int]:
-        """Ids of a dialog, ready for the assistant's next message to be generated.
+        """Encode a dialog, up to where the assistant's next message starts.
 
         Args:
-            continue_final_message: leave the last message, the assistant's, open for its
-                continuation instead.
+            continue_final_message: instead leave the last message, the assistant's, open to be
+                continued.
 
         Raises:
             ValueError: the dialog is empty, or one of its messages isn't valid.
@@ -97,7 +97,7 @@ class ChatFormat:
         return ids[:-1] if continue_final_message else ids + self._header("assistant")
 
     def starts_answer(self, tokens: Sequence[int]) -> bool:
-        """Whether a text starts after these ids, whose leading space is to be dropped."""
+        """Whether a new text starts after these ids, so that its leading space is dropped."""
         return False
 
     def _check(self, message: Message, where: str) -> None:
@@ -141,7 +141,7 @@ _TOOL_KEYS = {"tool_call": str, "eom": bool}
 
 
 def check_message(message: Message, where: str, *, tools: bool) -> None:
-    """Raise ValueError unless this is a message; ``where`` names it, as in ``message 2``.
+    """Raise ValueError unless the message is valid; ``where`` names it, as in ``message 2``.
 
     Args:
         tools: the model supports tool calls (Llama 3.1 and later).
@@ -171,8 +171,7 @@ def check_message(message: Message, where: str, *, tools: bool) -> None:
             continue
         if role != "assistant":
             raise ValueError(
-                f"{where} has {key!r} but the role {role!r}, expected it in messages of the "
-                "assistant only"
+                f"{where} has {key!r} but the role {role!r}, expected it in assistant messages only"
             )
         value = dict(message)[key]
         if not isinstance(value, kind):
@@ -207,15 +206,15 @@ class Llama2ChatFormat:
     def encode_dialog_prompt(
         self, dialog: Dialog, *, continue_final_message: bool = False
     ) -> list[int]:
-        """Ids of a dialog, ready for the assistant's next message to be generated.
+        """Encode a dialog, up to where the assistant's next message starts.
 
         Args:
-            continue_final_message: leave the last message, the assistant's, open for its
-                continuation instead.
+            continue_final_message: instead leave the last message, the assistant's, open to be
+                continued.
 
         Raises:
-            ValueError: a message isn't valid or holds a tag of this format, or the messages aren't
-                an optional system message, then user and assistant in turns, the user last.
+            ValueError: a message isn't valid or contains a tag of this format, or the messages
+                don't alternate between user and assistant, after an optional system message.
         """
         check_dialog(dialog, continue_final_message)
         for i, message in enumerate(dialog):
@@ -232,7 +231,7 @@ class Llama2ChatFormat:
         return ids + self.tokenizer.encode(text, bos=True, eos=False)
 
     def _refuse_tags(self, content: str, index: int) -> None:
-        """Also checks the decoded ids: the vocabulary may normalize other characters to a tag."""
+        """Also check the decoded ids: the vocabulary may normalize other characters to a tag."""
         ids = self.tokenizer.encode(content, bos=False, eos=False)
         for text in (content, self.tokenizer.decode(ids)):
             for tag in _TAGS:
@@ -248,18 +247,18 @@ class Llama2ChatFormat:
             )
 
     def starts_answer(self, tokens: Sequence[int]) -> bool:
-        """Whether these ids end like a dialog prompt: the answer is a new text, whose leading space
-        is to be dropped."""
+        """Whether these ids end like a dialog prompt: the answer is then a new text, and its
+        leading space is dropped."""
         return self.tokenizer.decode(tokens[-8:]).endswith("[/INST]")
 
 
 def _turns(dialog: Dialog) -> list[str]:
-    """Contents of user and assistant messages in turns; the first includes the system's."""
+    """Contents of the alternating user and assistant messages; the first includes the system's."""
     system = dialog[0]["content"] if dialog[0]["role"] == "system" else None
     first = 0 if system is None else 1
     if first == len(dialog):
         raise ValueError(
-            "the dialog is message 0 from the system alone, expected a message of the user after it"
+            "the dialog is only message 0, from the system, expected a user message after it"
         )
     for i, message in enumerate(dialog[first:], start=first):
         role, expected = message["role"], "assistant" if (i - first) % 2 else "user"
@@ -284,7 +283,7 @@ def _turns(dialog: Dialog) -> list[str]:
 
 
 def chat_format(tokenizer: ChatTokenizer) -> ChatFormat | Llama2ChatFormat:
-    """The chat format of the models with this tokenizer, by its special tokens."""
+    """The chat format for this tokenizer, chosen by its special tokens."""
     if "<|start_header_id|>" in tokenizer.special_tokens:
         return ChatFormat(tokenizer)
     return Llama2ChatFormat(tokenizer)

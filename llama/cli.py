@@ -1,4 +1,4 @@
-"""From a command line to a call: Fire finds the options, and their types are checked."""
+"""Command line to function call: Fire parses the options, and their types are checked."""
 
 import inspect
 import re
@@ -14,15 +14,15 @@ import torch
 from llama.distributed.groups import n_processes
 
 _Command = Callable[..., None]
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def run(commands: _Command | dict[str, _Command], name: str | None = None) -> None:
-    """Call the function that the command line names, or the only one, with its options.
+    """Call the function named on the command line, or the only one, with its options.
 
-    Options whose type is a text are taken as they were typed; one that may be a list of texts takes
-    ``["one", "two"]`` too. Errors that have a message are shown by it alone, unless there are other
-    ranks: then one of them shows it.
+    String options are taken verbatim; one that may also be a list of strings accepts
+    ``["one", "two"]``. Errors with a message for the user are shown without a traceback, unless
+    there are several ranks: then one of them reports the error.
     """
     calls: list[Callable[[], None]] = []
     words = sys.argv[1:]
@@ -34,7 +34,7 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
         target, chosen = _bound(commands, calls), commands
     if chosen:
         _check_options(words, chosen)
-    # Fire takes a "-" for the end of a call: no word holds a NUL
+    # Fire ends a call at "-" by default; no argument can contain a NUL
     separator = ["--separator=\0"] if "--" in words else ["--", "--separator=\0"]
     fire.Fire(target, command=[*words, *separator], name=name, serialize=lambda _: None)
     try:
@@ -57,14 +57,14 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
 
 
 def _texts(command: _Command) -> set[str]:
-    """The options whose type is a text."""
+    """The options of type str."""
     hints = get_type_hints(command)
     return {name for name, hint in hints.items() if str in (hint, *get_args(hint))}
 
 
 def _check_options(words: list[str], command: _Command) -> None:
-    """Exit if an option is unknown, or a text has no value: Fire would take it to be "True", or
-    "False" after --no."""
+    """Exit if an option is unknown, or a string option has no value, which Fire would read as
+    "True", or "False" after --no."""
     names, texts = inspect.signature(command).parameters, _texts(command)
     if "--" in words:  # Fire's own options follow
         words = words[: words.index("--")]
@@ -82,14 +82,14 @@ def _check_options(words: list[str], command: _Command) -> None:
             sys.exit(2)
         if meant & texts and "=" not in word and re.match(r"--|-[a-zA-Z]", following):
             sys.exit(
-                f'error: {word} has no value: write {word} "TEXT", or {word}=TEXT for a text '
+                f'error: {word} has no value: write {word} "TEXT", or {word}=TEXT for text '
                 "that begins with -"
             )
 
 
 def _bound(command: _Command, calls: list[Callable[[], None]]) -> _Command:
     """Wrap ``command`` for Fire: check the types of the arguments and append the call to ``calls``.
-    Nothing has been done yet when Fire stops at words that are left over."""
+    Deferring the call lets Fire reject leftover arguments before anything runs."""
     hints = get_type_hints(command)
 
     @wraps(command)
@@ -112,6 +112,6 @@ def _bound(command: _Command, calls: list[Callable[[], None]]) -> _Command:
 
 
 def _text_or_list(value: str) -> str | list[str]:
-    """The text as typed; ["one", "two"] is parsed to a list."""
+    """The string verbatim; ["one", "two"] is parsed as a list."""
     items = fire.parser.DefaultParseValue(value) if value[:2] in ('["', "['") else None
     return items if isinstance(items, list) and all(type(i) is str for i in items) else value

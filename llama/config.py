@@ -1,18 +1,18 @@
-"""ModelArgs: the shape of a model, by the names of params.json, and the size of its cache."""
+"""ModelArgs: a model's hyperparameters, named as in params.json, and the size of its KV cache."""
 
 import dataclasses
 
-# Llama 3.1's scaling of RoPE; only the factor differs between models.
+# Llama 3.1's RoPE scaling; only the factor differs between models.
 ORIGINAL_CONTEXT = 8192
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
 
 
 @dataclasses.dataclass
 class ModelArgs:
-    """Shape of a model, by the names of params.json, and the size of its key/value cache.
+    """Hyperparameters of a model, named as in params.json, and the size of its KV cache.
 
     Raises:
-        ValueError: a field has an impossible value; the message names the field.
+        ValueError: a field has an invalid value; the message names the field.
     """
 
     dim: int = 4096
@@ -20,7 +20,7 @@ class ModelArgs:
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: as many as n_heads
     vocab_size: int = -1  # -1: as many as the tokenizer has
-    multiple_of: int = 256  # the width of the feed-forward layer is rounded up to a multiple
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 500000
@@ -72,14 +72,14 @@ class ModelArgs:
 
     @property
     def ffn_hidden_dim(self) -> int:
-        """Two thirds of 4 dim (SwiGLU has three matrices, not two), scaled and rounded up."""
+        """2/3 of 4 * dim (SwiGLU has three matrices, not two), scaled and rounded up."""
         hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
         return -(-hidden // self.multiple_of) * self.multiple_of
 
     @property
     def valid_tp_sizes(self) -> list[int]:
-        """Numbers of ranks the model can be split over: divisors of its query heads, feed-forward
-        width and vocabulary that divide the key/value heads or are a multiple of them."""
+        """Possible tensor parallel sizes: divisors of the query heads, feed-forward width and
+        vocabulary that divide the key/value heads or are a multiple of them."""
 
         def is_valid(n: int) -> bool:
             widths = (self.n_heads, self.ffn_hidden_dim, self.vocab_size)
@@ -89,7 +89,7 @@ class ModelArgs:
         return [n for n in range(1, min(self.n_heads, 1024) + 1) if is_valid(n)]
 
     def n_local_kv_heads(self, tp_size: int) -> int:
-        """Key/value heads per rank: with more ranks than heads, each head is repeated."""
+        """Key/value heads per rank: with more ranks than heads, each head is replicated."""
         return max(1, self.kv_heads // tp_size)
 
     def check_tp_size(
@@ -98,8 +98,7 @@ class ModelArgs:
         """Raise ValueError if the model can't be split over ``tp_size`` ranks.
 
         Args:
-            what, remedy, parts: the subject of the message, its end, and what there would be
-                ``tp_size`` of.
+            what, remedy, parts: for the message: its subject, its end, and the unit of ``tp_size``.
         """
         if self.vocab_size == -1:
             raise ValueError("vocab_size is -1, expected the tokenizer's n_words")

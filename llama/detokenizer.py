@@ -1,4 +1,4 @@
-"""Generated tokens to text, piece by piece, up to a stop string."""
+"""Streaming detokenizer: tokens to text, piece by piece, up to a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class TokenDecoder(Protocol):
 
 
 class Detokenizer:
-    """The text of one sequence. Pieces end where a character ends, and hold back what may be the
-    start of a stop string.
+    """Detokenizes one sequence incrementally. Pieces end at character boundaries; a possible start
+    of a stop string is held back.
 
     At the start of a text, the space that SentencePiece adds before the first word is dropped; a
-    continuation keeps it, so that prompt and continuation join to the text.
+    continuation keeps it, so that prompt and continuation concatenate to the full text.
 
     Attributes:
         stop: strings that end the text and are removed from it.
@@ -36,7 +36,7 @@ class Detokenizer:
         self.stopped = False
 
     def add(self, token: int | None, *, final: bool = False) -> str:
-        """The text that becomes known with the next token, if there is one.
+        """Add a token, if any, and return the text that it completes.
 
         Args:
             final: the sequence ends here: incomplete characters become U+FFFD.
@@ -47,7 +47,7 @@ class Detokenizer:
             dropped = data.removeprefix(b" ")
             assert token is not None
             if self._tokenizer.decode([token]) == dropped.decode(errors="replace"):
-                data = dropped  # else the space is the token's own, as in " \u2047 "
+                data = dropped  # else the space belongs to the token, as in " \u2047 "
         text = self._held + self._utf8.decode(data, final=final)
         if not self.stop:
             return text

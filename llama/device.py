@@ -87,10 +87,10 @@ def _cuda_device(device: torch.device) -> torch.device:
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The dtype of weights with this name.
+    """The dtype with this name, for weights.
 
     Raises:
-        ValueError: it isn't one.
+        ValueError: it isn't a supported dtype.
     """
     choices = {
         str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)
@@ -102,7 +102,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device computes in it, else its fast dtype."""
+    """bfloat16 if the device supports it natively, else its fast dtype."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

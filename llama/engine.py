@@ -1,17 +1,16 @@
-"""The engine: requests join, are prefilled, decode and leave, and share the slots of the cache.
+"""The engine: continuous batching of requests over the slots of the KV cache.
 
-- A request takes a free slot. Requests that decode are in slots 0, 1, ..., so that a decoding pass
-  reads the cache without gathering; a slot is swapped into place when its request starts or leaves.
-- A slot keeps its tokens' keys and values when its request has left. A new request reuses the
-  longest prefix that any slot holds (prefix caching), and prefills the rest, at least its last
-  token.
+- Each request gets a free slot. Decoding requests are kept in slots 0, 1, ..., so that a decoding
+  pass reads the cache without a gather; slots are swapped when a request starts or finishes.
+- A slot keeps its keys and values after its request has finished. A new request reuses the longest
+  prefix cached in any slot (prefix caching) and prefills the rest, at least its last token.
 - A prefill pass has at most ``max_prefill_tokens`` tokens: longer prompts are prefilled in chunks,
-  between which the other requests decode.
+  interleaved with the decoding of other requests.
 - Requests that are added together (a ``Group``) start decoding together and draw from one
-  generator, like the rows of a batch of the published sampler.
+  generator, like the rows of a batch in the published sampler.
 
-``step`` runs at most one prefill pass and one decoding pass. With several ranks, all of them make
-the same calls in the same order.
+``step`` runs at most one prefill pass and one decoding pass. With tensor parallelism, all ranks
+must make the same calls in the same order.
 """
 
 import math
@@ -42,9 +41,9 @@ class Engine:
     """Runs requests on one model.
 
     Args:
-        sample: from logits [B, V], temperature, top_p and a generator to tokens [B].
-        max_prefill_tokens: bound of a prefill pass, and with it of the memory for activations.
-        prefix_caching: reuse keys and values of common prefixes. Results are equal to rounding.
+        sample: maps logits [B, V], temperature, top_p and a generator to tokens [B].
+        max_prefill_tokens: limit per prefill pass, which also bounds the activation memory.
+        prefix_caching: reuse keys and values of common prefixes. Results agree up to rounding.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Engine:
 
     def add(self, requests: Sequence[Request], generator: torch.Generator | None = None) -> None:
         """Queue requests that start together, at most max_batch_size, with equal temperature and
-        top_p. ``generator`` is the source of their draws; default torch's global one."""
+        top_p. They draw from ``generator``; default: torch's global one."""
         n_slots = len(self.slots.occupants)
         if not 0 < len(requests) <= n_slots:
             raise ValueError(
@@ -116,11 +115,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, TokenEvent]]:
-        """The next token of each request that decodes, and one prefill pass.
+        """Decode one token for each running request, and run one prefill pass.
 
         Raises:
-            FloatingPointError: logits aren't finite. All requests are cancelled, as after any
-                error.
+            FloatingPointError: logits aren't finite. As after any error, all requests are
+                cancelled.
             RankError: another rank has failed or is gone.
         """
         with self.model.lock, fail_fast():
@@ -135,10 +134,10 @@ class Engine:
                 raise
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, TokenEvent]]]:
-        """Steps until these requests have finished; they end with the iterator.
+        """Step until these requests have finished; closing the iterator cancels them.
 
         Raises:
-            RuntimeError: they were cancelled meanwhile.
+            RuntimeError: they were cancelled in the meantime.
         """
         try:
             while not all(request.finish_reason for request in requests):
@@ -159,7 +158,7 @@ class Engine:
     # --- Passes ---------------------------------------------------------------------------------
 
     def _decode(self) -> list[tuple[Request, TokenEvent]]:
-        """A token of each request in ``_decoding``."""
+        """Decode one token for each request in ``_decoding``."""
         if not self._decoding:
             return []
         lengths = [len(self.slots.cached[slot]) for slot in range(len(self._decoding))]
@@ -179,7 +178,7 @@ class Engine:
         """Take groups from the queue while there are slots for all of their requests.
 
         Returns:
-            The requests that wait for prefill.
+            The requests waiting for prefill.
         """
         prefilling = [r for group in self._starting for r in group.requests if r.waits_for_prefill]
         n_free = self.slots.n_free - sum(request.slot is None for request in prefilling)
@@ -193,7 +192,7 @@ class Engine:
         return prefilling
 
     def _prefill(self) -> None:
-        """One pass over prompts, or chunks of them. It is bounded, and so is its scoring."""
+        """One pass over prompts or chunks, bounded in tokens and, when scoring, in logits."""
         prefilling = self._admit()
         if not prefilling:
             return
@@ -213,7 +212,7 @@ class Engine:
         self._prefill_pass(batch, scores_prompt)
 
     def _prefill_pass(self, batch: list[tuple[Request, int]], scores_prompt: bool) -> None:
-        """Prefill the next tokens of each request, and keep the logits of a prompt's last one."""
+        """Prefill the next tokens of each request, keeping the logits of a prompt's last token."""
         requests, seqlens = zip(*batch, strict=True)
         slots = [request.slot for request in requests if request.slot is not None]
         starts = [request.n_prefilled for request in requests]
@@ -237,8 +236,8 @@ class Engine:
             requests[i].logits = row
 
     def _start(self) -> list[tuple[Request, TokenEvent]]:
-        """The first tokens of the groups that are prefilled; before them, a step with the tokens of
-        the prompts, for those that echo them."""
+        """Sample the first tokens of prefilled groups; requests with ``echo`` first get a step with
+        their prompt's tokens."""
         events = []
         for group in list(self._starting):
             if any(request.waits_for_prefill for request in group.requests):
@@ -285,7 +284,7 @@ class Engine:
         self.model.groups.broadcast_from_first(tokens)
         scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
         top = top_logprobs(logits, log_total, [r.params.top_logprobs for r, _ in rows])
-        # one transfer, the step's only synchronization; ids are exact: a vocabulary is below 2^24
+        # one copy to the host, the step's only synchronization; float32 is exact for ids < 2^24
         ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
         events = []
         for i, (request, _) in enumerate(rows):
@@ -296,7 +295,7 @@ class Engine:
         return events
 
     def _draw(self, rows: list[tuple[Request, Group]], logits: Tensor) -> Tensor:
-        """Tokens [R]: one call of ``sample`` for all greedy rows, and one for each group."""
+        """Tokens [R]: one ``sample`` call for all greedy rows, and one per group."""
         by_group: dict[Group | None, list[int]] = defaultdict(list)
         for i, (request, group) in enumerate(rows):
             by_group[group if request.params.temperature > 0 else None].append(i)
@@ -307,8 +306,8 @@ class Engine:
             places, generator = list(range(len(indices))), None
             if source is not None:
                 generator = source.generator
-                # The published sampler also draws for rows that have ended: a draw depends on the
-                # shape of the batch and on the row's place in it.
+                # The published sampler also draws for finished rows, and draws depend on the
+                # batch's shape and the row's index in it.
                 places = [source.requests.index(rows[i][0]) for i in indices]
                 if places != list(range(len(source.requests))):
                     live, x = x, x.new_zeros(len(source.requests), x.shape[-1])
@@ -326,10 +325,10 @@ class Engine:
             "build it with dtype='bfloat16' or 'float32'"
         )
 
-    # --- Leaving --------------------------------------------------------------------------------
+    # --- Cleanup --------------------------------------------------------------------------------
 
     def _finish(self, request: Request, reason: Literal["stop", "length", "cancelled"]) -> None:
-        """End a request; its slot becomes free."""
+        """End a request and free its slot."""
         request.finish_reason, request.logits = reason, None
         slot = request.slot
         if slot is None:
@@ -343,7 +342,7 @@ class Engine:
         self.slots.release(slot)
 
     def _check_cache(self) -> None:
-        """If someone else has used the cache, its content and the running requests are lost."""
+        """If the cache was used elsewhere, cancel running requests and drop cached prefixes."""
         if self.model.cache_user is not self:
             if self.slots.n_free < len(self.slots.occupants):
                 self.cancel_all()

@@ -1,4 +1,4 @@
-"""Files from outside: limits before they are parsed, and messages for those that can't be read."""
+"""Untrusted files: size limits before parsing, and messages for those that can't be read."""
 
 import hashlib
 import json
@@ -9,28 +9,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# Bytes. Parsed, JSON takes up to 30 times its size.
+# Bytes. Parsed JSON takes up to 30 times its size in memory.
 LARGEST_CONFIG = 2**20
-LARGEST_INDEX = 2**23  # that of 405B's safetensors files has 0.1 MB
-# Objects, arrays and items of one JSON text: Llama 3's tokenizer.json has 1.3 million.
+LARGEST_INDEX = 2**23  # 405B's safetensors index has 0.1 MB
+# Objects, arrays and items in one JSON document: Llama 3's tokenizer.json has 1.3 million.
 _MOST_VALUES = 2**22
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise ValueError for anything but a regular file: reading a pipe or a device could
-    take for ever. Links are followed; FileNotFoundError if there is nothing."""
+    """Raise ValueError for anything but a regular file: reading a pipe or a device could block
+    forever. Symlinks are followed. Raise FileNotFoundError if the path doesn't exist."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{str(path)!r} isn't a regular file: give a folder of plain files")
 
 
 def what_to_do(path: str | Path) -> str:
-    """The likely cause why a file can't be read and what to do, as the end of a message."""
+    """The likely reason why a file can't be read and the remedy, as the end of a message."""
     try:
         check_regular(path)
         with open(path, "rb") as file:
             start, size = file.read(512), os.fstat(file.fileno()).st_size
-    except (OSError, ValueError):  # not on this machine, or no file
+    except (OSError, ValueError):  # not on this machine, or not a file
         return "download it again"
     return seems(start) or (
         f"it has {size:,} bytes, which may be an interrupted download: compare it with "
@@ -39,10 +39,10 @@ def what_to_do(path: str | Path) -> str:
 
 
 def seems(start: bytes) -> str | None:
-    """The cause and the remedy for a file that begins like a well-known mistake."""
+    """Cause and remedy if a file starts like a common wrong download; else None."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
-        return "it is empty, the download did not start or the disk was full: download it again"
+        return "it is empty: the download did not start, or the disk was full; download it again"
     if start.startswith(b"version https://git-lfs."):
         return "it is a Git LFS pointer, not the file: run 'git lfs pull' where it was cloned"
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<error")):
@@ -51,16 +51,16 @@ def seems(start: bytes) -> str | None:
             "login; download it again"
         )
     if start.startswith(b"GGUF"):
-        return "it is llama.cpp's (GGUF): download the model in Meta's or Hugging Face's layout"
+        return "it is a GGUF file (llama.cpp): download Meta's or Hugging Face's layout instead"
     return None
 
 
 def read_bounded(path: Path, largest: int) -> bytes:
-    """Content of a file.
+    """Read a file of at most ``largest`` bytes.
 
     Raises:
         FileNotFoundError: the file doesn't exist.
-        ValueError: it is a pipe or a device, or has more than ``largest`` bytes.
+        ValueError: it is a pipe or a device, or too large.
     """
     check_regular(path)
     with path.open("rb") as file:
@@ -72,11 +72,11 @@ def read_bounded(path: Path, largest: int) -> bytes:
 
 
 def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """Content of a file that holds a JSON object of at most ``largest`` bytes.
+    """Read a file with a JSON object of at most ``largest`` bytes.
 
     Raises:
         FileNotFoundError: the file doesn't exist.
-        ValueError: it holds something else.
+        ValueError: it contains anything else.
     """
     try:
         found = parse_json(read_bounded(path, largest))
@@ -92,10 +92,10 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse a JSON text with a bound on the memory that it takes.
+    """Parse JSON with bounded memory.
 
     Raises:
-        ValueError: it isn't one, nests too deep, or holds millions of values.
+        ValueError: it isn't valid JSON, is nested too deeply, or has millions of values.
     """
     if data.count(b"{") + data.count(b"[") + data.count(b",") > _MOST_VALUES:
         raise ValueError(f"it has more than {_MOST_VALUES:,} values")
@@ -106,7 +106,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
-    """MD5 sum of a file; ``read`` is told how many bytes have been read since its last call."""
+    """MD5 sum of a file; ``read`` is called with the number of bytes of each chunk read."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(2**24):
@@ -116,19 +116,19 @@ def md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:
 
 
 def summary(error: BaseException) -> str:
-    """An error in one line."""
+    """An error on one line."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
     return escaped(text)
 
 
 def listed(names: Iterable[object]) -> str:
-    """Up to ten names from outside, as literals: a terminal obeys what may be in them."""
+    """Up to ten untrusted names, as literals: they may contain terminal escape sequences."""
     every = [f"{name!r:.80}" for name in names]
     more = f", and {len(every) - 10} more" if len(every) > 10 else ""
     return ", ".join(every[:10]) + more
 
 
 def escaped(text: str) -> str:
-    """The text without control characters other than newline and tab, which become escapes."""
+    """The text with control characters escaped, other than newline and tab."""
     return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)

@@ -1,4 +1,4 @@
-"""Llama: the public calls, each of them a loop over the engine."""
+"""Llama: the public API. Each call is a loop over the engine."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +30,7 @@ class Llama:
     """A model with its tokenizer.
 
     Attributes:
-        model: the Transformer, or this rank's part of it.
+        model: the Transformer, or this rank's shard of it.
         tokenizer, formatter: the tokenizer and its chat format.
         engine: runs the requests of all calls.
     """
@@ -54,40 +54,40 @@ class Llama:
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
     ) -> "Llama":
-        """Load a checkpoint folder, Meta's or Hugging Face's, of any text Llama from 2 to 3.3.
+        """Load a checkpoint folder in Meta's or Hugging Face's layout: any text Llama, 2 to 3.3.
 
-        Under torchrun each rank loads its part, however many shards there are.
+        Under torchrun each rank loads its part; the number of ranks needn't match that of shards.
 
         Args:
-            tokenizer_path: default the tokenizer in ``ckpt_dir``, or in its parent (Llama 2).
-            max_seq_len: longest prompt and generation together, in tokens.
-            max_batch_size: sequences that run together; more prompts wait for one of them to end.
-            model_parallel_size: ranks that share one copy of the weights; default all processes.
-                With fewer there are several copies, and prompts are divided over them.
-            seed: of the generator that sampling draws from.
-            device: default "cuda" where available, else "mps", else "cpu". Under torchrun a rank's
-                CUDA device is LOCAL_RANK's.
-            dtype: a torch dtype or its name; default bfloat16 where the device computes in it, else
-                float16 on CUDA, else float32.
-            quiet_ranks: send the stdout of every rank but the first to the null device, so that
+            tokenizer_path: tokenizer file; default: in ``ckpt_dir`` or its parent (Llama 2).
+            max_seq_len: maximum length of prompt plus generation, in tokens.
+            max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
+            model_parallel_size: ranks per copy of the weights; default: all processes. With fewer,
+                there are several replicas, and prompts are divided over them.
+            seed: seed of the sampling generator.
+            device: defaults to "cuda" if available, else "mps", else "cpu". Under torchrun, each
+                rank uses CUDA device LOCAL_RANK.
+            dtype: a torch dtype or its name; default: bfloat16 if the device supports it natively,
+                else float16 on CUDA, else float32.
+            quiet_ranks: redirect the stdout of every rank but the first to os.devnull, so that
                 scripts print once.
-            rope_scaling_factor: instead of the checkpoint's own, for Llama 3.1 and later.
-            compile: run the decoding step through torch.compile. The first step with one sequence
-                takes up to a minute, and so does the first with more.
+            rope_scaling_factor: overrides the checkpoint's, for Llama 3.1 and later.
+            compile: compile the decoding step with torch.compile. The first step with one sequence
+                takes up to a minute, as does the first with several.
             rank_timeout: under torchrun, seconds without a heartbeat after which a rank counts as
-                lost and all exit; at least 2. Ranks that load, compute or wait for a user send
-                heartbeats, however long that takes; math.inf waits forever.
-            max_prefill_tokens: tokens of one pass over prompts. Longer prompts are prefilled in
-                chunks. Memory for activations grows with it.
-            prefix_caching: reuse the keys and values of earlier calls for a prompt that starts the
-                same: the next turn of a dialog computes its own tokens only. Logits are equal to
-                rounding, not bit for bit.
+                lost and all ranks exit; at least 2. Ranks send heartbeats while they load, compute
+                or wait for user input; math.inf disables the timeout.
+            max_prefill_tokens: maximum tokens per prefill pass; longer prompts are prefilled in
+                chunks. Activation memory grows with it.
+            prefix_caching: reuse cached keys and values for a prompt that shares a prefix with an
+                earlier one: the next turn of a dialog prefills only its new tokens. Logits agree
+                up to rounding, not bit for bit.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
             ImportError: the files need a package that isn't installed; the message names it.
-            MemoryError: the model won't fit; the message has the sizes that would.
-            ValueError: a file is damaged or doesn't match the others, or an argument is impossible;
+            MemoryError: the model doesn't fit; the message lists sizes that would.
+            ValueError: a file is damaged or doesn't match the others, or an argument is invalid;
                 the message has the value found and the remedy.
             RankError: another rank has failed or is gone.
         """
@@ -138,8 +138,8 @@ class Llama:
     def sample(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
     ) -> Tensor:
-        """The next token of each row of ``logits`` [B, V]; int64 [B]. Override it, or assign a
-        function to it, for another sampler."""
+        """The next token of each row of ``logits`` [B, V]; int64 [B]. Override or reassign it to
+        use another sampler."""
         return sample(logits, temperature, top_p, generator)
 
     def stream(
@@ -156,29 +156,29 @@ class Llama:
         stop: Sequence[str | int] = (),
         top_logprobs: int = 0,
     ) -> Iterator[list[TokenEvent]]:
-        """Generate step by step: each step gives the new token of every sequence that decodes.
+        """Generate step by step: each step yields the new token of every decoding sequence.
 
-        A sequence ends with a stop token (which is given) or stop string, after ``max_gen_len``
-        tokens, or when ``max_seq_len`` is reached; one that may not generate at all has no event.
-        Prompts beyond ``max_batch_size`` join as others end. Only one stream can run at a time: the
-        next call ends it. Calls of several threads run one after the other. Under torchrun every
-        rank gets the same events and must take all of them; with several copies of the weights each
-        does all of the work (the other calls divide it).
+        A sequence ends with a stop token (which is included) or stop string, after ``max_gen_len``
+        tokens, or at ``max_seq_len``; one with no room to generate yields no events. Prompts beyond
+        ``max_batch_size`` join as others finish. Only one stream can run at a time: the next call
+        cancels it. Calls from several threads are serialized. Under torchrun every rank gets the
+        same events and must consume all of them; with several replicas, each does all of the work
+        (the other calls divide it).
 
         Args:
-            max_gen_len: default ``max_seq_len - 1``; 0 generates nothing.
+            max_gen_len: defaults to ``max_seq_len - 1``; 0 generates nothing.
             temperature, top_p, stop, logprobs, top_logprobs: see ``SamplingParams``.
-            echo: give the prompts' own tokens in a step before the others.
-            seed: draw from a new generator; default the one seeded by ``build``. Prompts beyond
-                ``max_batch_size`` draw each from a generator of their own, seeded from it.
+            echo: first yield a step with the prompts' own tokens.
+            seed: seeds a new generator; default: the one seeded by ``build``. With more prompts
+                than ``max_batch_size``, each gets its own generator, seeded from this one.
             truncate: drop the start of a prompt that is longer than ``max_seq_len``, except for the
                 begin-of-text token, so that ``max_gen_len`` tokens fit, or half of ``max_seq_len``
-                if that is less. By default it is an error.
+                if that is less. By default, such a prompt is an error.
 
         Raises:
-            TypeError: an argument is of another type.
-            ValueError: an argument is out of its range; the message gives the limit and the value.
-            RuntimeError: while iterating, if another generation has taken the cache since.
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range; the message gives the limit and the value.
+            RuntimeError: while iterating, if another generation has taken over the cache.
             RankError: while iterating, if another rank has failed or is gone.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs, echo)
@@ -199,10 +199,10 @@ class Llama:
         truncate: bool = False,
         stop: Sequence[str | int] = (),
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Generated ids of every prompt, and with ``logprobs`` a log-probability for each.
+        """Generated ids for every prompt and, with ``logprobs``, the log-probability of each.
 
-        The stop token is left out; the prompt comes first with ``echo``. Arguments and errors are
-        ``stream``'s.
+        Stop tokens are omitted; with ``echo`` the prompt comes first. For arguments and errors, see
+        ``stream``.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, echo=echo)
         rows = self._complete(prompt_tokens, params, seed, truncate)
@@ -223,10 +223,10 @@ class Llama:
         top_logprobs: int = 0,
         n: int = 1,
     ) -> list[CompletionPrediction]:
-        """Continue each text, ``n`` times: the predictions of a prompt follow one another.
+        """Continue each text ``n`` times; the predictions for a prompt are adjacent.
 
-        With ``logprobs`` or ``top_logprobs`` a prediction also holds the piece of text of each
-        token; the pieces join to the generation. Arguments and errors are ``stream``'s.
+        With ``logprobs`` or ``top_logprobs`` a prediction also has the text of each token; joined,
+        these are the generation. For arguments and errors, see ``stream``.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is a str, expected a list of them: write [prompt]")
@@ -252,10 +252,10 @@ class Llama:
         """Answer each dialog with the assistant's next message, ``n`` times.
 
         Args:
-            continue_final_message: the dialogs end with a message of the assistant; generate its
-                continuation (without the text that is there).
+            continue_final_message: the dialogs end with an assistant message; generate its
+                continuation (without the existing text).
 
-        Other arguments and errors are ``stream``'s and ``ChatFormat``'s.
+        For other arguments and errors, see ``stream`` and ``ChatFormat``.
         """
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs)
         tokens = [
@@ -273,15 +273,15 @@ class Llama:
 
         Args:
             layers: 0 for the embedding, i for the output of the i-th layer; the last one, n_layers,
-                after the final norm, as Hugging Face's ``output_hidden_states`` counts them.
-                Default all of them.
+                is after the final norm (numbered like Hugging Face's ``output_hidden_states``).
+                Default: all of them.
 
         Raises:
             ValueError: a layer is out of range, or the tokens don't fit into the cache.
         """
         return hidden_states(self.model, tokens, layers)
 
-    # --- Shared by the calls --------------------------------------------------------------------
+    # --- Shared helpers -------------------------------------------------------------------------
 
     def _complete(
         self,
@@ -303,7 +303,13 @@ class Llama:
         """``_complete``, or the result of an overridden ``generate``."""
         if type(self).generate is Llama.generate and "generate" not in vars(self):
             return self._complete(prompt_tokens, params, seed, truncate)
-        options: dict[str, Any] = {"seed": seed, "truncate": truncate, "stop": params.stop}
+        if params.top_logprobs:
+            raise ValueError(
+                f"top_logprobs is {params.top_logprobs}, expected 0: generate is overridden and "
+                "returns none"
+            )
+        options: dict[str, Any] = {"seed": seed, "truncate": truncate or None}
+        options["stop"] = params.stop or None
         limit = params.max_gen_len
         tokens, logprobs = self.generate(
             prompt_tokens,
@@ -312,7 +318,7 @@ class Llama:
             params.top_p,
             params.logprobs,
             params.echo,
-            **{name: value for name, value in options.items() if value},
+            **{name: value for name, value in options.items() if value is not None},
         )
         completions = []
         for i, request in enumerate(self._requests(prompt_tokens, params, truncate)):

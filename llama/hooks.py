@@ -1,4 +1,4 @@
-"""Forward hooks and other changes that users make to a model: seen, respected, and used."""
+"""Forward hooks: detect them and other changes that users make to a model, and use them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ def is_unmodified(module: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> int | None:
-    """A number that differs after weights, submodules or their attributes have been exchanged or
-    weights changed in place; None if the model isn't unmodified.
+    """A hash that changes when weights, submodules or their attributes are replaced, or weights
+    are changed in place; None if the model has hooks.
 
-    Changes through ``parameter.data`` aren't seen: they have no version counter.
+    Changes through ``parameter.data`` aren't detected: they bypass the version counter.
     """
     if not is_unmodified(model):
         return None

@@ -1,4 +1,4 @@
-"""Will it fit? The memory that a rank needs, by formulas from the shape of the model."""
+"""Estimate the memory that a rank needs from the model's shape, before anything is loaded."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ _ROOT = Path("/")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes that one of ``n_ranks`` needs.
+    """Bytes needed by each of ``n_ranks``.
 
     Attributes:
-        tied: the embedding is also the output layer and is held once.
-        device: where it will be; None leaves out what ``accel`` adds on a device.
-        max_prefill_tokens: tokens of the largest pass.
-        weights: the parameters, and packed copies on some processors (``accel.cpu``).
+        tied: the embedding is also the output layer, and is stored once.
+        device: the target; None leaves out the device-specific additions of ``accel``.
+        max_prefill_tokens: tokens in the largest pass.
+        weights: the parameters, and packed copies on some CPUs (``accel.cpu``).
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: activations at the peak of a pass.
     """
@@ -67,7 +67,7 @@ def plan(
     tied: bool = False,
     max_prefill_tokens: int = MAX_PREFILL_TOKENS,
 ) -> Plan:
-    """What each of ``n_ranks`` needs. Nothing is allocated."""
+    """The plan for each of ``n_ranks``. Nothing is allocated."""
     specs = shard_specs(args)
     sizes = {key: n_bytes(spec, n_ranks, dtype) for key, spec in specs.items()}
     weights = sum(sizes.values()) - (sizes["output.weight"] if tied else 0)
@@ -82,12 +82,12 @@ def plan(
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
     workspace = _workspace(args, n_ranks, dtype, max_prefill_tokens)
     if device is not None and device.type == "cpu":
-        workspace *= 3  # with keep_freed_memory the heap has gaps: 1.3 to 2.5 was measured
+        workspace *= 3  # keep_freed_memory fragments the heap: 1.3 to 2.5 was measured
     return Plan(args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace)
 
 
 def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
-    """The plan of a model that exists."""
+    """The plan of an existing model."""
     tied = model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
     return plan(
         model.params,
@@ -100,11 +100,10 @@ def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
 
 
 def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_tokens: int) -> int:
-    """Peak of the temporary tensors of an engine's step.
+    """Peak size of the temporary tensors in an engine step.
 
-    One term for each place in a layer that may be the peak, counted from the tensors that model.py
-    holds there at once; then the logits and the sampler's tensors, of a batch or of a prompt that
-    is scored.
+    One term for each place in a layer that may be the peak, counting the tensors of model.py that
+    are alive there; then the logits and sampling tensors of a batch, or of a prompt being scored.
     """
     n_tokens = min(max_prefill_tokens, args.max_batch_size * args.max_seq_len)
     heads = args.dim // n_ranks
@@ -119,19 +118,19 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_to
         residual + args.dim * size + 2 * ffn * size,  # SwiGLU
     )
     angles = args.head_dim * single  # cos and sin, gathered for every token
-    indices = 4 * 8 + 36  # slots, positions and ids, the latter as Python numbers first
-    mask = args.max_seq_len * (1 + size)  # of a chunk after the first, as booleans and as numbers
+    indices = 4 * 8 + 36  # slots, positions and ids, which start as Python ints
+    mask = args.max_seq_len * (1 + size)  # of a chunk after the first, as bool and as dtype
     table = args.max_seq_len * args.head_dim * single
     sampling = args.max_batch_size * args.vocab_size * (8 * single + 2 * 8)
     n_scored = min(n_tokens, max(1, SCORING_LOGITS // args.vocab_size))
     scoring = n_scored * args.vocab_size * (size + 2 * single)
     layers = n_tokens * (per_token + angles + indices + mask)
     tensors = max(layers, scoring) + table + sampling
-    return tensors * 9 // 8  # allocators and matrix libraries keep some more
+    return tensors * 9 // 8  # overhead of allocators and matrix libraries
 
 
 def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
-    """Memory available to each of ``n_local_ranks`` on this machine; None if not known."""
+    """Memory available to each of ``n_local_ranks`` on this machine; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -173,7 +172,7 @@ _CGROUP2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file
 
 def _free_in_control_groups() -> Iterator[int]:
     """Memory left in each limited control group of this process: a container, a systemd slice, a
-    Slurm job. The kernel kills a process that takes more (cgroups(7))."""
+    Slurm job. The kernel kills a process that exceeds it (cgroups(7))."""
     try:
         mounts = (_ROOT / "proc/self/mountinfo").read_text().splitlines()
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
@@ -212,7 +211,7 @@ def _free_in_control_group(folder: Path, files: _Files) -> Iterator[int]:
 
 
 def check(needed: Plan, free: int | None) -> None:
-    """Raise MemoryError, with the sizes that would fit, if ``free`` bytes are too few."""
+    """Raise MemoryError, listing sizes that would fit, if ``free`` bytes aren't enough."""
     if free is None or needed.total <= free:
         return
     raise MemoryError(
@@ -246,8 +245,8 @@ def _what_fits(needed: Plan, free: int) -> str:
         return planned.total <= free
 
     def largest(holds: Callable[[int], bool], limit: int) -> int:
-        """Largest number from 0 up to below ``limit`` for which ``holds``, which it does from 0 to
-        some number."""
+        """Largest n in [0, ``limit``) for which ``holds`` is true, given that it is true up to
+        some n and false after."""
         return bisect_left(range(1, limit), True, key=lambda n: not holds(n))
 
     batch, length = args.max_batch_size, args.max_seq_len

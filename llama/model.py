@@ -2,8 +2,8 @@
 
 Touvron et al., "LLaMA" (2023), section 2.2, and "The Llama 3 Herd of Models" (2024), section 3.2.
 
-Shapes: B sequences of S tokens, T tokens in all; H query heads and K key/value heads of this rank,
-D their size; L positions of the cache that are attended to; V vocabulary.
+Shapes: B sequences of S tokens, T tokens in total; H query and K key/value heads on this rank, of
+size D; L cache positions attended to; V vocabulary size.
 """
 
 import math
@@ -38,13 +38,13 @@ class RMSNorm(nn.Module):
 def precompute_freqs_cis(
     dim: int, end: int, theta: float = 10000.0, scaling_factor: float | None = None
 ) -> Tensor:
-    """RoPE's rotations e^(i m f_j) of positions m < ``end``, f_j = theta^(-2j / dim).
+    """RoPE rotations e^(i m f_j) for positions m < ``end``, with f_j = theta^(-2j / dim).
 
     Su et al., "RoFormer" (2021), section 3.2.2. Computed on the CPU in float32, so that the angles
     are the same on every device.
 
     Args:
-        scaling_factor: of Llama 3.1's long context, see ``_scale_frequencies``.
+        scaling_factor: Llama 3.1's context extension, see ``_scale_frequencies``.
 
     Returns:
         complex64 [end, dim / 2].
@@ -59,8 +59,8 @@ def precompute_freqs_cis(
 
 
 def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
-    """Llama 3.1's long context: wavelengths above the original context are multiplied by
-    ``factor``, those below a quarter of it are kept."""
+    """Llama 3.1's RoPE scaling: wavelengths longer than the original context are multiplied by
+    ``factor``, those shorter than a quarter of it are unchanged."""
     n_periods = ORIGINAL_CONTEXT * frequencies / (2 * math.pi)  # in the original context
     low, high = LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR
     kept = ((n_periods - low) / (high - low)).clamp(0, 1)  # interpolated in between
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.dim, args.dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        """x: [T, dim] or [B, S, dim], the tokens of ``batch`` in their order."""
+        """x: [T, dim] or [B, S, dim], the tokens of ``batch``, in order."""
         self.update_cache(x, freqs_cis, cache, batch)
         q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)  # [T, H, D]
         y = self.attend(self.rotate(q, freqs_cis), cache, batch)  # [T, H, D]
@@ -119,7 +119,7 @@ def swiglu(
     x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
 ) -> Tensor:
     """w2(silu(w1(x)) * w3(x)) (Shazeer, 2020)."""
-    # in place: on a CPU, allocating memory costs more than the arithmetic
+    # in place: on a CPU, allocation costs more than the arithmetic
     return w2(F.silu(w1(x), inplace=True).mul_(w3(x)))
 
 
@@ -150,9 +150,9 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model, or this rank's part of it.
+    """The model, or this rank's shard of it.
 
-    Parameters are allocated but not set, on the default device. The key/value cache is allocated
+    Parameters are allocated on the default device but not initialized. The KV cache is allocated
     in the first pass and isn't part of the ``state_dict``.
 
     Raises:
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
             args.rope_scaling_factor if args.use_scaled_rope else None,
         )
         self.cache: list[KVCache] | None = None
-        self.cache_user: object = None  # the engine that knows the cache's content, if one does
+        self.cache_user: object = None  # the engine that tracks the cache's content, if any
         self.lock = CacheLock()
 
     @property
@@ -189,16 +189,16 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Batch) -> Tensor:
-        """Float32 logits, of the full vocabulary on every rank.
+        """Float32 logits over the full vocabulary, on every rank.
 
         Args:
-            tokens: int64 [B, S]: the next tokens of the first B slots, after what earlier calls
-                wrote to the cache. Every block sees [B, S, dim].
-            start_pos: their first position. Or the pass of packed ``tokens`` [T], for callers that
-                hold ``lock``; blocks see [T, dim].
+            tokens: int64 [B, S], the next tokens of the first B slots, following those cached by
+                earlier calls. Blocks see [B, S, dim].
+            start_pos: position of the first one; or the batch of packed ``tokens`` [T], for callers
+                that hold ``lock`` (blocks then see [T, dim]).
 
         Returns:
-            [B, S, V]; of a Decode [B, V], of a Prefill [T, V] or [n, V] for its ``logits_for``.
+            [B, S, V]; for a Decode [B, V], for a Prefill [T, V], or [n, V] with ``logits_for``.
 
         Raises:
             ValueError: the tokens don't fit into the cache.
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
             return self.logits(self.hidden(tokens, batch))
 
     def decode(self, tokens: Tensor, batch: Decode) -> Tensor:
-        """Float32 logits [B, V] after one more token [B] of each sequence. accel may replace it."""
+        """Float32 logits [B, V] after one more token [B] per sequence. accel may replace this."""
         return self.logits(self.hidden(tokens, batch))
 
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         is_plain = type(last) is TransformerBlock and type(last.attention) is Attention
         if batch.logits_for is None or not (is_plain and is_unmodified(last)):
             return batch.select(self.norm(last(h, freqs_cis, last_cache, batch)))
-        # of the other tokens, only the keys and values are still needed
+        # the other tokens' keys and values are still needed, but not their outputs
         last.attention.update_cache(last.attention_norm(h), freqs_cis, last_cache, batch)
         if not batch.logits_for:
             return h[:0]
@@ -252,9 +252,9 @@ class Transformer(nn.Module):
         return self.cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        self.cache = self.cache_user = None  # model.to(...): allocated anew in the next pass
+        self.cache = self.cache_user = None  # model.to(...): reallocated in the next pass
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy decodes without acceleration: a compiled or captured step is the original's."""
+        """Copies decode unaccelerated: a compiled or captured step is bound to the original."""
         return {key: value for key, value in vars(self).items() if key != "decode"}

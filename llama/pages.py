@@ -1,4 +1,4 @@
-"""Advice to the system about the pages of a tensor's memory (madvise(2))."""
+"""Advise the kernel about a tensor's memory pages (madvise(2))."""
 
 import ctypes
 import mmap
@@ -7,21 +7,18 @@ from torch import Tensor
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release the mapped pages from a tensor's first to its last element; they are read from the
-    file again if needed."""
+    """Release the pages of a memory-mapped tensor; they are read from the file again if needed."""
     _advise(tensor, "MADV_DONTNEED", whole_pages=True)
 
 
 def use_huge_pages(tensor: Tensor) -> None:
-    """Ask for pages of 2 MiB where a tensor is mapped from a file and not read yet: with pages of
-    4 KiB, address translation takes up to a tenth of a decoding step."""
+    """Request 2 MiB pages for a tensor that is mapped from a file but not read yet: with 4 KiB
+    pages, address translation takes up to a tenth of a decoding step."""
     _advise(tensor, "MADV_HUGEPAGE", whole_pages=False)
 
 
 def _advise(tensor: Tensor, advice: str, *, whole_pages: bool) -> None:
-    """Args:
-    whole_pages: leave out pages that also hold other data.
-    """
+    """``whole_pages``: skip pages that also hold other data."""
     if not hasattr(mmap, advice):
         return
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -32,6 +29,6 @@ def _advise(tensor: Tensor, advice: str, *, whole_pages: bool) -> None:
     else:
         start = start // page * page
     if start < stop:
-        ctypes.CDLL(None).madvise(  # the result doesn't matter: it is only advice
+        ctypes.CDLL(None).madvise(  # the result is ignored: this is only advice
             ctypes.c_void_p(start), ctypes.c_size_t(stop - start), getattr(mmap, advice)
         )

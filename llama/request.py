@@ -1,4 +1,4 @@
-"""One sequence that the engine continues, and the events that report its tokens."""
+"""Requests: sequences that the engine continues, and the events that report their tokens."""
 
 import dataclasses
 import operator
@@ -22,15 +22,15 @@ class TokenEvent(NamedTuple):
     Attributes:
         row: index of the prompt.
         token: its id.
-        text: the text that it adds. A character that is spread over several tokens comes with
-            the last of them, and a piece that may be the start of a stop string later or never, so
-            that a piece may be empty.
+        text: the text that it adds. May be empty: a character that spans several tokens comes with
+            the last of them, and a possible start of a stop string is held back until it is ruled
+            out.
         logprob: natural logarithm of its probability under the model (before temperature and
             top_p); None unless requested. 0.0 for a prompt's first token.
         finish_reason: "stop" for a stop token, and for the last token of a stop string; "length"
-            for the last token that was allowed; else None.
-        top_logprobs: log-probabilities of the likeliest tokens by id, likeliest first; None unless
-            requested.
+            for the last token allowed; else None.
+        top_logprobs: log-probabilities of the most likely tokens by id, in descending order; None
+            unless requested.
     """
 
     row: int
@@ -46,10 +46,10 @@ class Request:
     """One sequence.
 
     Attributes:
-        row: the caller's number of it, in its events and in messages.
-        limit: tokens that may be generated.
-        tokens: those that are generated so far, a stop token included.
-        n_reused: prompt tokens whose keys and values another request had computed.
+        row: the caller's index of it, used in events and messages.
+        limit: maximum number of tokens to generate.
+        tokens: generated so far, including a stop token.
+        n_reused: prompt tokens found in the prefix cache.
         finish_reason: None while it runs.
     """
 
@@ -62,7 +62,7 @@ class Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
     n_reused: int = 0
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
-    # the engine's:
+    # used by the engine:
     slot: int | None = None
     n_prefilled: int = 0  # prompt tokens whose keys and values are in the slot
     logits: Tensor | None = None  # [V], of the prompt's last token
@@ -124,7 +124,7 @@ def new_request(
     tokenizer: Tokenizer | SentencePieceTokenizer,
     formatter: ChatFormat | Llama2ChatFormat,
 ) -> Request:
-    """The request to continue a prompt.
+    """Create a request to continue a prompt.
 
     Args:
         truncate: drop the start of a prompt that is too long; see ``Llama.stream``.

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# MKL chooses its exp and log kernels at the first call of each; threads that make that call
-# together can get one with half the digits (pytorch/pytorch#188792: some log-probabilities were off
-# by 3e-5 in one of a hundred processes). One number is computed by one thread.
+# MKL selects its exp and log kernels at the first call of each; threads racing on that call can get
+# a low-precision one (pytorch/pytorch#188792: some log-probabilities were off by 3e-5 in one of a
+# hundred processes). Make the first call from a single thread, by computing one element.
 torch.logsumexp(torch.zeros(1, device="cpu"), dim=0)
 
 # Try the top 1,024 tokens before sorting the vocabulary.
@@ -24,18 +24,18 @@ class SamplingParams:
     """How to continue one prompt.
 
     Attributes:
-        max_gen_len: tokens to generate at most; None for as many as fit.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: see ``sample_top_p``; 0 takes the likeliest token.
+        max_gen_len: maximum number of tokens to generate; None: as many as fit.
+        temperature: divides the logits; 0 is greedy.
+        top_p: see ``sample_top_p``; 0 is greedy.
         stop: strings that end the text and are removed from it, and token ids that end it, in
             addition to ``tokenizer.stop_tokens``.
-        logprobs: compute log-probabilities of the tokens; with ``echo``, of the prompt's too.
-        top_logprobs: for each token, also give the log-probabilities of this many of the likeliest.
-        echo: give the prompt's tokens before those that are generated.
+        logprobs: return log-probabilities of the tokens; with ``echo``, also of the prompt's.
+        top_logprobs: at each token, also return this many of the highest log-probabilities.
+        echo: return the prompt's tokens before the generated ones.
 
     Raises:
-        TypeError: an argument is of another type.
-        ValueError: an argument is out of its range; the message has the limit and the value.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range; the message has the limit and the value.
     """
 
     max_gen_len: int | None = None
@@ -89,7 +89,7 @@ def new_generator(seed: int, device: torch.device) -> torch.Generator:
     """A generator with this seed.
 
     Raises:
-        TypeError, ValueError: it isn't an integer that torch accepts.
+        TypeError, ValueError: the seed isn't an integer that torch accepts.
     """
     if not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed is {seed!r}, expected an integer")
@@ -107,7 +107,7 @@ def draw_seed(generator: torch.Generator) -> int:
 def sample(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
-    """The next token of each row of ``logits`` [B, V]: the likeliest at temperature 0, else a draw.
+    """The next token of each row of ``logits`` [B, V]: argmax at temperature 0, else sampled.
 
     Returns:
         int64 [B].
@@ -122,13 +122,13 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
     """Draw one token per row from its nucleus (Holtzman et al., 2020, section 3.1).
 
     The nucleus is the most likely tokens, each kept while those before it sum to at most ``p``;
-    ties are in ascending order of ids. The draw is that of ``torch.multinomial`` from the sorted
-    nucleus, the argmax of probability / exponential noise, written out because the checks of
+    ties are ordered by ascending id. The draw equals ``torch.multinomial``'s from the sorted
+    nucleus, argmax(probability / exponential noise), written out because the checks in
     ``multinomial`` synchronize a CUDA device.
 
     Args:
         probs: [B, V], each row a distribution. Not modified.
-        generator: source of the noise; default torch's global one.
+        generator: source of the noise; default: torch's global one.
 
     Returns:
         int64 [B, 1].
@@ -144,8 +144,8 @@ def sample_top_p(probs: Tensor, p: float, *, generator: torch.Generator | None =
 
 def _ranked_head(probs: Tensor, p: float) -> tuple[Tensor, Tensor] | None:
     """The ``_HEAD`` largest probabilities, sorted and padded with zeros, and their ids; None if the
-    nucleus may be larger. Only on the CPU, which takes 10 ms to sort 128,000 numbers; other devices
-    would have to synchronize."""
+    nucleus may be larger. CPU only, where sorting 128,000 numbers takes 10 ms; other devices would
+    have to synchronize."""
     if probs.device.type != "cpu" or probs.shape[-1] <= _HEAD:
         return None
     head, ids = torch.topk(probs, _HEAD, dim=-1)  # ties are in any order
@@ -155,6 +155,6 @@ def _ranked_head(probs: Tensor, p: float) -> tuple[Tensor, Tensor] | None:
         return None
     ids, by_id = torch.sort(ids, dim=-1)
     head, by_rank = torch.sort(head.gather(-1, by_id), dim=-1, descending=True, stable=True)
-    ranked = torch.zeros_like(probs)  # full length, so that noise and sums are the same
+    ranked = torch.zeros_like(probs)  # full length, so that noise and sums match a full sort's
     ranked[:, :_HEAD] = head
     return ranked, ids.gather(-1, by_rank)

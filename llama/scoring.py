@@ -1,20 +1,20 @@
-"""Log-probabilities of given tokens, and of the likeliest ones."""
+"""Log-probabilities of given tokens, and of the most likely ones."""
 
 import torch
 from torch import Tensor
 
 from llama.request import Request
 
-# Float32 logits of one pass that scores a prompt: 128 MiB.
+# Maximum number of float32 logits in a pass that scores prompts: 128 MiB.
 SCORING_LOGITS = 2**25
 
 
 def score_prompt(request: Request, start: int, logits: Tensor) -> bool:
-    """Add the log-probabilities of the prompt's tokens after ``start``, given logits [S, V] from
-    there on.
+    """Add the log-probabilities of the prompt's tokens after ``start``, given the logits [S, V]
+    from ``start`` on.
 
     Returns:
-        Whether they are finite, apart from single tokens of probability 0.
+        Whether they are finite, except for individual tokens of probability 0.
     """
     targets = request.prompt[start + 1 : start + 1 + len(logits)]
     if not targets:
@@ -33,7 +33,7 @@ def score_prompt(request: Request, start: int, logits: Tensor) -> bool:
 def top_logprobs(
     logits: Tensor, log_total: Tensor, counts: list[int]
 ) -> list[dict[int, float] | None]:
-    """For each row of logits, its ``counts`` likeliest tokens; None for none."""
+    """The ``counts[i]`` most likely tokens of each row i of logits; None if 0."""
     k = min(max(counts), logits.shape[-1])
     if k == 0:
         return [None] * len(counts)

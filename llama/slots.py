@@ -1,4 +1,4 @@
-"""The slots of the cache: who occupies them, and which tokens' keys and values they hold."""
+"""Slots of the KV cache: the request in each, and the tokens whose keys and values it holds."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,11 @@ _MIN_SHARED_PREFIX = 8
 
 
 class Slots:
-    """Bookkeeping of a model's cache for one engine.
+    """One engine's bookkeeping of a model's KV cache.
 
     Attributes:
-        cached: the tokens of each slot's content. Positions beyond them may hold anything.
-        occupants: the request in each slot; None for a free one.
+        cached: the tokens cached in each slot. The positions after them are undefined.
+        occupants: the request in each slot; None if it is free.
     """
 
     def __init__(self, model: Transformer, *, prefix_caching: bool) -> None:
@@ -33,8 +33,8 @@ class Slots:
         return self.occupants.count(None)
 
     def place(self, request: Request, earlier: Iterable[Request]) -> bool:
-        """Give a request the free slot that holds the longest prefix of its prompt, or the least
-        recently used one with a copy of the prefix.
+        """Give a request a free slot: the one that holds nothing but the longest cached prefix of
+        its prompt, else the least recently used one with a copy of that prefix.
 
         Returns:
             False if one of the ``earlier`` requests is about to compute a longer common prefix.
@@ -52,9 +52,9 @@ class Slots:
         free = [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
         slot = min(free, key=lambda i: self._last_used[i])
         if n and source in free and len(self.cached[source]) == n:
-            slot = source  # the request continues it
+            slot = source  # the request extends it
         if slot != source:
-            self.cached[slot] = []  # until it is copied: copying may be interrupted
+            self.cached[slot] = []  # until the copy is complete: it may be interrupted
             for cache in self._model.cache or [] if n else []:
                 cache.copy(source, slot, n)
         self.cached[slot] = prompt[:n]
@@ -64,7 +64,7 @@ class Slots:
         return True
 
     def release(self, slot: int) -> None:
-        """Free a slot. Its content stays for reuse, unless the model was changed meanwhile."""
+        """Free a slot. Its content is kept for reuse, unless the model has changed since."""
         request = self.occupants[slot]
         assert request is not None
         self.occupants[slot] = request.slot = None
@@ -79,7 +79,7 @@ class Slots:
         if a == b:
             return
         cached_a, cached_b = self.cached[a], self.cached[b]
-        self.cached[a], self.cached[b] = [], []  # until it is done: it may be interrupted
+        self.cached[a], self.cached[b] = [], []  # until it completes: it may be interrupted
         for cache in self._model.cache or []:
             cache.swap(a, b, len(cached_a), len(cached_b))
         self.cached[a], self.cached[b] = cached_b, cached_a

@@ -1,6 +1,6 @@
-"""Text to token ids and back: Llama 3's tokenizer, and the choice between it and Llama 2's.
+"""Text to token ids and back: Llama 3's tokenizer, and ``load_tokenizer`` for either family.
 
-The chat formats (chat.py) are importable from here, as in the published package.
+The chat formats (chat.py) are re-exported here, as in the published package.
 """
 
 import re
@@ -19,7 +19,7 @@ from llama.vocab.tiktoken_file import SPLIT_PATTERN, parse_tiktoken
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer", "load_tokenizer"]
 
 N_SPECIAL_TOKENS = 256
-# Offsets from the end of the byte-pair vocabulary; the ids between them are reserved.
+# Offsets from the end of the BPE vocabulary; the ids in between are reserved.
 _LLAMA3_NAMES = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -37,15 +37,15 @@ _LLAMA31_NAMES = {
 # tiktoken's regular expression engine overflows its stack on very long pieces. The published
 # tokenizer splits text at these two lengths, so the ids depend on them.
 _MAX_CHARS = 400_000
-_MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
+_MAX_RUN = 25_000  # consecutive whitespace characters, or consecutive others
 _RUNS = re.compile(rf"(?:\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}})")
 
 
 def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
-    """Names and ids of the 256 special tokens that follow ``n_base`` byte-pair tokens.
+    """Names and ids of the 256 special tokens that follow ``n_base`` BPE tokens.
 
-    Llama 3 and 3.1 share the ids; 3.1 names three that were reserved, and renumbers the reserved
-    names.
+    Llama 3 and 3.1 share the ids; 3.1 names three that were reserved, and renumbers the remaining
+    reserved names.
     """
     names = _LLAMA31_NAMES if llama31 else _LLAMA3_NAMES
     reserved = iter(range(N_SPECIAL_TOKENS))
@@ -58,7 +58,7 @@ def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
 def _check_added_tokens(
     added: Mapping[str, int], special: Mapping[str, int], names: Collection[str], path: str
 ) -> None:
-    """Check that added tokens are among our special tokens, those needed for chat at our ids."""
+    """Check that added tokens are in the range of special tokens, and ``names`` at their ids."""
     first, last = min(special.values()), max(special.values())
     for name, token_id in added.items():
         if type(token_id) is not int or not first <= token_id <= last:
@@ -76,7 +76,7 @@ def _check_added_tokens(
 
 
 class Tokenizer:
-    """Byte-pair tokenizer of Llama 3, from a tiktoken vocabulary or Hugging Face's tokenizer.json.
+    """Llama 3's BPE tokenizer, from a tiktoken vocabulary or Hugging Face's tokenizer.json.
 
     Args:
         llama31: name the special tokens as Llama 3.1 and later do.
@@ -85,13 +85,13 @@ class Tokenizer:
         model: the underlying ``tiktoken.Encoding``.
         n_words: vocabulary size, special tokens included.
         bos_id, eos_id: ids of ``<|begin_of_text|>`` and ``<|end_of_text|>``.
-        pad_id: -1, which isn't a token's id.
+        pad_id: -1; padding isn't used.
         stop_tokens: ids that end a generation: end of text, end of turn and, with ``llama31``, end
             of message.
-        special_tokens: name to id of every special token. A tokenizer.json's names of reserved
+        special_tokens: ids of all special tokens by name. A tokenizer.json's names for reserved
             ones are ignored.
-        control_ids: ids that no text may be encoded to.
-        drops_first_space: False: the text of the ids is exactly their bytes.
+        control_ids: ids that text must never encode to.
+        drops_first_space: False: ids decode to exactly their bytes.
 
     Raises:
         FileNotFoundError: the file doesn't exist.
@@ -142,16 +142,16 @@ class Tokenizer:
         allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
-        """Ids of a text, with ``bos_id`` before and ``eos_id`` after it on request.
+        """Encode a text, optionally with ``bos_id`` before and ``eos_id`` after it.
 
         Args:
-            allowed_special: special tokens whose names in ``s`` become their ids. With the default
-                every name is plain text.
+            allowed_special: special tokens whose names in ``s`` become their ids. By default all
+                names are plain text.
             disallowed_special: special tokens whose names in ``s`` are an error.
 
         Raises:
             TypeError: ``s`` is not a string.
-            ValueError: ``s`` holds a disallowed name, or half of a surrogate pair.
+            ValueError: ``s`` contains a disallowed name, or a lone surrogate.
         """
         check_text(s)
         ids = [self.bos_id] if bos else []
@@ -162,7 +162,7 @@ class Tokenizer:
         return [*ids, self.eos_id] if eos else ids
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of the ids; invalid UTF-8 becomes U+FFFD.
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -170,7 +170,7 @@ class Tokenizer:
         return self.decode_bytes(t).decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of the ids: a character may be spread over several of them."""
+        """Bytes of the ids: a character may span several of them."""
         check_ids(t, self.n_words)
         return self.model.decode_bytes(list(t))
 
@@ -190,11 +190,11 @@ def _bounded_pieces(s: str) -> Iterator[str]:
 
 
 def load_tokenizer(path: str, *, llama31: bool = False) -> Tokenizer | SentencePieceTokenizer:
-    """The tokenizer of a vocabulary file, chosen by its content.
+    """Load the tokenizer of a vocabulary file, detecting its type by content.
 
     Args:
         llama31: name the special tokens of a Llama 3 vocabulary as Llama 3.1 does; SentencePiece
-            files hold their own names.
+            files contain their own names.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as the tokenizers do.

@@ -3,9 +3,9 @@
     pip install atheris
     PYTHONPATH=. python tests/fuzz.py TARGET CORPUS [libFuzzer's options, -max_total_time=600 say]
 
-TARGET is the file that is replaced: pth, safetensors, params.json, config.json, index, tiktoken,
+TARGET is the file to fuzz: pth, safetensors, params.json, config.json, index, tiktoken,
 sentencepiece, tokenizer.json, checklist.chk, or dialog for the content of a message. The inputs of
-hostile.py are the seeds. Every input must end in a model that generates or in one of the library's
+hostile.py are the seeds. Every input must either load and generate or raise one of the library's
 errors, within 10 seconds and 1 GiB; anything else stops the run, and libFuzzer writes the input to
 crash-... .
 """
@@ -28,7 +28,7 @@ try:
     import atheris
 
     instrumented: Any = atheris.instrument_imports(include=["llama"])
-except ImportError:  # the folders below are test_hostile.py's too
+except ImportError:  # test_hostile.py imports this module too
     instrumented = contextlib.nullcontext()
 with instrumented:
     from conftest import random_weights
@@ -49,14 +49,14 @@ PARAMS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-# Errors of the library, all of which have a message; the interpreter's own aren't among them.
+# The library's own errors, which always have a message.
 EXPECTED = (ValueError, FileNotFoundError, MemoryError)
-# No message of ours is about these, though they derive from ValueError.
+# Subclasses of ValueError that the library should never let through.
 UNEXPECTED = (UnicodeError, json.JSONDecodeError, RankError)
 
 
 def native_folder(folder: Path) -> None:
-    """A native checkpoint of some KiB, with a vocabulary of the 256 bytes."""
+    """A native checkpoint of a few KiB, whose vocabulary is the 256 bytes."""
     torch.save(random_weights(PARAMS), folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS))
     (folder / "tokenizer.model").write_bytes(vocabulary())
@@ -154,7 +154,7 @@ def verify_folder(folder: Path) -> None:
 
 
 def ask(folder: Path) -> None:
-    """A content is refused, or leaves the structure of the prompt as it is."""
+    """A message's content must be refused or leave the prompt's structure intact."""
     content = (folder / "content").read_bytes().decode(errors="replace")
     tokenizer = tokenizer_of(str(folder / "tokenizer.model"))
     ids = Llama2ChatFormat(tokenizer).encode_dialog_prompt([{"role": "user", "content": content}])
@@ -168,7 +168,7 @@ tokenizer_of = functools.lru_cache(SentencePieceTokenizer)
 
 
 class Target(NamedTuple):
-    """A folder, the file in it that is replaced, and the use of the folder."""
+    """How to make a folder, the file in it to fuzz, and how to use the folder."""
 
     make: Callable[[Path], None]
     name: str
@@ -195,7 +195,7 @@ def outcome(folder: Path, use: Callable[[Path], None]) -> str:
         use(folder)
     except UNEXPECTED:
         raise
-    except FloatingPointError:  # numbers that aren't finite are found when they are met
+    except FloatingPointError:  # non-finite logits
         return "FloatingPointError"
     except EXPECTED as error:
         return type(error).__name__ if str(error) else "an error without a message"
@@ -226,7 +226,7 @@ def main() -> None:
             print(target, sum(counts.values()), counts, flush=True)
 
     largest = str(max(4096, 2 * size))
-    limits = ["-timeout=10", "-rss_limit_mb=1536", f"-max_len={largest}"]  # torch has 0.5 GiB
+    limits = ["-timeout=10", "-rss_limit_mb=1536", f"-max_len={largest}"]  # torch takes 0.5 GiB
     atheris.Setup([sys.argv[0], corpus, *limits, *options], one_input)
     atheris.Fuzz()
 

@@ -1,4 +1,4 @@
-"""Inputs made to do harm. test_hostile.py shows that each is refused; fuzz.py starts from them."""
+"""Malicious inputs. test_hostile.py checks that each is refused; fuzz.py uses them as seeds."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 
 class Calls:
-    """Pickled, a call of a function with these arguments."""
+    """Pickles as a call of the function with these arguments."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -34,7 +34,7 @@ TOUCH = "open('evil', 'w').close()"
 
 
 def by_name(name: str, *operations: bytes) -> bytes:
-    """A pickle that is written by hand: the object of this name, and its use."""
+    """A hand-written pickle: GLOBAL ``name``, then ``operations``."""
     return b"\x80\x02c" + name.encode() + b"\n" + b"".join(operations) + b"."
 
 
@@ -63,7 +63,7 @@ PAYLOADS: dict[str, bytes] = {
     "a dotted name": by_name("torch\nos.system", b"(", text("touch evil"), b"tR"),
     "a name of torch's": by_name("torch\nload", b"(", text("evil"), b"tR"),
     "no name": by_name("\n", b")R"),
-    # accepted by torch's weights_only, or filling the memory
+    # accepted by torch's weights_only, or exhausting memory
     "bytearray": by_name(
         "__builtin__\nbytearray", b"(\x8a\x06", (10**11).to_bytes(6, "little"), b"tR"
     ),
@@ -75,7 +75,7 @@ PAYLOADS: dict[str, bytes] = {
 
 
 def archive(path: Path, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
-    """A file as torch.save makes it, around a pickle of ours."""
+    """Write a file like torch.save's with the given pickle."""
     with zipfile.ZipFile(path, "w", method) as file:
         file.writestr("archive/data.pkl", data)
         file.writestr("archive/version", "3\n")
@@ -107,7 +107,7 @@ def members(path: Path) -> dict[str, bytes]:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, bytes]], Any]) -> None:
-    """The archive again, with its members changed."""
+    """Rewrite the archive with changed members."""
     inside = members(path)
     change(inside)
     with zipfile.ZipFile(path, "w") as file:
@@ -132,13 +132,13 @@ AMBIGUOUS: dict[str, Callable[[dict[str, bytes]], Any]] = {
 
 
 def directory_twice(data: bytes) -> bytes:
-    """zipfile reads the directory before the end record, torch that at the recorded offset."""
+    """zipfile reads the directory before the end record, torch the one at the stored offset."""
     start, end = data.find(b"PK\1\2"), data.rfind(b"PK\5\6")
     return data[:end] + data[start:end] + data[end:]
 
 
 def zip64(data: bytes, n_bytes: int) -> bytes:
-    """With a directory that is ``n_bytes`` long, by a record of 64 bits."""
+    """Add a zip64 end record that declares a directory of ``n_bytes``."""
     start, end = data.find(b"PK\1\2"), data.rfind(b"PK\5\6")
     n_entries = struct.unpack_from("<H", data, end + 10)[0]
     fields = (44, 45, 45, 0, 0, n_entries, n_entries, n_bytes, start)
@@ -149,7 +149,7 @@ def zip64(data: bytes, n_bytes: int) -> bytes:
 
 
 def same_record(data: bytes) -> bytes:
-    """The last two entries of the directory name the same bytes."""
+    """Make the last two directory entries point to the same bytes."""
     changed = bytearray(data)
     last = data.rfind(b"PK\1\2")
     before = data.rfind(b"PK\1\2", 0, last)
@@ -158,7 +158,7 @@ def same_record(data: bytes) -> bytes:
 
 
 def other_name(data: bytes) -> bytes:
-    """The directory and the member itself name it differently."""
+    """Give a member different names in its local header and in the directory."""
     at = data.find(b"data.pkl")
     return data[:at] + b"data.pkx" + data[at + 8 :]
 
@@ -171,7 +171,7 @@ LIES: dict[Callable[[bytes], bytes], str] = {
     other_name: "was not loaded: .* has two names",
 }
 
-# --- Files that are too large, or lie -----------------------------------------------------------
+# --- Files that are too large or inconsistent ---------------------------------------------------
 
 
 def filled(start: bytes, unit: bytes, end: bytes, n_bytes: int) -> bytes:
@@ -185,7 +185,7 @@ def tokenizer_json(vocab: dict[str, int]) -> bytes:
 
 
 MIB = 2**20
-# The file that replaces one of a folder, by the name that fuzz.py has for it.
+# Case: (target in fuzz.py, content of the replaced file, words in the error).
 BULKY: dict[str, tuple[str, bytes, str]] = {
     "params.json": ("params.json", filled(b'{"dim":[', b"{},", b"{}]}", 64 * MIB), "too many"),
     "config.json": ("config.json", filled(b'{"ignored":[', b"{},", b"{}]}", 2 * MIB), "too many"),
@@ -213,7 +213,7 @@ BULKY: dict[str, tuple[str, bytes, str]] = {
         tokenizer_json({f"{i:x}": i for i in range(2**20 + 1)}),
         "has more than 1,048,576 tokens",
     ),
-    # merging every token again, as the check of the merges does, is quadratic in its length
+    # the check of the merges re-merges every token, which is quadratic in its length
     "a tokenizer.json of long tokens": (
         "tokenizer.json",
         tokenizer_json({"a" * 1000 + f"{i:05d}": i for i in range(5000)}),
@@ -246,7 +246,7 @@ SAFETENSORS = {
 
 
 def safetensors_file(content: bytes) -> bytes:
-    """A header in front of four bytes, or the whole file where it doesn't look like a header."""
+    """``content`` as the header of four bytes, or as the whole file if it isn't a header."""
     is_header = content.startswith(b"{")
     return struct.pack("<Q", len(content)) + content + bytes(4) if is_header else content
 
@@ -275,7 +275,7 @@ CHECKLISTS = {
 }
 
 
-# --- Names that a terminal would obey -----------------------------------------------------------
+# --- Terminal escapes in names ------------------------------------------------------------------
 
 ESCAPE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J"
 
@@ -308,7 +308,7 @@ def with_safetensors(folder: Path) -> None:
     save_file(load_file(path) | {ESCAPE: torch.ones(1)}, path)
 
 
-def with_dtype(folder: Path) -> None:  # safetensors' own message shows it
+def with_dtype(folder: Path) -> None:  # appears in safetensors' own message
     fuzz.huggingface_folder(folder)
     header = json.dumps({"a": {"dtype": ESCAPE, "shape": [1], "data_offsets": [0, 4]}}).encode()
     path = folder / "model.safetensors"
@@ -322,7 +322,7 @@ def with_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | ropes | {"model_type": "llama"}))
 
 
-def with_pieces(folder: Path) -> None:  # sentencepiece's own message shows them
+def with_pieces(folder: Path) -> None:  # appear in sentencepiece's own message
     fuzz.sentencepiece_folder(folder)
     piece = b"\x0a" + bytes([len(ESCAPE)]) + ESCAPE.encode()
     twice = 2 * (b"\x0a" + bytes([len(piece)]) + piece)
@@ -356,13 +356,13 @@ WITH_ESCAPES = [
 # --- Contents of a dialog -----------------------------------------------------------------------
 
 TAGS = ["[/INST]", "<<SYS>>", "</s>"]
-TAGS += ["\uff3b/INST\uff3d", "[\x01/INST]", "[/\U0001d408NST]"]  # as nmt_nfkc normalizes
+TAGS += ["\uff3b/INST\uff3d", "[\x01/INST]", "[/\U0001d408NST]"]  # become tags by nmt_nfkc
 
 # --- Seeds --------------------------------------------------------------------------------------
 
 
 def seeds(target: str, folder: Path) -> Iterator[bytes]:
-    """Contents for the file of one of fuzz.TARGETS, which is intact in ``folder``."""
+    """Seeds for the file of one of fuzz.TARGETS; ``folder`` holds an intact one."""
     path = folder / fuzz.TARGETS[target].name
     intact = path.read_bytes()
     yield intact
@@ -376,12 +376,12 @@ def seeds(target: str, folder: Path) -> Iterator[bytes]:
             rewritten(path, change)
             yield path.read_bytes()
         path.write_bytes(intact)
-        rewritten(path, lambda inside: None)  # by zipfile, without records of 64 bits
+        rewritten(path, lambda inside: None)  # by zipfile, without zip64 records
         yield path.read_bytes()
         yield from [change(path.read_bytes()) for change in LIES]
     elif target == "safetensors":
         yield from map(safetensors_file, SAFETENSORS.values())
-        yield save(load(intact) | {"norm.weight": torch.ones(fuzz.PARAMS["dim"])})  # two of them
+        yield save(load(intact) | {"norm.weight": torch.ones(fuzz.PARAMS["dim"])})  # same tensor
     elif target == "checklist.chk":
         yield from CHECKLISTS
     elif target == "dialog":

@@ -1,5 +1,5 @@
-"""torchrun without the seconds that its imports take: a server that has made them forks a process
-for each call, and in it torchrun's own ``main`` starts the ranks as it always does."""
+"""torchrun without its import time: a fork server that has imported it forks a process for each
+call, which runs torchrun's own ``main``."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.distributed.run import main
 
 _context = multiprocessing.get_context("forkserver")
-# pytest's too: every process of multiprocessing imports the main module of its parent
+# pytest's too: multiprocessing imports the parent's main module in every child
 _context.set_forkserver_preload(["torch.distributed.run", "pytest.__main__"])
 
 
@@ -32,7 +32,7 @@ def launch(
         process.join(timeout)
         stdout, stderr = (path.read_text() for path in outputs)
         if process.exitcode is None:
-            process.kill()  # its ranks notice that
+            process.kill()  # its ranks notice and exit
             raise subprocess.TimeoutExpired(arguments, timeout, stdout, stderr)
         return subprocess.CompletedProcess(arguments, process.exitcode, stdout, stderr)
 

@@ -1,7 +1,7 @@
 """The same weights in the published code's Transformer and in Hugging Face's Llama.
 
-The names and the order of rows are written down here a second time, so that
-llama/checkpoint/huggingface.py is compared with something.
+Key names and the order of rows are defined again here, as an independent check of
+llama/checkpoint/huggingface.py.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""The oracle: Llama without a cache, batches or speed, in float64. Imports nothing from llama.
+"""The oracle: a plain float64 Llama, no KV cache and no batching. Imports nothing from llama.
 
-Angles are float32, as they are in every published implementation: near position 8192 they differ
-from the exact ones by 5e-4, and the models were trained with the former.
+RoPE angles are float32, as in every published implementation: near position 8192 they differ from
+the exact values by 5e-4, and the models were trained with the float32 ones.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 def logits(
     weights: Mapping[str, Tensor], params: Mapping[str, Any], tokens: Sequence[int], start: int = 0
 ) -> Tensor:
-    """float64 [S, V] logits of one sequence at positions ``start`` on, with nothing before it;
-    ``weights`` by native names, unsharded."""
+    """float64 [S, V] logits of one sequence at positions ``start`` on, with an empty context before
+    it. ``weights`` are unsharded, with native names."""
     w = {key: tensor.double() for key, tensor in weights.items()}
     n_heads = params["n_heads"]
     n_kv_heads = params.get("n_kv_heads") or n_heads
@@ -49,7 +49,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def angles(params: Mapping[str, Any], start: int, n_tokens: int) -> Tensor:
-    """float64 [S, D / 2] holding float32 angles of positions ``start`` on."""
+    """float32 RoPE angles of positions ``start`` on, as float64 [S, D / 2]."""
     head_dim = params["dim"] // params["n_heads"]
     frequencies = []
     for j in range(0, head_dim, 2):
@@ -69,7 +69,7 @@ def angles(params: Mapping[str, Any], start: int, n_tokens: int) -> Tensor:
 
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:
-    """[S, H, D] with the pair (x_2j, x_2j+1) turned by angle j."""
+    """[S, H, D] with the pair (x_2j, x_2j+1) rotated by angle j."""
     out = torch.empty_like(x)
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
     out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin

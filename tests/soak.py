@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/soak.py [--calls 2000] [--ckpt_dir demo/model]
 
-Prints one JSON line: by how many bytes per call the resident memory rises (a line fitted through
-the second half of the calls, and the standard error of its slope), and whether the first call's
-output came again after all the others.
+Prints one JSON line: the growth of resident memory in bytes per call (the slope of a line fitted
+through the second half of the calls, and its standard error), and whether the first call's output
+is reproduced after all the others.
 """
 
 import json
@@ -24,7 +24,7 @@ def resident_bytes() -> int:
 
 
 def slope(values: list[int]) -> tuple[float, float]:
-    """Of the line that fits best over 0, 1, 2, ..., with its standard error."""
+    """Slope of the least-squares line over 0, 1, 2, ..., and its standard error."""
     n = len(values)
     middle, mean = (n - 1) / 2, sum(values) / n
     spread = sum((i - middle) ** 2 for i in range(n))
@@ -34,7 +34,7 @@ def slope(values: list[int]) -> tuple[float, float]:
 
 
 def one_call(llm: Llama, draw: random.Random) -> None:
-    """Any of the ways to call, with prompts of any number and length; some break off."""
+    """A random kind of call with random prompts; some are abandoned or raise."""
     n_prompts, length = draw.randint(1, 9), draw.choice([1, 5, 20, 100, 200])
     prompts = [
         [draw.randrange(1000) for _ in range(draw.randint(1, length))] for _ in range(n_prompts)

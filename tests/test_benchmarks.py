@@ -1,4 +1,4 @@
-"""The benchmark runs and its formulas are right; how fast anything is, is not tested."""
+"""The benchmark runs and its cost formulas are right; speed itself isn't tested."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from llama.cache import Prefill
 
 
 @pytest.mark.parametrize("params", [PARAMS, SHAPES["1B"].params], ids=["small", "1B"])
-def test_bytes_and_operations_are_those_of_the_model(params: dict[str, Any]) -> None:
+def test_bytes_and_operations_match_the_model(params: dict[str, Any]) -> None:
     args = ModelArgs(**params)
     with torch.device("meta"):
         model = Transformer(args)
@@ -31,7 +31,7 @@ def test_bytes_and_operations_are_those_of_the_model(params: dict[str, Any]) -> 
     assert cost.step_bytes(args, 1, 2, 3, 100) == 2 * read + 300 * kv
     scores = 2 * args.n_layers * args.n_heads * args.head_dim * 100
     assert cost.step_flops(args, 1, 3, 100) == 6 * (read + scores)
-    # a prompt: the products as torch counts them, and attention
+    # prefill: matmuls as torch counts them, and attention
     length, device = 50, torch.device("meta")
     with FlopCounterMode(display=False) as counter:
         batch = Prefill([0], [0], [length], device, logits_for=[0])
@@ -43,12 +43,12 @@ def test_bytes_and_operations_are_those_of_the_model(params: dict[str, Any]) -> 
     assert cost.sent_bytes(args, 1, 2, 9) == 0
 
 
-def test_the_table_of_expected_speeds_is_computed() -> None:
+def test_the_documented_table_of_expected_speeds_is_computed() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "\n".join(cost.table()) in text
 
 
-def test_a_random_checkpoint_is_one(tmp_path: Path) -> None:
+def test_a_random_checkpoint_loads_and_is_reused(tmp_path: Path) -> None:
     folder = checkpoint_of("tiny", tmp_path)
     llm = Llama.build(str(folder), device="cpu")
     assert len(llm.generate([[1, 2, 3]], 4, temperature=0)[0][0]) <= 4

@@ -1,4 +1,4 @@
-"""Native folders: loading, refusals with their messages, and peak memory."""
+"""Native checkpoints: loading, error messages, and peak memory."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ def build(folder: Path, **arguments: Any) -> Llama:
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint to damage."""
+    """A copy of the tiny checkpoint, for tests that damage it."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-# --- What is read -----------------------------------------------------------------------------
+# --- Loading ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -45,17 +45,17 @@ def test_dtypes_are_converted_while_loading(
         assert torch.equal(tensor, stored_weights[key].to(wanted))
 
 
-def test_chunks_of_a_conversion_join(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_conversion_in_chunks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     whole = build(folder, dtype="bfloat16").model.state_dict()
     monkeypatch.setattr(reader, "_CHUNK_BYTES", 5000)
     for key, tensor in build(folder, dtype="bfloat16").model.state_dict().items():
         assert torch.equal(tensor, whole[key])
 
 
-def test_tensors_that_are_views_or_shared_are_read_right(
+def test_views_and_shared_storages_are_read_correctly(
     copy: Path, weights: dict[str, Tensor]
 ) -> None:
-    """Transposed storage, and one storage for two tensors, as in files that tie the embeddings."""
+    """A transposed tensor, and two tensors with one storage, as in files with tied embeddings."""
     tricky = dict(weights)
     tricky["output.weight"] = tricky["tok_embeddings.weight"]
     key = "layers.0.attention.wo.weight"
@@ -68,7 +68,7 @@ def test_tensors_that_are_views_or_shared_are_read_right(
 
 
 def test_big_endian_files_are_refused(copy: Path) -> None:
-    """torch swaps such a file's bytes in memory, in the pages that loading gives back."""
+    """torch byte-swaps such a file in mapped pages, and those are released while loading."""
     path = copy / "consolidated.00.pth"
     with zipfile.ZipFile(path) as source:
         records = {name: source.read(name) for name in source.namelist()}
@@ -79,7 +79,7 @@ def test_big_endian_files_are_refused(copy: Path) -> None:
         build(copy)
 
 
-def test_llama2_leftovers_are_ignored_by_name(copy: Path, weights: dict[str, Tensor]) -> None:
+def test_llama2s_rope_freqs_are_ignored(copy: Path, weights: dict[str, Tensor]) -> None:
     torch.save(weights | {"rope.freqs": torch.ones(4)}, copy / "consolidated.00.pth")
     build(copy)
     torch.save(weights | {"rope.frequencies": torch.ones(4)}, copy / "consolidated.00.pth")
@@ -87,8 +87,8 @@ def test_llama2_leftovers_are_ignored_by_name(copy: Path, weights: dict[str, Ten
         build(copy)
 
 
-def test_params_without_a_theta_or_vocabulary(copy: Path) -> None:
-    """Llama 2's params.json: theta is 10000, the vocabulary is the tokenizer's."""
+def test_params_without_rope_theta_or_vocab_size(copy: Path) -> None:
+    """As in Llama 2: rope_theta defaults to 10000, vocab_size to the tokenizer's."""
     params = PARAMS | {"vocab_size": -1}
     del params["rope_theta"]
     (copy / "params.json").write_text(json.dumps(params))
@@ -96,7 +96,7 @@ def test_params_without_a_theta_or_vocabulary(copy: Path) -> None:
     assert (args.rope_theta, args.vocab_size) == (10000.0, 1024)
 
 
-def test_building_twice_and_printing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_builds_print_one_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = build(folder), build(folder, dtype="bfloat16")
     assert [two.model.output.weight.dtype, one.model.output.weight.dtype] == [
         torch.bfloat16,
@@ -112,8 +112,8 @@ def test_building_twice_and_printing(folder: Path, capsys: pytest.CaptureFixture
     assert captured.err == ""
 
 
-def test_the_process_is_left_as_it_was(folder: Path) -> None:
-    """Fault 6: the published build changes the default dtype and device, and the global seed."""
+def test_build_leaves_global_torch_state_alone(folder: Path) -> None:
+    """Fault 6: the published build changes the default dtype and device and the global seed."""
     before = torch.get_rng_state()
     build(folder)
     assert torch.get_default_dtype() == torch.float32
@@ -125,7 +125,7 @@ def test_the_process_is_left_as_it_was(folder: Path) -> None:
 def test_a_foreign_world_size_does_not_start_a_group(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But it is said, since several processes may have been meant; with or without a RANK."""
+    """It only warns, as several processes may have been intended; with or without RANK."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("RANK", "LOCAL_RANK"):
         with pytest.warns(UserWarning, match="WORLD_SIZE is 4, but torchrun did not start"):
@@ -134,7 +134,7 @@ def test_a_foreign_world_size_does_not_start_a_group(
         monkeypatch.setenv(name, "2")
 
 
-# --- What is refused (fault 6) ------------------------------------------------------------------
+# --- Errors (fault 6) ---------------------------------------------------------------------------
 
 
 class Evil:
@@ -281,7 +281,7 @@ def test_impossible_arguments(folder: Path, arguments: dict[str, Any], message: 
     ("params", "context"),
     [({"rope_theta": 10000.0}, 4096), ({"use_scaled_rope": True}, 131072), ({}, 8192)],
 )
-def test_the_context_of_a_family_is_the_limit(
+def test_max_seq_len_is_limited_to_the_familys_context(
     copy: Path, params: dict[str, Any], context: int
 ) -> None:
     """Fault 8: max_seq_len beyond the model's training context."""
@@ -305,7 +305,7 @@ def test_build_takes_little_more_memory_than_the_weights(
     ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
     print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")
     assert n_bytes > 1e9
-    assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # stored so: mapped and not read
+    assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # the stored dtype: mapped, not read
     assert touched <= 1.15
 
 

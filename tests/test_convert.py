@@ -1,4 +1,4 @@
-"""python -m llama: info, verify, convert, complete, chat, on real folders."""
+"""python -m llama: info, verify, convert, complete and chat, on real checkpoints."""
 
 import contextlib
 import hashlib
@@ -33,8 +33,8 @@ from llama.checkpoint.folder import find_checkpoint
 
 
 def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
-    """Standard output of a command that ends with ``code`` (its message, if it fails). In this
-    process, where nothing has to be different: starting one takes two seconds."""
+    """Run a command that exits with ``code``; return its stdout (if it fails, stderr too). Runs in
+    this process unless there are ``kwargs``, since starting a new one takes two seconds."""
     if kwargs:
         result = run(sys.executable, "-m", "llama", *arguments, **kwargs)
         status, output, errors = result.returncode, result.stdout, result.stderr
@@ -59,11 +59,11 @@ def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
 
 def tensors_of(folder: Path, rank: int = 0) -> dict[str, Tensor]:
     path = folder / f"consolidated.{rank:02d}.pth"
-    return dict(torch.load(path, weights_only=True))  # not mapped: torch checks the archive
+    return dict(torch.load(path, weights_only=True))  # no mmap: torch verifies the archive's sums
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit, NaN included."""
+    """Bitwise equality, NaN included."""
     return a.keys() == b.keys() and all(
         t.dtype == b[key].dtype and t.shape == b[key].shape
         and t.contiguous().view(torch.uint8).equal(b[key].contiguous().view(torch.uint8))
@@ -79,7 +79,7 @@ def test_native_to_huggingface_and_back_is_the_identity(tmp_path: Path, dtype: s
     cli("convert", source, tmp_path / "hf", "--format", "hf")
     cli("convert", tmp_path / "hf", tmp_path / "back")
     assert same(tensors_of(tmp_path / "back"), weights)
-    # once resolved: a second time round params.json is the same file
+    # converting again gives the same params.json
     cli("convert", tmp_path / "back", tmp_path / "again")
     resolved = (tmp_path / "back" / "params.json").read_bytes()
     assert (tmp_path / "again" / "params.json").read_bytes() == resolved
@@ -98,14 +98,14 @@ def test_native_to_huggingface_and_back_is_the_identity(tmp_path: Path, dtype: s
         PARAMS | {"n_kv_heads": 16, "ffn_dim_multiplier": 1.0},
     ],
 )
-def test_params_survive_the_round(tmp_path: Path, params: dict[str, Any]) -> None:
+def test_params_survive_the_round_trip(tmp_path: Path, params: dict[str, Any]) -> None:
     source = write_checkpoint(tmp_path / "source", params, random_weights(params))
     cli("convert", source, tmp_path / "hf", "--format", "hf")
     cli("convert", tmp_path / "hf", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "params.json").read_text()) == params
 
 
-def test_transformers_loads_the_result(tmp_path: Path) -> None:
+def test_transformers_loads_converted_checkpoints(tmp_path: Path) -> None:
     for i, change in enumerate(({}, {"use_scaled_rope": True, "rope_scaling_factor": 8.0})):
         params = PARAMS | change
         weights = random_weights(params)
@@ -133,7 +133,7 @@ def test_resharding_on_disk(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     assert "can't be split over 3 shards (possible: 1, 2, 4, 8, 16)" in message
 
 
-def test_shards_can_be_mapped_and_are_the_same_every_time(tmp_path: Path, folder: Path) -> None:
+def test_converted_shards_can_be_mapped_and_are_deterministic(tmp_path: Path, folder: Path) -> None:
     cli("convert", folder, tmp_path / "a")
     cli("convert", folder, tmp_path / "b", "--dtype", "bfloat16")
     cli("convert", folder, tmp_path / "c")
@@ -246,7 +246,7 @@ def with_damage(target: Path) -> str:
     "change",
     [with_git, with_project, with_notes, with_readme, with_link, with_folder, with_damage],
 )
-def test_force_replaces_nothing_but_a_checkpoint(
+def test_force_replaces_only_a_checkpoint(
     tmp_path: Path, folder: Path, change: Callable[[Path], str]
 ) -> None:
     target = tmp_path / "target"
@@ -261,7 +261,7 @@ def test_force_replaces_nothing_but_a_checkpoint(
     "how", ["itself", "inside", "weights", "params.json", "tokenizer.model", "tokenizer_path"]
 )
 def test_force_does_not_delete_the_source(tmp_path: Path, folder: Path, how: str) -> None:
-    """Nor the targets of the source's links."""
+    """Neither its own files nor files that it links to."""
     target, source, words = tmp_path / "target", tmp_path / "source", []
     shutil.copytree(folder, target)
     shutil.copytree(folder, source)
@@ -281,7 +281,7 @@ def test_force_does_not_delete_the_source(tmp_path: Path, folder: Path, how: str
     assert contents(tmp_path) == before
 
 
-def test_a_replacement_that_fails_is_taken_back(
+def test_a_failed_replacement_is_rolled_back(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
@@ -300,12 +300,12 @@ def test_a_replacement_that_fails_is_taken_back(
     with pytest.raises(KeyboardInterrupt):
         convert._put_in_place(part, target, [folder], force=True)
     assert contents(target) == before
-    with pytest.raises(FileExistsError, match="already exists"):  # it came in the meantime
+    with pytest.raises(FileExistsError, match="already exists"):  # created in the meantime
         convert._put_in_place(part, target, [folder], force=False)
 
 
 @pytest.mark.parametrize("moment", ["while writing", "before it is replaced", "after that"])
-def test_a_file_that_comes_meanwhile_is_kept(
+def test_a_file_created_meanwhile_is_kept(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     target = tmp_path / "target"
@@ -338,7 +338,7 @@ def test_a_file_that_comes_meanwhile_is_kept(
 
 
 @pytest.mark.slow
-def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
+def test_a_misspelt_option_is_refused(tmp_path: Path, folder: Path) -> None:
     target = tmp_path / "target"
     words = cli("convert", folder, target, "--formt", "hf", code=2)
     assert "unknown option --formt, expected one of --src, --dst, --mp, --format" in words
@@ -352,7 +352,7 @@ def test_a_misspelt_option_does_nothing(tmp_path: Path, folder: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_gets_the_name_of_its_kind(
+def test_the_tokenizer_file_is_named_by_its_format(
     tmp_path: Path, folder: Path, tokenizer: Tokenizer
 ) -> None:
     source = tmp_path / "source"
@@ -366,7 +366,7 @@ def test_the_tokenizer_gets_the_name_of_its_kind(
         cli("verify", tmp_path / name)
 
 
-def test_fields_that_a_layout_lacks_are_reported(tmp_path: Path, stories: Path) -> None:
+def test_fields_that_a_layout_cannot_store_are_reported(tmp_path: Path, stories: Path) -> None:
     words = cli("convert", stories / "hf", tmp_path / "native")
     assert "can't record the context of 512 tokens; it will be read as 4096" in words
     assert "note" not in cli("convert", tmp_path / "native", tmp_path / "hf", "--format", "hf")
@@ -379,7 +379,7 @@ def test_fields_that_a_layout_lacks_are_reported(tmp_path: Path, stories: Path) 
 def test_a_full_disk(
     tmp_path: Path, folder: Path, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Found before, and while writing: a limit on the size of files simulates the disk."""
+    """Detected before writing, and while writing, simulated by a file size limit."""
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**8))
@@ -392,7 +392,7 @@ def test_a_full_disk(
         code=1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )
-    assert "new' couldn't be written, and nothing of it is left: [Errno 27]" in said
+    assert "new' couldn't be written, and no partial output is left: [Errno 27]" in said
     said = cli(
         "convert",
         folder,
@@ -402,22 +402,22 @@ def test_a_full_disk(
         code=1,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )
-    assert "new' couldn't be written, and nothing of it is left: " in said
+    assert "new' couldn't be written, and no partial output is left: " in said
     assert "File too large" in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_room_that_shards_take(
+def test_the_space_check_counts_replicated_weights(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More ranks than key/value heads: each shard has a head of its own, and all of the norms."""
+    """With more shards than KV heads, heads are replicated; norms are in every shard."""
     cli("convert", folder, tmp_path / "one")
     cli("convert", folder, tmp_path / "sixteen", "--mp", "16")
     one, sixteen = (
         sum(path.stat().st_size for path in (tmp_path / name).iterdir())
         for name in ("one", "sixteen")
     )
-    free = int(0.93 * sixteen)  # the archives themselves take a twentieth
+    free = int(0.93 * sixteen)  # the archive format itself takes 5 %
     assert free > one
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
@@ -427,12 +427,12 @@ def test_the_room_that_shards_take(
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_numbers_beyond_the_new_dtype_are_refused(
+def test_values_that_overflow_the_new_dtype_are_refused(
     tmp_path: Path, weights: dict[str, Tensor], layout: str
 ) -> None:
     key = "layers.1.feed_forward.w2.weight"
     large = weights[key].clone()
-    large[5, 7] = -65519  # the largest that float16 rounds down
+    large[5, 7] = -65519  # the largest that float16 rounds down to its maximum
     source = write_checkpoint(tmp_path / "source", PARAMS, weights | {key: large})
     cli("convert", source, tmp_path / "fits", "--format", layout, "--dtype", "float16")
     large[5, 7] = -65520
@@ -444,14 +444,14 @@ def test_numbers_beyond_the_new_dtype_are_refused(
     )
     assert not (tmp_path / "new").exists()
     cli(*command, "--dtype", "bfloat16")
-    large[5, 7] = math.inf  # as it is in the source
+    large[5, 7] = math.inf  # infinite in the source already
     torch.save(weights | {key: large}, source / "consolidated.00.pth")
     cli(*command, "--dtype", "float16", "--force")
 
 
 @pytest.mark.parametrize("words", [[], ["--dtype", "bfloat16"]])
 def test_a_tied_model_stays_tied(tmp_path: Path, stories: Path, words: list[str]) -> None:
-    """In Hugging Face's layout, from there and from native files whose keys share a storage."""
+    """In Hugging Face's layout, from Hugging Face files and from native ones with one storage."""
     prompt = torch.tensor([[1, 5, 9, 400]])
     native = tmp_path / "native"
     cli("convert", stories / "hf-tied", native)
@@ -479,10 +479,10 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, weights: dict[str, T
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_conversion_leaves_no_folder_that_looks_whole(
+def test_a_killed_conversion_leaves_no_folder_that_looks_complete(
     tmp_path: Path, wide: Path, folder: Path
 ) -> None:
-    """Killed in the middle of writing, and its memory until then is a tensor's or two."""
+    """Killed while writing; its peak memory until then is one or two tensors."""
     target = tmp_path / "target"
     command = [sys.executable, "-m", "llama", "convert", str(wide), str(target), "--mp", "4"]
     process = subprocess.Popen(
@@ -505,8 +505,8 @@ def test_a_killed_conversion_leaves_no_folder_that_looks_whole(
     (partial,) = tmp_path.glob(".target.partial-*")
     assert not (partial / "params.json").exists()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    assert peak < 0.5e9  # of 1.1 GB that are written; torch itself takes 0.3 GB
-    # the next one goes through, and the rest of the first try is in nobody's way
+    assert peak < 0.5e9  # 1.1 GB are written; torch itself takes 0.3 GB
+    # the next conversion succeeds despite the leftovers
     cli("convert", folder, target, "--mp", "2")
     cli("verify", target)
 
@@ -519,8 +519,8 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     folder = tmp_path / "folder"
     cli("convert", source, folder, "--mp", "2")
     assert "no faults found" in cli("verify", folder)
-    assert "no faults found" in cli("verify", source)  # it has no checklist
-    # one bit in the middle of the numbers: only sums can tell
+    assert "no faults found" in cli("verify", source)  # without a checklist
+    # a flipped bit in the tensor data: only checksums detect it
     path = folder / "consolidated.01.pth"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -529,10 +529,10 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     found = cli("verify", folder, code=1)
     assert found.count("has the MD5 sum") == 2
     assert "consolidated.01.pth' is damaged: Bad CRC-32" in found
-    # without the list the archive still tells
+    # without the checklist, the archive's CRC-32 still detects it
     (folder / "checklist.chk").unlink()
     assert cli("verify", folder, code=1).count("\n") >= 1
-    # keys, shapes and dtypes, all of them
+    # all wrong keys, shapes and dtypes are reported
     part = tensors_of(source, 1)
     del part["norm.weight"]
     part["extra"] = torch.ones(1)
@@ -548,7 +548,7 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
         "torch.int32",
     ):
         assert words in found
-    # shards that do not go together, and archives that are not torch's
+    # mismatched shards, and archives that torch didn't write
     part = tensors_of(folder, 0)
     part["norm.weight"] = part["norm.weight"].bfloat16()
     part["layers.0.ffn_norm.weight"] = torch.ones(1).expand(128)
@@ -566,7 +566,7 @@ def test_verify_finds_every_fault(tmp_path: Path, weights: dict[str, Tensor]) ->
     assert "lacks 'norm.weight'" in found
 
 
-def test_verify_reads_lists_with_care(tmp_path: Path, folder: Path) -> None:
+def test_verify_reports_a_bad_checklist(tmp_path: Path, folder: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "checklist.chk").write_text("0" * 32 + "  ../../etc/passwd\n")

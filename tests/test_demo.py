@@ -1,4 +1,4 @@
-"""The demo model answers questions it wasn't trained on, and its text follows its rules."""
+"""The demo model answers held-out questions; its data generator and training script work."""
 
 import random
 import re
@@ -12,18 +12,18 @@ from demo import data
 from demo.evaluate import wrong_answers, wrong_stories
 from llama import Llama
 
-# Floors on a sample are below those of the whole table in demo/README.md.
+# Samples are small, so their floors are below those of the full table in demo/README.md.
 SAMPLE_SLACK = 0.07
 
 
 @pytest.mark.parametrize("kind", data.TESTS)
-def test_held_out_questions(demo: Llama, kind: str) -> None:
+def test_held_out_questions_are_answered(demo: Llama, kind: str) -> None:
     wrong, asked = wrong_answers(demo, kind, count=40)
     assert asked >= 30
     assert 1 - len(wrong) / asked >= data.TESTS[kind][1] - SAMPLE_SLACK, wrong
 
 
-def test_stories_hold_together(demo: Llama) -> None:
+def test_stories_are_consistent(demo: Llama) -> None:
     wrong, asked = wrong_stories(demo, count=20)
     assert asked == 20
     assert 1 - len(wrong) / asked >= data.STORY_TEST_FLOOR - SAMPLE_SLACK, wrong
@@ -42,7 +42,7 @@ def test_digits_never_merge(demo: Llama) -> None:
     assert [t for t in tokens if any(c.isdigit() for c in t) and len(t) > 1] == []
 
 
-def test_the_model_is_small_and_divides_by_eight() -> None:
+def test_the_model_is_small_and_its_widths_are_multiples_of_eight() -> None:
     args = Llama.build(str(DEMO), device="cpu").model.params
     for width in (args.dim, args.ffn_hidden_dim, args.vocab_size, args.n_heads):
         assert width % 8 == 0
@@ -63,7 +63,7 @@ def test_nothing_held_out_is_in_the_training_text() -> None:
     assert len(practised) > 5000
     for kind in data.TESTS:
         for _, turns in data.test_dialogs(kind, 100):
-            # of a remembered name, only the introduction is new
+            # for remembered names, only the introduction is held out
             asked = turns[0][0] if kind.startswith("names") else turns[-1][0]
             assert asked not in questions, kind
             answer = turns[-1][1]
@@ -71,7 +71,7 @@ def test_nothing_held_out_is_in_the_training_text() -> None:
             assert exercise not in practised, kind
 
 
-def test_facts_are_at_least_fifty() -> None:
+def test_there_are_at_least_fifty_facts() -> None:
     assert len(data.FACT_LIST) >= 50
 
 
@@ -81,17 +81,17 @@ def test_story_faults_are_found() -> None:
         assert data.story_fault(data.story(rng, animal="fox"), "fox") is None
     story = data.story(rng, animal="fox")
     assert data.story_fault(story, "bear") == "bear became fox"
-    assert "no sentence" in str(data.story_fault(story + " The end."))
+    assert "not a sentence" in str(data.story_fault(story + " The end."))
     assert "only 1" in str(data.story_fault(story.split(".")[0] + "."))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_training_makes_a_folder_that_loads(tmp_path: Path) -> None:
-    """Two steps of the real thing: vocabulary, weights, native files."""
+def test_training_writes_a_loadable_checkpoint(tmp_path: Path) -> None:
+    """Two training steps, end to end: vocabulary, weights, native files."""
     result = run(sys.executable, ROOT / "demo" / "train.py", "--out", tmp_path, "--steps", "2")
     assert result.returncode == 0, result.stderr
-    # the same seed gives the same vocabulary as the bundled model's
+    # deterministic: the same vocabulary as the bundled model's
     assert (tmp_path / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
     assert (tmp_path / "params.json").read_bytes() == (DEMO / "params.json").read_bytes()
     llm = Llama.build(str(tmp_path), max_seq_len=32, device="cpu")

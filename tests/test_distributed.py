@@ -1,4 +1,4 @@
-"""Several ranks, as real torchrun processes with gloo: the same results as one process."""
+"""Tensor parallelism and replicas under real torchrun (gloo): same results as one process."""
 
 import json
 import re
@@ -19,7 +19,7 @@ WORKER = ROOT / "tests" / "worker.py"
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of one plain process."""
+    """Results of a single process without torchrun."""
     out = tmp_path_factory.mktemp("alone")
     result = run(sys.executable, WORKER, folder, out, "float32")
     assert result.returncode == 0, result.stderr
@@ -29,7 +29,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 @pytest.mark.parametrize(
     "n_ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8))]
 )
-def test_ranks_give_what_one_process_gives(
+def test_ranks_match_one_process(
     tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any], n_ranks: int
 ) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=n_ranks)
@@ -48,7 +48,7 @@ def test_ranks_give_what_one_process_gives(
         assert got.shape == (2, 1024)
         assert relative_error(got, expected) < 1e-5
 
-    # only the first rank prints after build; before it, every rank is on its own
+    # before build every rank prints, after it only the first
     words = re.sub(r"Loaded in \d+\.\d\d seconds", "loaded", result.stdout)
     counts = {word: words.count(word) for word in ("started", "loaded", "built", "done")}
     assert counts == {"started": n_ranks, "loaded": 2, "built": 1, "done": 1}
@@ -65,7 +65,7 @@ def test_two_ranks_in_bfloat16(tmp_path: Path, weights: dict[str, Tensor]) -> No
 
 
 @pytest.mark.slow
-def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
+def test_the_demo_on_two_ranks_answers_correctly(tmp_path: Path) -> None:
     params = json.loads((DEMO / "params.json").read_text())
     weights = torch.load(DEMO / "consolidated.00.pth", weights_only=True)
     folder = write_checkpoint(tmp_path / "demo2", params, weights, n_shards=2)
@@ -85,7 +85,7 @@ def test_two_shards_of_the_demo_give_right_answers(tmp_path: Path) -> None:
 def matrix(
     tmp_path: Path, n_ranks: int, prompts: list[str], n_tokens: int, folders: list[Path]
 ) -> list[dict[str, Any]]:
-    """Tokens of each folder on ``n_ranks``, in the order of ``folders``."""
+    """Results for each folder on ``n_ranks`` ranks, in the order of ``folders``."""
     script, out = PROGRAMS / "layouts.py", tmp_path / "matrix.json"
     arguments: list[str | Path] = [script, out, json.dumps(prompts), str(n_tokens), *folders]
     result = run(sys.executable, *arguments) if n_ranks == 1 else torchrun(n_ranks, *arguments)
@@ -102,7 +102,7 @@ def layouts(stories: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def story_tokens(layouts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Tokens of the one-shard file in one process."""
+    """Results for the unsharded checkpoint in one process."""
     return matrix(tmp_path_factory.mktemp("one"), 1, STORY_PROMPTS, 30, layouts[:1])[0]
 
 
@@ -114,7 +114,7 @@ STORY_PROMPTS = ["", "Once upon a time", "The dog ran to the", "Lily and Ben", "
 def test_every_layout_on_any_ranks(
     tmp_path: Path, layouts: list[Path], story_tokens: dict[str, Any], n_ranks: int
 ) -> None:
-    """The real model in six layouts. (Its feed-forward layer, 172 wide, does not divide by 8.)"""
+    """A real model in six layouts. (Its FFN, 172 wide, can't be split over 8 ranks.)"""
     results = matrix(tmp_path, n_ranks, STORY_PROMPTS, 30, layouts)
     start = "Once upon a time, there was a little girl named Lily."
     for layout, found in zip(layouts, results, strict=True):
@@ -125,7 +125,7 @@ def test_every_layout_on_any_ranks(
 
 @pytest.fixture(scope="module")
 def demo_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The demo model as it is, as a Hugging Face folder, and cut in 8 shards."""
+    """The demo model as it is, in Hugging Face's layout, and in 8 shards."""
     out = tmp_path_factory.mktemp("demos")
     for name, option in (("hf", "--format=hf"), ("mp8", "--mp=8")):
         result = run(sys.executable, "-m", "llama", "convert", DEMO, out / name, option)
@@ -150,8 +150,8 @@ def test_the_demo_answers_the_same_from_every_layout(
 
 
 @pytest.mark.slow
-def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
-    """One key head, 4 ranks: all hold it, and the logits are those of one process."""
+def test_more_ranks_than_kv_heads(tmp_path: Path) -> None:
+    """One KV head, 4 ranks: each holds a copy, and the logits match those of one process."""
     params = PARAMS | {"n_kv_heads": 1}
     folder = write_checkpoint(tmp_path / "one", params, random_weights(params))
     out = {n: tmp_path / str(n) for n in (1, 4)}
@@ -169,7 +169,7 @@ def test_more_ranks_than_key_heads(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_rank_takes_memory_for_its_share_only(
+def test_a_rank_only_takes_memory_for_its_shard(
     tmp_path: Path, folder: Path, wide: Path, n_ranks: int, dtype: str
 ) -> None:
     script = PROGRAMS / "rank_memory.py"
@@ -187,7 +187,7 @@ def test_a_rank_takes_memory_for_its_share_only(
 
 @pytest.fixture(scope="module")
 def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of one process."""
+    """Results of a single process."""
     out = tmp_path_factory.mktemp("undivided")
     result = run(sys.executable, PROGRAMS / "replicas.py", folder, out, "1")
     assert result.returncode == 0, result.stderr
@@ -196,7 +196,7 @@ def undivided(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n_ranks", "size"), [(2, 1), (4, 2), (4, 1)])
-def test_prompts_are_divided_over_replicas(
+def test_prompts_are_distributed_over_replicas(
     tmp_path: Path, folder: Path, undivided: dict[str, Any], n_ranks: int, size: int
 ) -> None:
     script = PROGRAMS / "replicas.py"
@@ -210,7 +210,7 @@ def test_prompts_are_divided_over_replicas(
         for row, scores in zip(found["scored"][1], undivided["scored"][1], strict=True):
             assert row == pytest.approx(scores, abs=1e-4)
         assert found["equal"] == found["again"] == ranks[0]["equal"]
-        # no replica repeats another's draws
+        # replicas don't share random draws
         assert len({tuple(row) for row in found["equal"]}) == 4
     assert undivided["rows"] == [2]
     # two prompts: one row on each of the first two replicas, none on the others
@@ -219,7 +219,7 @@ def test_prompts_are_divided_over_replicas(
 
 
 @pytest.mark.slow
-def test_a_failing_replica_is_an_error_on_all(tmp_path: Path, folder: Path) -> None:
+def test_a_failing_replica_is_an_error_on_every_rank(tmp_path: Path, folder: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -242,7 +242,7 @@ except Exception as error:
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, Any]) -> None:
-    """Two launchers with one rendezvous port, as on two machines."""
+    """Two launchers with one rendezvous endpoint, as on two machines."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -262,7 +262,7 @@ def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, 
 
 
 @pytest.mark.slow
-def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_an_invalid_model_parallel_size_is_refused(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(
         "from llama import Llama\n"
@@ -276,7 +276,7 @@ def test_a_size_that_does_not_divide_is_refused(tmp_path: Path, folder: Path) ->
 
 @pytest.mark.slow
 def test_a_damaged_shard_fails_on_every_rank(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    """Nobody waits in the next all-reduce for a rank that will not come."""
+    """No rank hangs in the next all-reduce waiting for the one that failed."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
     (folder / "consolidated.01.pth").write_bytes(b"damaged")
     script = f"""
@@ -298,10 +298,10 @@ except Exception as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_file_missing_on_one_process_fails_on_all(
+def test_a_file_missing_on_one_rank_fails_on_every_rank(
     tmp_path: Path, folder: Path, size: int
 ) -> None:
-    """Before the weights too, and in another replica: nobody goes on alone."""
+    """Also before the weights are read, and in another replica: no rank continues alone."""
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -341,7 +341,7 @@ print("after build")
 
 @pytest.mark.slow
 def test_a_quiet_rank_accepts_any_text(tmp_path: Path, folder: Path) -> None:
-    """Where the locale has ASCII only, PYTHONIOENCODING gives the first rank's stdout UTF-8."""
+    """In an ASCII locale where PYTHONIOENCODING sets the first rank's stdout to UTF-8."""
     path = tmp_path / "script.py"
     path.write_text(
         """
@@ -359,8 +359,8 @@ for _ in range(2):
 
 
 @pytest.mark.slow
-def test_groups_that_the_caller_has_made(tmp_path: Path, folder: Path) -> None:
-    """Replicas of such groups are not divided: each computes all prompts."""
+def test_process_groups_made_by_the_caller(tmp_path: Path, folder: Path) -> None:
+    """With the caller's groups prompts aren't distributed: each replica computes all of them."""
     path = PROGRAMS / "callers_groups.py"
     result = torchrun(2, path, folder, timeout=60)
     assert result.returncode == 0, result.stderr

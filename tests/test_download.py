@@ -1,7 +1,7 @@
 """download.sh against a local HTTP server, with curl and with wget.
 
-Invariants are checked in every run: the link's signature is nowhere to be seen,
-and no file has its final name unless it is whole and right.
+Every run checks these invariants: the link's signature appears nowhere, and a file only has its
+final name once it is complete and correct.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
 TOOLS = ("awk", "bash", "cat", "head", "mkdir", "mv", "rm", "sleep", "tr", "wc")
 SECRET = "SeCrEt"
-# Characters that curl, wget or a shell could take for more than themselves
+# Characters that are special to curl, wget or a shell
 QUERY = f"Policy=eyJ_a-b~c&Signature={SECRET}[1-3]{{a,b}}~'$(id)`id`;!*#0%2B&Key-Pair-Id=K1"
 PAGE = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>\n"
-CUT_AT = 1200  # bytes of a body that come before a cut connection ends
+CUT_AT = 1200  # bytes of a body sent before the connection drops
 
 # Published folder: path on the server, number of shards
 MODELS = {
@@ -55,13 +55,13 @@ def content(path: str, size: int) -> bytes:
 
 
 def checklist(files: dict[str, bytes]) -> bytes:
-    """The checklist of these files."""
+    """The checklist for these files."""
     lines = (f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
     return "".join(lines).encode()
 
 
 def publish() -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
-    """All files of the server by path, and for each model where its files go and come from."""
+    """All files on the server by path, and a map from local to server paths for each model."""
     tokenizer = {"tokenizer.model": content("tokenizer", 700)}
     remote = {"LICENSE": b"The licence\n", "USE_POLICY": b"Policy 3\n", "USE_POLICY.md": b"# 2\n"}
     remote |= {**tokenizer, "tokenizer_checklist.chk": checklist(tokenizer)}
@@ -93,7 +93,7 @@ LOCAL = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files``; ``faults`` are those of the next requests of a path."""
+    """Serves ``files``; ``faults`` holds the faults for the next requests of each path."""
 
     daemon_threads = True
 
@@ -112,7 +112,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/*?{self.query}"
 
     def paths(self) -> list[str]:
-        """The paths asked for, in order."""
+        """The requested paths, in order."""
         return [path for path, _ in self.requests]
 
     def ranges(self, path: str) -> list[str | None]:
@@ -121,18 +121,18 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one GET, with Range, or with the fault that is due."""
+    """Answers one GET, with or without Range, or injects the next fault."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # one write per answer
+    wbufsize = -1  # one write per response
     server: Server
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def answer(self, status: int, body: bytes, kind: str, total: str = "", sent: int = -1) -> None:
-        """Send a response that promises all of ``body`` and has its first ``sent`` bytes."""
+        """Send the headers for all of ``body``, but only its first ``sent`` bytes."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -143,12 +143,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body if sent < 0 else body[:sent])
 
     def do_GET(self) -> None:
-        """Answer as a file server with signed links does."""
+        """Behave like a file server with signed links."""
         path, _, query = self.path.removeprefix("/").partition("?")
         wanted = self.headers.get("Range")
         self.server.requests.append((path, wanted))
         fault = next(self.server.faults.get(path, iter(())), "")
-        # The part after a '#' is not sent to a server
+        # Clients don't send the fragment after a '#'
         if unquote(query) != unquote(self.server.query.partition("#")[0]):
             fault = "403"
         data, kind = self.server.files.get(path), "binary/octet-stream"
@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def harm(self, fault: str, data: bytes) -> None:
-        """A body without an end, one that comes byte by byte, and one under another name."""
+        """Send an endless body, one that drips byte by byte, or one with another filename."""
         self.send_response(200)
         self.send_header("Content-Type", "binary/octet-stream")
         if fault == "renamed":
@@ -208,14 +208,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "renamed":
             self.wfile.write(data)
             return
-        with contextlib.suppress(OSError):  # until the other side has enough
+        with contextlib.suppress(OSError):  # until the client hangs up
             while not self.server.released.wait(0.2 if fault == "drip" else 0):
                 self.wfile.write(b"x" if fault == "drip" else bytes(2**20))
                 self.wfile.flush()
 
 
 class Box:
-    """A server, a folder to download to, and a PATH with one of the two fetching tools."""
+    """A server, a folder to download to, and a PATH with either curl or wget."""
 
     def __init__(self, folder: Path, server: Server, fetcher: str) -> None:
         self.server = server
@@ -234,7 +234,7 @@ class Box:
             (self.bin / name).symlink_to(found)
 
     def fake(self, name: str, text: str) -> None:
-        """Put a script of our own on the PATH of the runs."""
+        """Put a fake tool on the PATH of the runs."""
         path = self.bin / name
         path.unlink(missing_ok=True)
         path.write_text(f"#!{self.bin / 'bash'}\n{text}")
@@ -260,11 +260,11 @@ class Box:
         return result
 
     def get(self, models: str, *args: str, before: str = "") -> "subprocess.CompletedProcess[str]":
-        """Download without questions."""
+        """Download without prompts."""
         return self.run("--url", self.server.url, "--models", models, *args, before=before)
 
     def check(self, output: str) -> None:
-        """Invariants of every run."""
+        """Check the invariants of every run."""
         assert SECRET not in output
         origin = {place: path for places in PLACES.values() for place, path in places.items()}
         for path in self.top.rglob("*"):
@@ -307,7 +307,7 @@ def server() -> Iterator[Server]:
 
 @functools.cache
 def usable(fetcher: str) -> bool:
-    """Whether the tool is there, and for wget whether it is GNU's."""
+    """Whether the tool is installed, and in the case of wget whether it is GNU Wget."""
     if not shutil.which(fetcher):
         return False
     version = subprocess.run([fetcher, "--version"], capture_output=True, text=True)
@@ -316,7 +316,7 @@ def usable(fetcher: str) -> bool:
 
 @pytest.fixture(params=["curl", "wget"])
 def box(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Box:
-    """Where to run download.sh with either tool."""
+    """Runs download.sh with each of the two tools."""
     if not usable(request.param):
         pytest.skip(f"{request.param} is not installed")
     return Box(tmp_path, server, request.param)
@@ -324,7 +324,7 @@ def box(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Box:
 
 @pytest.fixture
 def any_box(tmp_path: Path, server: Server) -> Box:
-    """Where to run download.sh when the fetching tool makes no difference."""
+    """Runs download.sh with one tool, if it doesn't matter which."""
     for fetcher in ("curl", "wget"):
         if usable(fetcher):
             return Box(tmp_path, server, fetcher)
@@ -332,14 +332,14 @@ def any_box(tmp_path: Path, server: Server) -> Box:
 
 
 def failed(result: "subprocess.CompletedProcess[str]", *words: str, code: int = 1) -> None:
-    """The run failed, and said all of these words on stderr."""
+    """Check that the run failed, with all of these words on stderr."""
     assert result.returncode == code, result
     for word in words:
         assert word in result.stderr
 
 
 def succeeded(result: "subprocess.CompletedProcess[str]") -> None:
-    """The run succeeded."""
+    """Check that the run succeeded."""
     assert result.returncode == 0, result
 
 
@@ -347,7 +347,7 @@ def succeeded(result: "subprocess.CompletedProcess[str]") -> None:
 
 
 def test_llama_3_model(box: Box) -> None:
-    """All files of a model land in its folder, each asked for once."""
+    """All files of a model are in its folder, each requested once."""
     result = box.get("8B-instruct")
     succeeded(result)
     assert box.files() == LOCAL["Meta-Llama-3-8B-Instruct"]
@@ -373,11 +373,11 @@ def test_llama_2_model(box: Box) -> None:
     assert command == (
         "  torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat"
     )
-    assert "Any other number that divides the model works" in summary
+    assert "Other numbers that divide the model work" in summary
 
 
 def test_questions_and_enter(box: Box) -> None:
-    """The link and the models are asked for; Enter selects the four of Llama 3."""
+    """Prompts for the link and the models; Enter selects the four Llama 3 models."""
     result = box.run(stdin=f"  {box.server.url} \n\n")
     succeeded(result)
     expected: dict[str, bytes] = {}
@@ -391,7 +391,7 @@ def test_questions_and_enter(box: Box) -> None:
 
 
 def test_question_answered(any_box: Box) -> None:
-    """The answer to the second question chooses the models."""
+    """The answer to the second prompt selects the models."""
     succeeded(any_box.run(stdin=f"{any_box.server.url}\n8b\n"))
     assert any_box.files() == LOCAL["Meta-Llama-3-8B"]
 
@@ -408,7 +408,7 @@ def test_question_answered(any_box: Box) -> None:
     ],
 )
 def test_names(any_box: Box, names: str, folders: list[str]) -> None:
-    """Names are found in any case; a repeated one counts once."""
+    """Model names are case-insensitive; duplicates count once."""
     result = any_box.get(names)
     succeeded(result)
     summary = result.stdout.split("To run:\n")[1]
@@ -428,7 +428,7 @@ def test_names(any_box: Box, names: str, folders: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["my models #1 [a] {b,c} $HOME 'x' *", "-target"])
 def test_folder_names(box: Box, name: str) -> None:
-    """The target folder may have any name; it is made where needed."""
+    """The target folder may have any name, and is created if needed."""
     result = box.get("8B", "--dir", name)
     succeeded(result)
     assert box.files(box.target / name) == LOCAL["Meta-Llama-3-8B"]
@@ -439,8 +439,8 @@ def test_folder_names(box: Box, name: str) -> None:
     succeeded(box.run("--verify", f"{name}/Meta-Llama-3-8B"))
 
 
-def test_licences_of_the_project_stay(any_box: Box) -> None:
-    """A checkout's own licence files are not replaced by those of the weights."""
+def test_the_projects_licenses_are_kept(any_box: Box) -> None:
+    """A checkout's own license files aren't overwritten by those of the weights."""
     own = dict.fromkeys(("LICENSE", "USE_POLICY", "USE_POLICY.md"), b"our own\n")
     for name, data in own.items():
         any_box.put(name, data)
@@ -449,7 +449,7 @@ def test_licences_of_the_project_stay(any_box: Box) -> None:
 
 
 def test_the_link_isnt_an_argument(box: Box) -> None:
-    """The fetching tool does not get the link where "ps" would show it."""
+    """The tool doesn't get the link on its command line, where "ps" would show it."""
     log = box.top / "arguments"
     for name in ("curl", "wget"):
         if (box.bin / name).exists():
@@ -461,7 +461,7 @@ def test_the_link_isnt_an_argument(box: Box) -> None:
 
 
 def test_macos_md5(any_box: Box) -> None:
-    """md5 replaces a missing md5sum."""
+    """md5 is used if md5sum is missing."""
     real = shutil.which("md5sum")
     if real is None:
         pytest.skip("md5sum, which replaces md5 here, isn't installed")
@@ -478,15 +478,15 @@ def test_macos_md5(any_box: Box) -> None:
 
 
 def test_resume(box: Box) -> None:
-    """A partial file is continued, not fetched again."""
+    """A partial file is resumed, not downloaded again."""
     box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
     succeeded(box.get("8B"))
     assert box.server.ranges(SHARD) == ["bytes=1000-"]
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
 
 
-def test_half_file_of_another_tool(box: Box) -> None:
-    """A half file under its final name is recognised by its checksum and continued."""
+def test_partial_file_of_another_tool(box: Box) -> None:
+    """A partial file with its final name is detected by its checksum and resumed."""
     box.put("Meta-Llama-3-8B/consolidated.00.pth", REMOTE[SHARD][:1000])
     succeeded(box.get("8B"))
     assert box.server.ranges(SHARD) == ["bytes=1000-"]
@@ -494,7 +494,7 @@ def test_half_file_of_another_tool(box: Box) -> None:
 
 
 def test_complete_files_are_left_alone(box: Box) -> None:
-    """A second run asks for nothing; one file deleted is one request."""
+    """A second run requests nothing; after one file is deleted, it requests only that."""
     succeeded(box.get("8B 7B"))
     box.server.requests.clear()
     succeeded(box.get("8B 7B"))
@@ -504,8 +504,8 @@ def test_complete_files_are_left_alone(box: Box) -> None:
     assert box.server.paths() == ["llama-2-7b/params.json"]
 
 
-def test_cut_connection(box: Box) -> None:
-    """A cut connection is taken up again where it broke."""
+def test_dropped_connection(box: Box) -> None:
+    """A dropped connection is resumed at the same offset."""
     box.server.faults[SHARD] = iter(["cut", "500", "cut"])
     result = box.get("8B")
     succeeded(result)
@@ -515,8 +515,8 @@ def test_cut_connection(box: Box) -> None:
     assert "trying again" in result.stderr
 
 
-def test_cut_file_without_checksum(box: Box) -> None:
-    """Without a checksum halves are not put together: the file is fetched from its start."""
+def test_truncated_file_without_checksum(box: Box) -> None:
+    """A file without a checksum isn't resumed, but downloaded again from the start."""
     box.server.faults["LICENSE"] = iter(["cut short"])
     box.put("Meta-Llama-3-8B/LICENSE.part", b"an old half")
     succeeded(box.get("8B"))
@@ -525,7 +525,7 @@ def test_cut_file_without_checksum(box: Box) -> None:
 
 
 def test_server_error_then_success(box: Box) -> None:
-    """A 5xx answer is worth another try, for any file."""
+    """A 5xx response is retried, for any file."""
     for path in ("LICENSE", "8b_pre_trained/checklist.chk", SHARD):
         box.server.faults[path] = iter(["500", "503"])
     succeeded(box.get("8B"))
@@ -535,7 +535,7 @@ def test_server_error_then_success(box: Box) -> None:
 
 @pytest.mark.parametrize("fault", ["500", "cut short"])
 def test_gives_up(box: Box, fault: str) -> None:
-    """The number of tries is limited, and the part received is kept for the next run."""
+    """Retries are limited, and the partial file is kept for the next run."""
     box.server.faults[SHARD] = repeat(fault)
     failed(box.get("8B"), f"gave up on {SHARD}", "run this again")
     assert len(box.server.ranges(SHARD)) == 5
@@ -547,14 +547,14 @@ def test_gives_up(box: Box, fault: str) -> None:
 
 
 def test_server_gone(box: Box) -> None:
-    """A connection that cannot be made is reported."""
+    """A refused connection is reported."""
     link = box.server.url
     box.server.server_close()
     failed(box.run("--url", link, "--models", "8B"), "gave up on LICENSE", "check the network")
 
 
 def test_pauses_grow(any_box: Box) -> None:
-    """The pause before a try is longer each time."""
+    """The pause grows with each retry."""
     any_box.fake("sleep", 'printf "%s " "$1" >>pauses\n')
     any_box.env["LLAMA_DOWNLOAD_PAUSE"] = "3"
     any_box.server.faults["LICENSE"] = repeat("503")
@@ -565,7 +565,7 @@ def test_pauses_grow(any_box: Box) -> None:
 
 
 def test_range_ignored(box: Box) -> None:
-    """A server that answers a resume with the whole file does no harm."""
+    """The server may answer a Range request with the whole file."""
     box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
     box.server.faults[SHARD] = repeat("no range")
     succeeded(box.get("8B"))
@@ -573,8 +573,8 @@ def test_range_ignored(box: Box) -> None:
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
 
 
-def test_part_already_complete(box: Box) -> None:
-    """A complete partial file (416) is taken as it is."""
+def test_partial_file_already_complete(box: Box) -> None:
+    """A partial file that is already complete (416) is used as it is."""
     box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD])
     succeeded(box.get("8B"))
     assert box.server.ranges(SHARD) == ["bytes=3000-"]
@@ -583,8 +583,8 @@ def test_part_already_complete(box: Box) -> None:
 
 @pytest.mark.parametrize("size", [1000, 3000, 4000])
 @pytest.mark.parametrize("fault", ["", "no range"])
-def test_part_of_another_file(box: Box, size: int, fault: str) -> None:
-    """A partial file that does not fit (416 or a wrong checksum) is started over once."""
+def test_partial_file_of_another_version(box: Box, size: int, fault: str) -> None:
+    """A mismatched partial file (416 or a wrong checksum) is downloaded again, once."""
     box.put("Meta-Llama-3-8B/consolidated.00.pth.part", content("old version", size))
     box.server.faults[SHARD] = repeat(fault)
     succeeded(box.get("8B"))
@@ -593,7 +593,7 @@ def test_part_of_another_file(box: Box, size: int, fault: str) -> None:
 
 
 def test_interrupt(box: Box) -> None:
-    """Ctrl-C ends the run with a word, and the next one goes on from there."""
+    """Ctrl-C ends the run with a message, and the next run resumes."""
     box.server.faults[SHARD] = iter(["stall"])
     # A test run in the background may ignore the signal, and so would its children
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -630,7 +630,7 @@ def test_interrupt(box: Box) -> None:
     [("403", "expired"), ("404", "another model"), ("416", "HTTP 416"), ("400", "HTTP 400")],
 )
 def test_refused(box: Box, path: str, status: str, words: str) -> None:
-    """A refusal names the file and the cause, and is not tried again."""
+    """A 4xx response is reported with the file and the cause, and isn't retried."""
     box.server.faults[path] = repeat(status)
     failed(box.get("8B"), path, words)
     assert box.server.paths()[-1] == path
@@ -638,7 +638,7 @@ def test_refused(box: Box, path: str, status: str, words: str) -> None:
     assert not list(box.target.rglob("*.part"))
 
 
-def test_expired_link_keeps_the_part(box: Box) -> None:
+def test_expired_link_keeps_the_partial_file(box: Box) -> None:
     """A partial file survives an expired link."""
     part = box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
     box.server.faults[SHARD] = iter(["403"])
@@ -651,7 +651,7 @@ def test_expired_link_keeps_the_part(box: Box) -> None:
 @pytest.mark.parametrize("path", ["LICENSE", "8b_pre_trained/checklist.chk", SHARD])
 @pytest.mark.parametrize("fault", ["page", "text/html"])
 def test_web_page(box: Box, path: str, fault: str) -> None:
-    """A web page with status 200 is known by its text or its type, not taken for the file."""
+    """A web page with status 200 is detected by its text or type, and not saved."""
     box.server.faults[path] = repeat(fault)
     failed(box.get("8B"), "web page", path)
     assert not list(box.target.rglob("*.part"))
@@ -659,7 +659,7 @@ def test_web_page(box: Box, path: str, fault: str) -> None:
 
 
 def test_web_page_on_resume(box: Box) -> None:
-    """A web page in answer to a resume does not discard the part fetched before."""
+    """A web page in response to a resume doesn't discard the partial file."""
     part = box.put("Meta-Llama-3-8B/consolidated.00.pth.part", REMOTE[SHARD][:1000])
     box.server.faults[SHARD] = iter(["text/html"])
     failed(box.get("8B"), "web page", SHARD)
@@ -667,7 +667,7 @@ def test_web_page_on_resume(box: Box) -> None:
 
 
 def test_corrupt_shard(box: Box) -> None:
-    """A wrong checksum is reported, and the next run starts the file afresh."""
+    """A wrong checksum is reported, and the next run downloads the file from the start."""
     path = "llama-2-13b/consolidated.01.pth"
     box.server.faults[path] = iter(["corrupt"])
     failed(box.get("13B"), "wrong checksum", path)
@@ -678,7 +678,7 @@ def test_corrupt_shard(box: Box) -> None:
 
 
 def test_disk_full(box: Box) -> None:
-    """A write that fails is reported as such; a limit on file sizes simulates the disk."""
+    """A failed write is reported; a file size limit simulates a full disk."""
     result = box.get("8B", before="trap '' XFSZ; ulimit -f 2")
     failed(result, "disk is full", "consolidated.00.pth")
     assert len(box.server.ranges(SHARD)) == 1
@@ -686,20 +686,20 @@ def test_disk_full(box: Box) -> None:
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
 
 
-def test_folder_cannot_be_made(any_box: Box) -> None:
-    """A file in the place of the folder is reported."""
+def test_folder_cannot_be_created(any_box: Box) -> None:
+    """A file at the folder's path is reported."""
     any_box.put("file", b"")
-    failed(any_box.get("8B", "--dir", "file"), "cannot make the folder", "--dir")
+    failed(any_box.get("8B", "--dir", "file"), "cannot create the folder", "--dir")
 
 
 def test_folder_cannot_be_written(box: Box) -> None:
-    """A folder of somebody else is reported before anything is asked for."""
+    """A read-only folder is reported before anything is requested."""
     folder = box.target / "Meta-Llama-3-8B"
     folder.mkdir()
     folder.chmod(0o555)
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write everywhere")
-    failed(box.get("8B"), "write in it", "--dir")
+    failed(box.get("8B"), "write to it", "--dir")
     assert box.server.requests == []
 
 
@@ -722,7 +722,7 @@ BAD_LISTS = {
 
 @pytest.mark.parametrize("kind", BAD_LISTS)
 def test_bad_checklist(any_box: Box, kind: str) -> None:
-    """A checklist with anything but sums and plain names is refused as a whole."""
+    """A checklist with anything but checksums and plain file names is refused entirely."""
     path = "8b_pre_trained/checklist.chk"
     any_box.server.files[path] = REMOTE[path] + BAD_LISTS[kind]
     if kind in ("blank", "empty"):
@@ -733,7 +733,7 @@ def test_bad_checklist(any_box: Box, kind: str) -> None:
 
 
 def test_checklist_dialects(any_box: Box) -> None:
-    """CR LF, blank lines, capitals and the star of binary mode are understood."""
+    """CRLF, blank lines, uppercase digests and the asterisk of binary mode are accepted."""
     path = "8b_pre_trained/checklist.chk"
     lines = [line.split() for line in REMOTE[path].decode().splitlines()]
     text = "".join(f"{sum_.upper()} *{name}\r\n\r\n" for sum_, name in lines)
@@ -743,17 +743,17 @@ def test_checklist_dialects(any_box: Box) -> None:
     assert any_box.server.ranges(SHARD) == [None, f"bytes={CUT_AT}-"]
     result = any_box.run("--verify", "Meta-Llama-3-8B")
     succeeded(result)
-    assert "All 3 files are right" in result.stdout
+    assert "All 3 files are OK" in result.stdout
 
 
-def test_shard_that_no_list_names(any_box: Box) -> None:
-    """A shard without a checksum is fetched in one piece, with a warning."""
+def test_shard_without_a_checksum(any_box: Box) -> None:
+    """A shard that isn't in the checklist is downloaded without resuming, with a warning."""
     files = {"params.json": REMOTE["8b_pre_trained/params.json"]}
     any_box.server.files["8b_pre_trained/checklist.chk"] = checklist(files)
     any_box.server.faults[SHARD] = iter(["cut"])
     result = any_box.get("8B")
     succeeded(result)
-    assert "does not name consolidated.00.pth" in result.stderr
+    assert "no checksum for consolidated.00.pth" in result.stderr
     assert any_box.server.ranges(SHARD) == [None, None]
     assert any_box.files()["Meta-Llama-3-8B/consolidated.00.pth"] == REMOTE[SHARD]
 
@@ -779,20 +779,20 @@ def test_shard_that_no_list_names(any_box: Box) -> None:
     ],
 )
 def test_bad_arguments(any_box: Box, args: list[str], words: str) -> None:
-    """Mistakes in the command line or the answers are reported, and nothing is fetched."""
+    """Invalid arguments and answers are reported, and nothing is downloaded."""
     args = [any_box.server.url if arg == "LINK" else arg for arg in args]
     failed(any_box.run(*args), words, "Usage:", code=2)
     assert any_box.server.requests == []
     assert any_box.files() == {}
 
 
-def test_unknown_model_shows_the_names(any_box: Box) -> None:
-    """The names are listed where one is not known."""
+def test_unknown_model_lists_the_known_names(any_box: Box) -> None:
+    """The error lists the known names."""
     failed(any_box.get("405B"), "unknown model: 405B", "8B-instruct", "13B-chat", code=2)
 
 
 def test_help(any_box: Box) -> None:
-    """The help is on stdout and names all options."""
+    """--help prints all options to stdout."""
     result = any_box.run("--help")
     succeeded(result)
     for option in ("--url", "--models", "--dir", "--verify", "--help", "LLAMA_DOWNLOAD_PAUSE"):
@@ -801,7 +801,7 @@ def test_help(any_box: Box) -> None:
 
 
 def test_missing_tools(any_box: Box) -> None:
-    """Without a tool to fetch or to check with, nothing is begun."""
+    """Without a download or checksum tool, nothing is started."""
     for name in ("curl", "wget"):
         (any_box.bin / name).unlink(missing_ok=True)
     failed(any_box.get("8B"), "neither curl nor GNU wget")
@@ -827,19 +827,19 @@ def checked(any_box: Box) -> Box:
 
 
 def test_verify(checked: Box) -> None:
-    """A right folder passes, and so does that of the tokenizer."""
+    """A correct model folder passes, and so does the tokenizer's."""
     before = checked.files()
     result = checked.run("--verify", "llama-2-13b/")
     succeeded(result)
     assert "consolidated.01.pth: OK" in result.stdout
-    assert "All 3 files are right" in result.stdout
+    assert "All 3 files are OK" in result.stdout
     assert checked.run("--verify", ".").stdout.startswith("tokenizer.model: OK\n")
     assert checked.files() == before
     assert checked.server.requests == []
 
 
 def test_verify_finds_all_faults(checked: Box) -> None:
-    """Every file that is missing or wrong is named."""
+    """Every missing or wrong file is listed."""
     folder = checked.target / "llama-2-13b"
     folder = folder.rename(checked.target / "copy")
     (folder / "params.json").unlink()
@@ -850,7 +850,7 @@ def test_verify_finds_all_faults(checked: Box) -> None:
 
 
 def test_verify_tokenizer_checklist(checked: Box) -> None:
-    """A tokenizer_checklist.chk in the folder counts too."""
+    """A tokenizer_checklist.chk in the folder is checked too."""
     for name in ("tokenizer.model", "tokenizer_checklist.chk"):
         checked.put(f"llama-2-13b/{name}", REMOTE[name])
     assert "All 4 files" in checked.run("--verify", "llama-2-13b").stdout
@@ -860,14 +860,14 @@ def test_verify_tokenizer_checklist(checked: Box) -> None:
 
 @pytest.mark.parametrize("kind", BAD_LISTS)
 def test_verify_bad_checklist(any_box: Box, kind: str) -> None:
-    """A checklist that leads out of the folder is not followed."""
+    """A malformed checklist, or one with paths outside the folder, is refused."""
     any_box.put("params.json", b"outside")
     any_box.put("model/checklist.chk", BAD_LISTS[kind])
     failed(any_box.run("--verify", "model"), "model/checklist.chk is not a list")
 
 
 def test_verify_without_checklist(any_box: Box) -> None:
-    """A folder of another kind, or a missing one, is reported."""
+    """A folder without a checklist, or a missing folder, is reported."""
     failed(any_box.run("--verify", "."), "no checklist.chk")
     failed(any_box.run("--verify", "nowhere"), "no such folder")
 
@@ -876,9 +876,9 @@ def test_verify_without_checklist(any_box: Box) -> None:
 
 
 def on_terminal(box: Box, *args: str, typed: str = "") -> tuple[int, bytes]:
-    """Run download.sh on a terminal; return the exit status and the output of the terminal.
+    """Run download.sh on a pseudo-terminal; return its exit status and output.
 
-    ``typed`` is typed at the first question: before it the terminal would edit the line itself.
+    ``typed`` is sent after the first prompt: before that, the terminal is in canonical mode.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -894,7 +894,7 @@ def on_terminal(box: Box, *args: str, typed: str = "") -> tuple[int, bytes]:
     asked = threading.Event()
 
     def listen() -> None:
-        with contextlib.suppress(OSError):  # how Linux reports the end of a terminal
+        with contextlib.suppress(OSError):  # Linux raises EIO for a closed terminal
             while data := os.read(ours, 4096):
                 shown.extend(data)
                 if b"): " in shown:
@@ -915,7 +915,7 @@ def on_terminal(box: Box, *args: str, typed: str = "") -> tuple[int, bytes]:
 
 
 def test_progress(box: Box) -> None:
-    """On a terminal progress is shown, without the link."""
+    """A terminal shows progress, without the link."""
     status, shown = on_terminal(box, "--url", box.server.url, "--models", "8B")
     assert status == 0
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
@@ -924,7 +924,7 @@ def test_progress(box: Box) -> None:
 
 
 def test_long_link_on_a_terminal(any_box: Box) -> None:
-    """A link longer than a terminal's own line editing allows can be pasted."""
+    """A link longer than a line in the terminal's canonical mode can be pasted."""
     any_box.server.query = f"Signature={'x' * 6000}"
     status, shown = on_terminal(any_box, "--models", "8B", typed=any_box.server.url + "\n")
     assert status == 0, shown[-500:]
@@ -935,13 +935,13 @@ def test_long_link_on_a_terminal(any_box: Box) -> None:
 
 
 def test_executable() -> None:
-    """It can be started by its name."""
+    """The script is executable."""
     assert os.access(SCRIPT, os.X_OK)
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
 def test_shellcheck() -> None:
-    """shellcheck has nothing to say, and nothing is switched off."""
+    """There are no shellcheck warnings, and none are disabled."""
     beside_python = str(Path(sys.executable).parent)
     tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=beside_python)
     if tool is None:
@@ -952,7 +952,7 @@ def test_shellcheck() -> None:
 
 
 def test_nothing_newer_than_bash_3_2() -> None:
-    """The bash of macOS has none of these."""
+    """macOS ships bash 3.2, which lacks all of these."""
     newer = (
         r"\b(declare|local|typeset) -[a-zA-Z]*[Anlu]|\b(mapfile|readarray|coproc)\b"
         r"|\$\{[A-Za-z_0-9]+(\[[^]]*\])?(,|\^|@[QEPAaKkUuL]\})|&>>|\|&|;;&|;&|\bwait -n\b"
@@ -962,13 +962,13 @@ def test_nothing_newer_than_bash_3_2() -> None:
     assert not found, found
 
 
-# --- A server that means harm -------------------------------------------------------------------
+# --- Malicious servers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("target", ["other", "file"])
 def test_redirections_are_not_followed(box: Box, status: int, target: str) -> None:
-    """Another host would get the signed query."""
+    """Otherwise another host would get the signed query string."""
     with Server() as other:
         thread = threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -982,7 +982,7 @@ def test_redirections_are_not_followed(box: Box, status: int, target: str) -> No
     assert "Meta-Llama-3-8B/params.json" not in box.files()
 
 
-def test_settings_of_the_tools_are_not_read(box: Box) -> None:
+def test_curl_and_wget_settings_are_ignored(box: Box) -> None:
     """They could follow redirections, send the link to another server, and write other files."""
     log = box.top / "log"
     curl = f'location\nreferer = ";auto"\ntrace = "{log}"\n'
@@ -1005,7 +1005,7 @@ def test_settings_of_the_tools_are_not_read(box: Box) -> None:
 
 
 def test_the_link_isnt_in_any_environment(box: Box) -> None:
-    """Not even if the caller has exported variables of the script's names, or exports all."""
+    """Not even if the caller has exported the script's variable names, or set allexport."""
     words = set(re.findall(r"[A-Za-z_]\w*", SCRIPT.read_text()))
     kept = {"PATH", "HOME", "IFS", "BASH_ENV", "SHELLOPTS", "LLAMA_DOWNLOAD_STALL"}
     box.env = dict.fromkeys(words - kept, "8") | box.env | {"SHELLOPTS": "allexport"}
@@ -1022,7 +1022,7 @@ def test_the_link_isnt_in_any_environment(box: Box) -> None:
 @pytest.mark.parametrize(
     "host", ["192.0.2.1", "example.org", "127.0.0.1.example.org", "localhost:x@example.org"]
 )
-def test_a_link_without_encryption_is_refused(any_box: Box, host: str) -> None:
+def test_an_http_link_is_refused(any_box: Box, host: str) -> None:
     link = f"http://{host}/*?{QUERY}"
     result = any_box.run("--url", link, "--models", "8B")
     failed(result, "the link must start with https://", code=2)
@@ -1030,7 +1030,7 @@ def test_a_link_without_encryption_is_refused(any_box: Box, host: str) -> None:
 
 
 @pytest.mark.slow
-def test_early_hints_without_end(box: Box) -> None:
+def test_endless_early_hints(box: Box) -> None:
     """A small file has a time limit: ten times LLAMA_DOWNLOAD_STALL."""
     if shutil.which("timeout"):
         box.link("timeout")
@@ -1040,11 +1040,11 @@ def test_early_hints_without_end(box: Box) -> None:
     box.server.faults["LICENSE"] = iter(["HTTP/1.1 103 Early Hints"])
     result = box.get("8B")
     succeeded(result)
-    assert "LICENSE: broken off" in result.stderr
+    assert "LICENSE: interrupted" in result.stderr
 
 
 @pytest.mark.parametrize("status", ["404 \x1b[2Jx", "\x1b[2J", "4\x1b[2J04 no"])
-def test_the_servers_words_do_not_reach_the_terminal(box: Box, status: str) -> None:
+def test_the_servers_text_doesnt_reach_the_terminal(box: Box, status: str) -> None:
     box.server.faults["LICENSE"] = repeat(f"HTTP/1.1 {status}")
     result = box.get("8B")
     assert result.returncode == 1
@@ -1054,11 +1054,11 @@ def test_the_servers_words_do_not_reach_the_terminal(box: Box, status: str) -> N
     assert b"\x1b[2J" not in shown
 
 
-# --- Signals, and two runs at once --------------------------------------------------------------
+# --- Signals and concurrent runs ----------------------------------------------------------------
 
 
 def start(box: Box, *models: str) -> "subprocess.Popen[str]":
-    """A run that is in the middle of a shard."""
+    """Start a run and wait until it is in the middle of a shard."""
     box.server.faults[SHARD] = iter(["stall"])
     process = subprocess.Popen(
         ["bash", str(SCRIPT), "--url", box.server.url, "--models", "8B"],
@@ -1083,7 +1083,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize(("name", "code"), [("INT", 130), ("TERM", 143), ("HUP", 129)])
 def test_a_signal_ends_the_tool_too(box: Box, name: str, code: int) -> None:
-    """Though only the script gets it."""
+    """Although only the script receives it."""
     pids = box.top / "pids"
     for tool in ("curl", "wget"):
         if (box.bin / tool).exists():
@@ -1126,7 +1126,7 @@ def test_the_lock_of_a_killed_run_is_removed(any_box: Box) -> None:
     box.server.released.set()
     succeeded(box.get("8B"))
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
-    # one of another machine, or without an owner yet, stays
+    # another machine's lock, or one without an owner yet, is kept
     for owner in ("1 another-machine\n", ""):
         (box.target / "Meta-Llama-3-8B/consolidated.00.pth").unlink()
         lock.mkdir()
@@ -1136,15 +1136,15 @@ def test_the_lock_of_a_killed_run_is_removed(any_box: Box) -> None:
         succeeded(box.get("8B"))
 
 
-def test_a_body_without_end(box: Box) -> None:
+def test_an_endless_body(box: Box) -> None:
     box.server.faults["8b_pre_trained/params.json"] = repeat("endless")
     failed(box.get("8B"), "sends more for 8b_pre_trained/params.json than any such file has")
     assert not [name for name in box.files() if "params.json" in name]
 
 
 @pytest.mark.slow
-def test_a_body_that_drips(tmp_path: Path, server: Server) -> None:
-    """Five bytes a second never time out as silence, but aren't a download either."""
+def test_a_body_that_is_too_slow(tmp_path: Path, server: Server) -> None:
+    """Five bytes a second never count as a stall, but are still too slow."""
     if not usable("curl"):
         pytest.skip("wget only notices silence")
     box = Box(tmp_path, server, "curl")
@@ -1153,7 +1153,7 @@ def test_a_body_that_drips(tmp_path: Path, server: Server) -> None:
     failed(box.get("8B"), "gave up on LICENSE after 5 attempts")
 
 
-def test_the_servers_name_for_a_file_does_not_count(box: Box) -> None:
+def test_the_servers_filename_is_ignored(box: Box) -> None:
     box.server.faults[SHARD] = repeat("renamed")
     assert box.get("8B").returncode == 0
     assert box.files() == LOCAL["Meta-Llama-3-8B"]

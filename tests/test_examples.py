@@ -1,4 +1,4 @@
-"""The two example scripts, as a user starts them."""
+"""The two example scripts, run as a user would."""
 
 import ast
 import runpy
@@ -15,7 +15,7 @@ TEXT = ROOT / "example_text_completion.py"
 
 
 def test_chat_example_answers_on_the_demo_model(tmp_path: Path) -> None:
-    """Without arguments, and from another folder; more dialogs than max_batch_size."""
+    """No arguments, another working directory, and more dialogs than max_batch_size."""
     result = run(sys.executable, CHAT, "--temperature", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for answer in (
@@ -42,7 +42,7 @@ def test_text_example_under_torchrun_tells_stories(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_defaults_run_too() -> None:
+def test_both_examples_run_with_defaults() -> None:
     for script in (CHAT, TEXT):
         result = run(sys.executable, script)
         assert result.returncode == 0, result.stderr
@@ -69,7 +69,7 @@ def test_prompts_are_read_as_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process: starting one takes two seconds."""
+    """Runs in this process, since starting a new one takes two seconds."""
     monkeypatch.setattr(sys, "argv", [str(TEXT), "--prompt", typed, "--max_gen_len", "1"])
     runpy.run_path(str(TEXT), run_name="__main__")
     output = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_prompts_are_read_as_text(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [CHAT, TEXT], ids=lambda path: path.stem)
-def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
+def test_a_misspelt_flag_is_refused_before_weights_are_read(script: Path) -> None:
     result = run(sys.executable, script, "--temprature", "0", "--ckpt_dir", "/nowhere")
     assert result.returncode == 2
     assert "unknown option --temprature, expected one of --ckpt_dir, " in result.stderr
@@ -100,10 +100,10 @@ def test_a_misspelt_flag_ends_before_weights_are_read(script: Path) -> None:
         ["--ckpt-dir", "-t", "0"],
     ],
 )
-def test_a_text_without_its_value_is_refused(
+def test_a_text_flag_without_a_value_is_refused(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fire would take it to be "True"."""
+    """Fire would read the value as "True"."""
     monkeypatch.setattr(sys, "argv", [str(TEXT), *words])
     with pytest.raises(SystemExit, match=rf"^error: {words[0]} has no value: write {words[0]} "):
         runpy.run_path(str(TEXT), run_name="__main__")
@@ -127,7 +127,7 @@ def test_a_missing_folder_is_named() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "word"), [(CHAT, "Lisbon"), (TEXT, "Hanoi")])
-def test_with_a_checkpoint_the_prompts_are_general(tmp_path: Path, script: Path, word: str) -> None:
+def test_other_checkpoints_get_general_prompts(tmp_path: Path, script: Path, word: str) -> None:
     folder = shutil.copytree(DEMO, tmp_path / "other")
     result = run(sys.executable, script, "--ckpt_dir", folder, "--max_seq_len", "512")
     assert result.returncode == 0, result.stderr

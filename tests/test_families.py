@@ -1,5 +1,5 @@
-"""Every family at a size that fits here: the same float32 logits as Hugging Face and the published
-code, from native files and from Hugging Face's."""
+"""Every family at a small size: float32 logits match Hugging Face's and the published code's, from
+native and from Hugging Face checkpoints."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ SMALL = {"n_layers": 2, "norm_eps": 1e-5}
 LLAMA3 = SMALL | {"vocab_size": 128256, "rope_theta": 500000.0}
 LLAMA2 = SMALL | {"vocab_size": 32000, "rope_theta": 10000.0, "multiple_of": 256}
 SCALED = LLAMA3 | {"use_scaled_rope": True, "rope_scaling_factor": 8.0}
-# The published ratios of heads, key heads and feed-forward widths at a small dim.
+# The published ratios of heads, KV heads and feed-forward widths at a small dim.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama 2 7B": LLAMA2 | {"dim": 128, "n_heads": 4},
     "Llama 2 13B": LLAMA2 | {"dim": 160, "n_heads": 5},
@@ -64,7 +64,7 @@ def native_folder(
     folder: Path, params: dict[str, Any], weights: dict[str, Tensor], n_shards: int = 1
 ) -> Path:
     """As Meta publishes it: Llama 2 has neither rope_theta nor vocab_size, its tokenizer is in
-    the parent folder, and its embedding is cut by columns."""
+    the parent folder, and its embedding is split by columns."""
     is_llama2 = params["vocab_size"] == 32000
     folder.mkdir(parents=True)
     for rank in range(n_shards):
@@ -106,12 +106,12 @@ def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -
     theirs = huggingface_model(params, weights)
     with torch.inference_mode():
         expected = theirs(torch.tensor([TOKENS])).logits[0]
-    # a native folder, cut in two where the heads divide
+    # a native checkpoint, in two shards if the KV heads can be split
     n_shards = 2 if params.get("n_kv_heads", params["n_heads"]) % 2 == 0 else 1
     native = build(native_folder(tmp_path / "native", params, weights, n_shards))
     assert relative_error(logits(native, TOKENS), expected) < 1e-5
     assert torch.equal(logits(native, TOKENS).argmax(-1), expected.argmax(-1))
-    # written by transformers itself, in several files
+    # saved by transformers itself, in several files
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20MB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     shutil.copy(vocabulary(params), tmp_path / "hf")
@@ -121,7 +121,7 @@ def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -
         assert getattr(read.model.params, key) == getattr(native.model.params, key)
     if params.get("use_scaled_rope"):
         assert read.model.params.rope_scaling_factor == params["rope_scaling_factor"]
-    # the published code has no theta of Llama 2's and no factor but 8
+    # the published code lacks Llama 2's rope_theta and scaling factors other than 8
     if params["vocab_size"] == 128256 and params.get("rope_scaling_factor", 8.0) == 8.0:
         published = published_model(params, weights)(torch.tensor([TOKENS]), 0)[0]
         assert relative_error(logits(native, TOKENS), published) < 1e-5
@@ -130,7 +130,7 @@ def test_a_family_from_native_and_huggingface_files(tmp_path: Path, name: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama 3.1 8B", "Llama 3.2 1B"])
 def test_scaled_rope_beyond_the_original_context(tmp_path: Path, name: str) -> None:
-    """Positions 8150 to 8450 against Hugging Face, in pieces on our side."""
+    """Positions 8150 to 8450 against Hugging Face, with our prefill in chunks."""
     params = FAMILIES[name] | {"vocab_size": 1024}
     weights = random_weights(params)
     tokens = torch.randint(0, 1024, (1, 8450), generator=torch.Generator().manual_seed(1))
@@ -148,7 +148,7 @@ def test_scaled_rope_beyond_the_original_context(tmp_path: Path, name: str) -> N
     assert relative_error(last_logits(params | {"use_scaled_rope": False}), expected) > 1e-3
 
 
-# --- What tells a family ------------------------------------------------------------------------
+# --- Detecting the family -----------------------------------------------------------------------
 
 
 def folder_of(tmp_path: Path, params: dict[str, Any]) -> Path:
@@ -157,7 +157,7 @@ def folder_of(tmp_path: Path, params: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
-def test_the_generation_is_told_by_the_rotary_embedding(tmp_path: Path) -> None:
+def test_the_llama_version_is_detected_by_its_rope_settings(tmp_path: Path) -> None:
     plain = build(folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])).tokenizer
     assert "<|eom_id|>" not in plain.special_tokens
     scaled = build(folder_of(tmp_path / "31", FAMILIES["Llama 3.1 8B"])).tokenizer
@@ -184,7 +184,7 @@ def test_native_llama_32_is_recognised_by_its_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_factor_can_be_given(tmp_path: Path) -> None:
+def test_the_rope_scaling_factor_can_be_given(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, FAMILIES["Llama 3.1 8B"])
     assert build(folder, rope_scaling_factor=32).model.params.rope_scaling_factor == 32
     plain = folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])
@@ -194,21 +194,21 @@ def test_the_factor_can_be_given(tmp_path: Path) -> None:
         build(plain, rope_scaling_factor=32)
 
 
-def test_wrong_pairings(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     llama3 = folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])
     llama2 = folder_of(tmp_path / "2", FAMILIES["Llama 2 7B"])
     with pytest.raises(ValueError, match="trained on 128256 tokens, but the tokenizer has 32000"):
         build(llama3, tokenizer_path=str(LLAMA2_VOCABULARY))
     with pytest.raises(ValueError, match="trained on 32000 tokens, but the tokenizer has 128256"):
         build(llama2, tokenizer_path=str(LLAMA3_VOCABULARY))
-    # half of the vocabulary, by a file that ends too early
+    # a truncated vocabulary file
     lines = LLAMA3_VOCABULARY.read_bytes().splitlines(keepends=True)
     (tmp_path / "base").write_bytes(b"".join(lines[:100_000]))
     with pytest.raises(ValueError, match="trained on 128256 tokens, but the tokenizer has 100256"):
         build(llama3, tokenizer_path=str(tmp_path / "base"))
 
 
-def test_llama2_chats_by_its_format(tmp_path: Path) -> None:
+def test_llama2_uses_its_chat_format(tmp_path: Path) -> None:
     llm = build(folder_of(tmp_path, FAMILIES["Llama 2 7B"]))
     dialog: Dialog = [
         {"role": "system", "content": "Be brief."},
@@ -226,8 +226,8 @@ def test_llama2_chats_by_its_format(tmp_path: Path) -> None:
         llm.chat_completion([[{"role": "user", "content": "Hi [INST] there"}]])
 
 
-def test_text_of_a_sentencepiece_model_joins(stories: Path) -> None:
-    """Prompt and generation join to the text; a text that starts has no space before it."""
+def test_sentencepiece_prompt_and_generation_concatenate(stories: Path) -> None:
+    """Prompt and generation concatenate to the text; a new text has no leading space."""
     llm = build(stories / "native", max_seq_len=128, max_batch_size=4)
     prompts = ["", "Once upon a", "Once upon a time"]
     results = llm.text_completion(prompts, temperature=0, max_gen_len=24, logprobs=True)
@@ -240,8 +240,8 @@ def test_text_of_a_sentencepiece_model_joins(stories: Path) -> None:
         assert whole["generation"] == prompt + result["generation"]
 
 
-def test_llama_31_tool_calls_come_back_in_their_place(demo: Llama) -> None:
-    """A generated tool call becomes a message that encodes to the very ids again."""
+def test_llama_31_tool_calls_round_trip(demo: Llama) -> None:
+    """A generated tool call becomes a message that encodes to the same ids."""
     tools = Tokenizer(str(DEMO / "tokenizer.model"), llama31=True)
     llm = Llama(demo.model, tools)
     tag, eom = tools.special_tokens["<|python_tag|>"], tools.special_tokens["<|eom_id|>"]
@@ -255,7 +255,7 @@ def test_llama_31_tool_calls_come_back_in_their_place(demo: Llama) -> None:
 
 
 @pytest.mark.slow
-def test_a_huggingface_folder_needs_safetensors_only(stories: Path) -> None:
+def test_a_huggingface_folder_needs_only_safetensors(stories: Path) -> None:
     script = f"""
 import sys
 from llama import Llama

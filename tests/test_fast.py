@@ -1,4 +1,4 @@
-"""Each fast path gives the numbers of the plain one, and is really taken."""
+"""Each fast path is actually taken and matches the plain implementation."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def linears(model: Transformer) -> list[Any]:
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 128, 129])
-def test_weight_lhs_is_linear(n_rows: int) -> None:
-    """bfloat16 products are summed in float32 and rounded once: half a unit in the last place."""
+def test_weight_lhs_equals_linear(n_rows: int) -> None:
+    """Products accumulate in float32 and are rounded to bfloat16 once: half an ulp of error."""
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     exact = x.double() @ weight.double().T
     y = cpu.weight_lhs_matmul(x, weight)
@@ -61,7 +61,7 @@ def test_weight_lhs_takes_any_shape() -> None:
 
 
 def test_onednn_compiles_for_few_row_counts() -> None:
-    """It keeps a program for each; every row is computed all the same."""
+    """oneDNN caches a kernel per row count, so these are rounded up; all rows are computed."""
     met = set()
 
     def double(rows: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ def test_onednn_compiles_for_few_row_counts() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)])
-def test_swiglu_weight_lhs_is_swiglu(shape: tuple[int, ...]) -> None:
-    """In float32, where nothing is rounded but the sums; rows that are cut into parts included."""
+def test_swiglu_weight_lhs_equals_swiglu(shape: tuple[int, ...]) -> None:
+    """In float32, where only the sums are rounded; includes inputs split into chunks of rows."""
     x = torch.randn(shape)
     w1, w3 = ColumnParallelLinear(64, 96), ColumnParallelLinear(64, 96)
     w2 = RowParallelLinear(96, 64)
@@ -92,7 +92,7 @@ def test_swiglu_weight_lhs_is_swiglu(shape: tuple[int, ...]) -> None:
 
 @needs_packing
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 130])
-def test_packed_is_linear(n_rows: int) -> None:
+def test_packed_linear_equals_linear(n_rows: int) -> None:
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     exact = x.double() @ weight.double().T
     y = cpu.PackedLinear(weight)(x, weight)
@@ -100,14 +100,14 @@ def test_packed_is_linear(n_rows: int) -> None:
 
 
 @needs_packing
-def test_packed_follows_a_weight_that_changes() -> None:
+def test_packed_linear_sees_changed_weights() -> None:
     x, weight = torch.ones(1, 64).bfloat16(), torch.ones(32, 64).bfloat16()
     packed = cpu.PackedLinear(weight)
     weight.mul_(2)
     assert packed(x, weight).unique().tolist() == [128]
     other = torch.zeros_like(weight)
     assert packed(x, other).unique().tolist() == [0]
-    with torch.inference_mode():  # its tensors count no versions
+    with torch.inference_mode():  # inference tensors have no version counter
         weight = torch.ones(32, 64).bfloat16()
         assert cpu.PackedLinear(weight)(x, weight).unique().tolist() == [64]
 
@@ -127,10 +127,10 @@ def features(*names: str) -> Callable[[], set[str]]:
         (("avx512_bf16", "amx_bf16"), torch.float16, "linear"),
     ],
 )
-def test_the_processor_decides(
+def test_linear_layers_are_chosen_by_cpu_features(
     names: tuple[str, ...], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The choice for every kind of processor; and logits of bfloat16's accuracy on this one."""
+    """Checks the choice for each kind of CPU, and the logits' accuracy on this one."""
     monkeypatch.setattr(cpu, "cpu_features", features(*names))
     params = PARAMS | {"dim": 1024, "n_layers": 1, "vocab_size": 2048}
     weights = random_weights(params)
@@ -154,7 +154,7 @@ def test_the_processor_decides(
     assert plans[0] - plans[1] == packed * matrices
 
 
-def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_features_respect_onednn_max_cpu_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     everything = cpu.cpu_features()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -169,7 +169,7 @@ def test_cpu_features_follow_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept() -> None:
-    """Three times 64 MiB come again without new pages, of which there would be 49,152 of 4 KiB."""
+    """Three 64 MiB tensors reuse freed memory; otherwise they would fault in 49,152 pages."""
     counts = {}
     for case in ("kept", "given back"):
         result = run(sys.executable, PROGRAMS / "freed_memory.py", case)
@@ -181,15 +181,15 @@ def test_freed_memory_is_kept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_large_pages_are_asked_for() -> None:
+def test_huge_pages_are_requested() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this kernel has none")
+        pytest.skip("this kernel has no transparent huge pages")
     result = run(sys.executable, PROGRAMS / "huge_pages.py", DEMO)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "True"
 
 
-# --- Attention for CUDA, with its kernel written out ----------------------------------------------
+# --- CUDA attention, with an emulated kernel ------------------------------------------------------
 
 
 def documented_kernel(
@@ -203,8 +203,8 @@ def documented_kernel(
     *,
     seqused_k: Tensor,
 ) -> Tensor:
-    """The flash kernel's documented result for packed rows: causal, aligned at the last
-    token, with the first ``seqused_k`` keys of each row."""
+    """The flash kernel's semantics for packed rows, per its documentation: causal, aligned to
+    the last token, over the first ``seqused_k`` keys of each row."""
     assert starts_q.dtype == starts_k.dtype == seqused_k.dtype == torch.int32
     shared = q.shape[1] // k.shape[1]
     outputs = []
@@ -224,7 +224,7 @@ def documented_kernel(
 
 
 @pytest.mark.parametrize("case", ["prompts", "prompts' ends", "chunks", "step"])
-def test_flash_attention_equals_attention_by_the_kernels_documentation(
+def test_flash_attention_equals_attention_with_the_documented_kernel(
     case: str, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)
@@ -248,11 +248,11 @@ def test_flash_attention_equals_attention_by_the_kernels_documentation(
     assert relative_error(results[1], results[0]) < 1e-5
 
 
-# --- Steps of few sizes, as CUDA graphs need them -------------------------------------------------
+# --- Static shapes for CUDA graphs ----------------------------------------------------------------
 
 
 def on_cpu(calls: list[None]) -> Callable[[Callable[[], Tensor]], Any]:
-    """Stands for the capture of a CUDA graph: the same function again, into the same tensor."""
+    """Emulates CUDA graph capture: a replay calls the function again, into the same tensor."""
 
     def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         calls.append(None)
@@ -286,8 +286,8 @@ def test_static_steps_give_the_same_tokens(
         assert tokens == expected[n][0]
         for ours, theirs in zip(logprobs or [], expected[n][1] or [], strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
-    assert len(captures) == 3  # 4, 1 and 2 rows, all of one length
-    model.to(torch.float32)  # the cache is allocated anew
+    assert len(captures) == 3  # for 4, 1 and 2 rows, with a single length bucket
+    model.to(torch.float32)  # reallocates the KV cache
     assert static.generate(PROMPTS, 40, temperature=0)[0] == expected[3][0]
     assert len(captures) == 4
 
@@ -310,7 +310,7 @@ def test_sizes_are_rounded_up(n: int, limit: int, least: int, expected: int) -> 
 # --- torch.compile --------------------------------------------------------------------------------
 
 
-def test_real_rotation_is_the_complex_one() -> None:
+def test_real_rotation_equals_the_complex_one() -> None:
     x, freqs_cis = torch.randn(5, 4, 16), precompute_freqs_cis(16, 5)
     torch.testing.assert_close(rotate_real(x, freqs_cis), rotate(x, freqs_cis))
 
@@ -325,7 +325,7 @@ def compiler() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm: Llama) -> None:
-    """Once for one row and once for more, whatever the lengths and numbers of rows."""
+    """Once for one row and once for several, whatever the lengths and batch sizes."""
     compiled = Llama.build(
         str(folder), max_seq_len=64, max_batch_size=4, dtype="float32", device="cpu", compile=True
     )
@@ -342,7 +342,7 @@ def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
+def test_two_compiled_ranks_give_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     script = PROGRAMS / "compiled_rank.py"
     result = torchrun(2, script, folder)
     assert result.returncode == 0, result.stderr
@@ -350,11 +350,11 @@ def test_two_ranks_compile(folder: Path, tmp_path: Path) -> None:
     assert compiled == plain
 
 
-# --- The packed path, with the instructions it is for ---------------------------------------------
+# --- Packed weights, on the instruction set they are for ------------------------------------------
 
 
 @pytest.mark.skipif("avx512_bf16" not in cpu.cpu_features(), reason="needs AVX512-BF16")
-def test_a_processor_without_amx_answers_too() -> None:
+def test_packed_weights_are_used_without_amx() -> None:
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
     result = run(sys.executable, PROGRAMS / "packed_weights.py", DEMO, env=environment)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,5 @@
-"""Effects on the other ranks when one fails: real torchrun processes and real signals. All
-end, with an exit code and one message that says which rank it was and why."""
+"""Fail-fast watchdog: if one rank dies or hangs, all exit with an error code, and exactly one
+message names the rank and the cause. Real torchrun processes and real signals."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def messages(result: Any) -> list[str]:
 
 
 def ended(result: Any) -> str:
-    """Check that no process is left; the one message."""
+    """Check that no process is left, and return the one message."""
     assert result.returncode != 0
     assert "finished" not in result.stdout
     pids = [int(pid) for pid in re.findall(r"process (\d+)$", result.stdout, re.MULTILINE)]
@@ -65,7 +65,7 @@ def ended(result: Any) -> str:
         ),
     ],
 )
-def test_a_rank_is_killed(
+def test_a_killed_rank_ends_all_ranks(
     script: Path, shards: Path, n_ranks: int, victim: int, place: str
 ) -> None:
     result = torchrun(n_ranks, script, shards, str(victim), place, "kill", timeout=60)
@@ -76,7 +76,9 @@ def test_a_rank_is_killed(
     ("n_ranks", "victim", "place"),
     [(2, 0, "load"), (2, 1, "between"), pytest.param(4, 2, "decode", marks=pytest.mark.slow)],
 )
-def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, place: str) -> None:
+def test_an_exception_ends_all_ranks(
+    script: Path, shards: Path, n_ranks: int, victim: int, place: str
+) -> None:
     result = torchrun(n_ranks, script, shards, str(victim), place, "raise", timeout=60)
     assert ended(result) == f"rank {victim} failed (KeyError: 'the fault'); all ranks exit"
     assert result.stderr.count("Traceback") <= 2  # the rank's, and torchrun's own report
@@ -86,7 +88,7 @@ def test_a_rank_raises(script: Path, shards: Path, n_ranks: int, victim: int, pl
     ("n_ranks", "victim", "place"),
     [(2, 0, "load"), pytest.param(4, 1, "decode", marks=pytest.mark.slow)],
 )
-def test_a_rank_is_stopped(
+def test_a_rank_without_heartbeat_ends_all_ranks(
     script: Path, shards: Path, n_ranks: int, victim: int, place: str
 ) -> None:
     result = torchrun(n_ranks, script, shards, str(victim), place, "stop", timeout=60)
@@ -96,8 +98,8 @@ def test_a_rank_is_stopped(
 
 
 @pytest.mark.slow
-def test_a_rank_that_hides_its_failure(script: Path, shards: Path) -> None:
-    """Its program goes on; its partner is in the middle of the pass."""
+def test_a_rank_that_catches_the_exception(script: Path, shards: Path) -> None:
+    """It catches the exception and goes on, while the other is in the middle of a forward pass."""
     call = "llm.generate([[1, 2, 3], [4]], 20, temperature=0)"
     hidden = f"try:\n    {call}\nexcept KeyError:\n    time.sleep(100)"
     script.write_text(SCRIPT.replace(call, hidden))
@@ -116,8 +118,8 @@ def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_are_told_so(tmp_path: Path, shards: Path) -> None:
-    """Different arguments are an error on every rank, after which they can go on."""
+def test_different_arguments_are_an_error_on_every_rank(tmp_path: Path, shards: Path) -> None:
+    """Afterwards all ranks can continue."""
     path = tmp_path / "script.py"
     path.write_text(
         f"""
@@ -148,7 +150,7 @@ for arguments in (
     said.append(failing(lambda: llm.generate(**arguments)))
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1, 2 + rank]]), 0)))
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1] * (1 + rank)]), 0)))
-os.write(1, f"{{said}}\\n".encode())  # in one piece
+os.write(1, f"{{said}}\\n".encode())  # a single write
 os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encode())
 """
     )
@@ -156,7 +158,7 @@ os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encod
     assert result.returncode == 0, result.stderr
     loaded, *lines = sorted(filter(str.strip, result.stdout.splitlines()))
     assert loaded.startswith("Loaded in")
-    assert (lines[0], lines[2]) == (lines[1], lines[3])  # both ranks say the same
+    assert (lines[0], lines[2]) == (lines[1], lines[3])  # both ranks report the same
     assert lines[2].startswith("and then")
     names = ["model_parallel_size is 1", "max_seq_len is 64", "prompt_tokens is [[1, 2]]"]
     names += ["prompt_tokens is [[1]]", "max_gen_len is 3", "temperature is 0.5", "echo is False"]
@@ -167,14 +169,14 @@ os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encod
 
 
 @pytest.mark.slow
-def test_a_rank_that_goes_its_own_way(tmp_path: Path, shards: Path) -> None:
-    """One rank leaves a stream half way and begins the next call; the other waits in the first."""
+def test_ranks_in_different_calls(tmp_path: Path, shards: Path) -> None:
+    """One rank abandons a stream and begins the next call; the other is still in the first."""
     path = tmp_path / "script.py"
     path.write_text(
         f"""
 import os
 from llama import Llama
-os.write(1, f"process {{os.getpid()}}\\n".encode())  # in one piece
+os.write(1, f"process {{os.getpid()}}\\n".encode())  # a single write
 llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
 for step, events in enumerate(llm.stream([[1, 2]], 20)):
     if os.environ["RANK"] == "1" and step == 3:
@@ -194,7 +196,7 @@ def test_a_rank_that_ends_early(tmp_path: Path, shards: Path) -> None:
         f"""
 import os
 from llama import Llama
-os.write(1, f"process {{os.getpid()}}\\n".encode())  # in one piece
+os.write(1, f"process {{os.getpid()}}\\n".encode())  # a single write
 llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu")
 if os.environ["RANK"] == "0":
     llm.generate([[1, 2]], 20)
@@ -207,8 +209,8 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.slow
 def test_slow_ranks_do_not_time_out(tmp_path: Path, shards: Path) -> None:
-    """Loading, a pause between two calls and one within a stream, each longer than the time-out;
-    and standard input is closed."""
+    """Loading, a pause between calls and a pause within a stream, each longer than the timeout;
+    with stdin closed."""
     path = tmp_path / "script.py"
     path.write_text(
         f"""
@@ -235,8 +237,8 @@ print("finished")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["interrupted", "terminated", "killed"])
-def test_torchrun_ends(script: Path, shards: Path, how: str) -> None:
-    """By Ctrl-C and by a scheduler, which aren't faults, and when it is gone itself."""
+def test_ranks_exit_with_torchrun(script: Path, shards: Path, how: str) -> None:
+    """By Ctrl-C and by a scheduler's SIGTERM, which aren't faults, and by SIGKILL."""
     path = script.with_name("loop.py")
     path.write_text(
         SCRIPT.replace('print("finished")', 'print("running", flush=True)\n')
@@ -279,7 +281,7 @@ while True:
 
 @pytest.mark.slow
 def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
-    """A pool's workers that are terminated, children that fail: the ranks go on."""
+    """Terminated pool workers and failing children don't end the ranks."""
     path = PROGRAMS / "forks.py"
     result = torchrun(2, path, shards, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -289,7 +291,7 @@ def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
 
 @pytest.mark.slow
 def test_models_of_different_sizes_take_turns(tmp_path: Path, shards: Path) -> None:
-    """Each keeps the groups that it was built in."""
+    """Each model keeps the process groups that it was built with."""
     path = PROGRAMS / "two_sizes.py"
     result = torchrun(2, path, shards, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The same on a CUDA device: parity, generation, its fast paths, and NCCL with one rank."""
+"""On a CUDA device: parity, generation, fast paths, and NCCL with one rank."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_bfloat16_logits_are_close() -> None:
     assert relative_error(got, expected) < 0.1
 
 
-def test_greedy_tokens_equal_the_cpus(folder: Path) -> None:
+def test_greedy_tokens_match_the_cpu(folder: Path) -> None:
     prompts = [[7, 20, 300], [9], [500, 2, 600, 13, 14, 15]]
     results = []
     for device in ("cpu", "cuda"):
@@ -84,7 +84,7 @@ def test_huggingface_files_load_on_the_device(stories: Path) -> None:
     assert llm.model.output.weight.data_ptr() == llm.model.tok_embeddings.weight.data_ptr()
 
 
-def test_generation_stays_in_its_plan(tokenizer: Tokenizer) -> None:
+def test_generation_stays_within_the_planned_memory(tokenizer: Tokenizer) -> None:
     params = PARAMS | {"dim": 1024, "vocab_size": 1024}
     weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
     model = new_model(params, weights, max_batch_size=4, max_seq_len=2048).to("cuda")
@@ -99,10 +99,10 @@ PROMPTS = [[7, 20, 300], [9], [500, 2, 600, 13, 14, 15]]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_graphs_give_what_single_steps_give(
+def test_cuda_graphs_match_plain_steps(
     folder: Path, dtype: str, compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 logits of other kernels differ in their last bits, so its tokens may part."""
+    """bfloat16 logits differ between kernels in the last bits, so tokens may diverge."""
     llm = Llama.build(
         str(folder), max_seq_len=64, max_batch_size=4, dtype=dtype, device="cuda", compile=compile
     )
@@ -122,7 +122,7 @@ def test_graphs_give_what_single_steps_give(
     assert len(graphed_decode._captured) == 3
 
 
-def test_flash_attention_is_attention() -> None:
+def test_flash_attention_matches_attention() -> None:
     params = PARAMS | {"dim": 1024}
     weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
     prompts = Prefill([0, 1, 2], [0, 0, 0], [300, 1, 77], torch.device("cuda"))
@@ -149,16 +149,16 @@ def test_attention_runs_in_the_flash_kernel(folder: Path) -> None:
     assert not any("softmax_warp" in kernel for kernel in kernels), kernels
 
 
-def test_float32_prefill_is_not_the_math_kernel() -> None:
+def test_float32_doesnt_use_the_math_kernel() -> None:
     model = new_model(PARAMS, random_weights(PARAMS), max_batch_size=1, max_seq_len=64).to("cuda")
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(backends):  # an error where neither can do it
+    with sdpa_kernel(backends):  # raises if neither supports it
         model.forward(torch.arange(40, device="cuda")[None], 0)
         model.forward(torch.tensor([[5]], device="cuda"), 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+def test_a_decoding_step_doesnt_synchronize(dtype: torch.dtype) -> None:
     weights = {key: w.to(dtype) for key, w in random_weights(PARAMS).items()}
     model = new_model(PARAMS, weights, max_batch_size=2, max_seq_len=64).to("cuda")
     accel.accelerate(model)
@@ -166,7 +166,7 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
     tokens, positions = torch.tensor([[3, 4], [10, 10]], device="cuda")
     generator = torch.Generator("cuda")
     with torch.inference_mode():
-        model(tokens, Decode(positions, 11, ragged=False))  # captures
+        model(tokens, Decode(positions, 11, ragged=False))  # captures the graph
         torch.cuda.set_sync_debug_mode("error")
         try:
             sample(model(tokens, Decode(positions, 11, ragged=False)), 0.6, 0.9, generator)
@@ -175,7 +175,7 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_draws_are_multinomials() -> None:
+def test_sampling_matches_multinomial() -> None:
     probs = torch.softmax(4 * torch.randn(3, 128256, device="cuda"), dim=-1)
     ranked, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     nucleus = ranked.masked_fill(torch.cumsum(ranked, dim=-1) - ranked > 0.9, 0.0)

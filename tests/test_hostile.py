@@ -1,4 +1,4 @@
-"""Files and texts that are made to do harm: nothing runs, hangs or fills the machine."""
+"""Malicious files and texts: no code runs, nothing hangs or exhausts memory."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_a_pickle_runs_nothing(
 
 
 def test_the_payloads_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail."""
+    """A check of the test above: plain pickle does run the payloads."""
     monkeypatch.chdir(tmp_path)
     for name in ("os.system", "eval", "protocol 4", "in a list in a dict", "an instance"):
         pickle.loads(PAYLOADS[name])
@@ -90,8 +90,8 @@ def test_pickles_that_would_hang_or_crash(tmp_path: Path) -> None:
 def refused(
     tmp_path: Path, cases: Iterable[str], make: Callable[[Path, str], None]
 ) -> dict[str, str]:
-    """The messages by which folders are refused, each at once and for little memory. In a process
-    of its own, since the stack may overflow."""
+    """Error messages for loading each case, which must fail quickly and with little memory. Runs in
+    a separate process, since the stack may overflow."""
     folders = [tmp_path / case.replace("/", "_") for case in cases]
     for folder, case in zip(folders, cases, strict=True):
         folder.mkdir()
@@ -110,15 +110,15 @@ def refused(
 
 
 @pytest.mark.parametrize("how", AMBIGUOUS)
-def test_archives_that_can_be_read_in_two_ways(tmp_path: Path, how: str) -> None:
+def test_ambiguous_archives_are_refused(tmp_path: Path, how: str) -> None:
     fuzz.native_folder(tmp_path)
     rewritten(tmp_path / "consolidated.00.pth", AMBIGUOUS[how])
     with pytest.raises(ValueError, match=r"consolidated\.00\.pth' was not loaded"):
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
 
 
-def test_names_in_capitals_are_checked_too(tmp_path: Path) -> None:
-    """torch looks its members up without regard to case."""
+def test_uppercase_member_names_are_checked_too(tmp_path: Path) -> None:
+    """torch looks up members case-insensitively."""
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
     intact = path.read_bytes()
@@ -137,12 +137,12 @@ def test_names_in_capitals_are_checked_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), LIES.items())
-def test_directories_that_lie(
+def test_inconsistent_archive_directories_are_refused(
     tmp_path: Path, change: Callable[[bytes], bytes], message: str
 ) -> None:
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
-    rewritten(path, lambda inside: None)  # by zipfile, without records of 64 bits
+    rewritten(path, lambda inside: None)  # by zipfile, without zip64 records
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=message):
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
@@ -151,7 +151,7 @@ def test_directories_that_lie(
 def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
-    assert b"PK\6\6" in path.read_bytes()  # torch's always are
+    assert b"PK\6\6" in path.read_bytes()  # torch always writes zip64
     rewritten(path, lambda inside: None)
     data = path.read_bytes()
     assert b"PK\6\6" not in data
@@ -163,7 +163,7 @@ def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
 def test_the_file_that_was_checked_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though its path leads to another one by then."""
+    """Even if its path points to another file by then."""
     fuzz.native_folder(tmp_path)
     path, check = tmp_path / "consolidated.00.pth", pth_safety.check
 
@@ -178,7 +178,7 @@ def test_the_file_that_was_checked_is_loaded(
 
 
 @pytest.mark.slow
-def test_archives_that_unfold(tmp_path: Path) -> None:
+def test_compressed_and_oversized_archives_are_refused(tmp_path: Path) -> None:
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
     archive(path, bytes(200 * 2**20), zipfile.ZIP_DEFLATED)
@@ -201,7 +201,7 @@ def test_entries_larger_than_the_file(tmp_path: Path, field: str) -> None:
     path = tmp_path / "consolidated.00.pth"
     weights = torch.load(path, weights_only=True)
     data = bytearray(path.read_bytes())
-    if field == "shape":  # of 16 numbers, one of 2^24
+    if field == "shape":  # 16 elements become 2^24
         data = bytearray(bytes(data).replace(b"K\x10\x85q", b"J\0\0\0\x01\x85q"))
     else:  # in the last entry of the central directory
         entry = data.rfind(b"PK\x01\x02")
@@ -257,7 +257,7 @@ NAMES = [
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
 @pytest.mark.parametrize(("layout", "name"), NAMES[:-1])  # without an index, files are listed
-def test_what_has_no_end_is_not_read(tmp_path: Path, layout: str, name: str, kind: str) -> None:
+def test_pipes_and_devices_are_not_read(tmp_path: Path, layout: str, name: str, kind: str) -> None:
     make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
     make(tmp_path)
     (tmp_path / name).unlink()
@@ -274,7 +274,7 @@ def test_what_has_no_end_is_not_read(tmp_path: Path, layout: str, name: str, kin
         Llama.build(str(tmp_path), device="cpu")
 
 
-def test_json_that_is_deep_or_long(tmp_path: Path) -> None:
+def test_deeply_nested_and_oversized_json_is_refused(tmp_path: Path) -> None:
     fuzz.native_folder(tmp_path)
     path = tmp_path / "params.json"
     for content in ("[" * 10**6, '{"a":' * 10**6, '{"dim": ' + "9" * 10**6 + "}", "\ufeff{}"):
@@ -282,7 +282,7 @@ def test_json_that_is_deep_or_long(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"params\.json"):
             Llama.build(str(tmp_path), device="cpu")
     with path.open("r+b") as file:
-        file.truncate(2**36)  # 64 GiB that take no room
+        file.truncate(2**36)  # a sparse file of 64 GiB
     with pytest.raises(ValueError, match="68,719,476,736 bytes are too many"):
         Llama.build(str(tmp_path), device="cpu")
     fuzz.native_folder(tmp_path)
@@ -316,7 +316,7 @@ def test_files_that_are_too_large_to_parse(tmp_path: Path) -> None:
         assert BULKY[case][2] in message
 
 
-def test_a_checklist_without_end(tmp_path: Path) -> None:
+def test_an_oversized_checklist_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checklist.chk"
     path.touch()
     os.truncate(path, 2**33)
@@ -342,7 +342,7 @@ def test_a_checklist_is_read_as_by_download_sh(tmp_path: Path, content: bytes) -
             verify.read_checklist(path)
 
 
-# --- Names and texts that a terminal would obey -------------------------------------------------
+# --- Terminal escapes in names and texts --------------------------------------------------------
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -351,9 +351,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
     "make",
     hostile.WITH_ESCAPES,
 )
-def test_messages_do_not_reach_into_the_terminal(
-    tmp_path: Path, make: Callable[[Path], None]
-) -> None:
+def test_error_messages_escape_terminal_codes(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
@@ -369,7 +367,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stdout", "shown"), [(Terminal(), False), (io.StringIO(), True)])
-def test_generated_text_does_not_reach_into_the_terminal(
+def test_generated_text_is_escaped_on_a_terminal(
     stdout: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -382,7 +380,7 @@ def test_generated_text_does_not_reach_into_the_terminal(
 
 
 @pytest.mark.parametrize("lie", SAFETENSORS)
-def test_a_safetensors_header_that_lies(tmp_path: Path, lie: str) -> None:
+def test_an_inconsistent_safetensors_header_is_refused(tmp_path: Path, lie: str) -> None:
     fuzz.huggingface_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(safetensors_file(SAFETENSORS[lie]))
     with pytest.raises(
@@ -404,7 +402,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160606
         (b"<!DOCTYPE html><html><body>Sign in", "it is a web page"),
         (b'\n<?xml version="1.0"?><Error><Code>AccessDenied', "it is a web page or an error"),
         (LFS, "it is a Git LFS pointer, not the file: run 'git lfs pull'"),
-        (b"GGUF\3\0\0\0", r"it is llama\.cpp's"),
+        (b"GGUF\3\0\0\0", r"it is a GGUF file"),
     ],
 )
 def test_the_likely_cause_is_named(
@@ -418,12 +416,12 @@ def test_the_likely_cause_is_named(
 
 
 @pytest.mark.parametrize(("layout", "name"), NAMES)
-def test_a_file_that_breaks_off(tmp_path: Path, layout: str, name: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, layout: str, name: str) -> None:
     make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
     make(tmp_path)
     size = (tmp_path / name).stat().st_size
     os.truncate(tmp_path / name, size // 2)
-    if name == "tokenizer.model":  # whole lines are a vocabulary, but a smaller one
+    if name == "tokenizer.model":  # truncated after a line, it is a smaller vocabulary
         words = r"line \d+ is|of the 256 single bytes"
     else:
         words = rf"{name}'.* it has {size // 2:,} bytes, which may be an interrupted download"
@@ -431,12 +429,12 @@ def test_a_file_that_breaks_off(tmp_path: Path, layout: str, name: str) -> None:
         Llama.build(str(tmp_path), device="cpu")
 
 
-# --- Anything -----------------------------------------------------------------------------------
+# --- Random damage ------------------------------------------------------------------------------
 
 
 @st.composite
 def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Flipped bits, bytes put in, taken out or repeated, and an early end."""
+    """Flipped bits; inserted, deleted or repeated bytes; truncation."""
     places = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=4))
     what = draw(st.sampled_from(["flip", "insert", "delete", "repeat", "end"]))
     more = draw(st.binary(min_size=1, max_size=20))
@@ -459,7 +457,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, bytes]]:
-    """A folder for each target, and the bytes of the file that is damaged."""
+    """A folder for each target, and the intact bytes of the file to damage."""
     found = {}
     for target, (make, name, use) in fuzz.TARGETS.items():
         folder = tmp_path_factory.mktemp("fuzz")
@@ -488,7 +486,7 @@ def name_of_result(folder: Path, target: str, data: bytes) -> str:
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 @settings(max_examples=60, deadline=10_000, suppress_health_check=list(HealthCheck))
 @given(damage=damages())
-def test_damage_is_an_error_or_none(
+def test_damaged_files_load_or_raise_our_errors(
     intact: dict[str, tuple[Path, bytes]], target: str, damage: Callable[[bytes], bytes]
 ) -> None:
     folder, data = intact[target]
@@ -496,7 +494,7 @@ def test_damage_is_an_error_or_none(
 
 
 def test_a_flipped_bit_in_weights_is_found(tmp_path: Path) -> None:
-    """By the sums that the archive holds itself: every bit of the numbers, and of the pickle."""
+    """By the archive's own CRC-32s, at the start, middle and end of every member."""
     fuzz.native_folder(tmp_path)
     path = tmp_path / "consolidated.00.pth"
     data = path.read_bytes()
@@ -557,7 +555,7 @@ def test_hostile_text_is_text_for_llama2(text: str, real2: SentencePieceTokenize
 
 
 @pytest.mark.parametrize("text", ["\ud800", "ok \udfff ok", "\udcff" * 3])
-def test_half_a_surrogate_pair_is_an_error(text: str, tokenizer: Tokenizer) -> None:
+def test_a_lone_surrogate_is_an_error(text: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"not valid Unicode: character \d+ is '\\ud"):
         tokenizer.encode(text, bos=False, eos=False)
     with pytest.raises(ValueError, match="not valid Unicode"):
@@ -575,7 +573,7 @@ def test_hostile_roles(role: Any, tokenizer: Tokenizer) -> None:
 def test_ten_megabytes_of_one_character(character: str, tokenizer: Tokenizer) -> None:
     text = character * 10_000_000
     same = tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
-    assert same  # not the comparison itself: pytest would show the difference
+    assert same  # not the comparison itself: pytest would print a diff
 
 
 @pytest.mark.slow

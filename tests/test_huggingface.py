@@ -1,4 +1,4 @@
-"""Hugging Face folders: loading, and refusals with their messages."""
+"""Hugging Face checkpoints: loading and error messages."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ LLAMA3_ROPE = {
 
 @pytest.fixture
 def folder(tmp_path: Path, weights: dict[str, Tensor]) -> Path:
-    """The tiny checkpoint in this layout, rows of wq and wk in its order."""
+    """The tiny checkpoint in Hugging Face's layout, with the rows of wq and wk permuted."""
     tensors = {}
     for key, tensor in weights.items():
         if key.endswith(("wq.weight", "wk.weight")):
@@ -61,7 +61,7 @@ def change(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | fields))
 
 
-def test_the_weights_are_the_native_ones(folder: Path, weights: dict[str, Tensor]) -> None:
+def test_weights_equal_the_native_ones(folder: Path, weights: dict[str, Tensor]) -> None:
     model = build(folder).model
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[key]), key
@@ -84,13 +84,13 @@ def test_a_tied_embedding_is_in_memory_once(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 'output\.weight'"):
         build(folder)
     change(folder, tie_word_embeddings=True)
-    for dtype in ("float32", "bfloat16"):  # mapped, and converted
+    for dtype in ("float32", "bfloat16"):  # mapped; converted
         model = build(folder, dtype=dtype).model
         assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
         assert torch.equal(model.output.weight.float(), model.tok_embeddings.weight.float())
 
 
-def test_old_buffers_are_ignored_by_name(folder: Path) -> None:
+def test_inv_freq_buffers_are_ignored(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -145,7 +145,7 @@ def test_configs_that_are_refused(folder: Path, fields: dict[str, Any], message:
         build(folder)
 
 
-def test_fields_that_change_nothing(folder: Path) -> None:
+def test_irrelevant_config_fields_are_accepted(folder: Path) -> None:
     change(
         folder,
         attention_bias=False,
@@ -158,7 +158,7 @@ def test_fields_that_change_nothing(folder: Path) -> None:
     build(folder)
 
 
-def test_the_context_is_the_limit(folder: Path) -> None:
+def test_max_seq_len_is_limited_to_max_position_embeddings(folder: Path) -> None:
     change(folder, max_position_embeddings=100)
     with pytest.raises(ValueError, match=r"max_seq_len is 101, .* at most 100"):
         build(folder, max_seq_len=101)
@@ -188,7 +188,7 @@ def test_stop_tokens_come_from_the_folder(folder: Path) -> None:
     assert build(folder).tokenizer.stop_tokens == plain | {8, 9}
 
 
-def test_where_the_tokenizer_is(folder: Path, tokenizer: Tokenizer) -> None:
+def test_tokenizer_locations(folder: Path, tokenizer: Tokenizer) -> None:
     """tokenizer.model, original/tokenizer.model, or tokenizer.json alone, with the same ids."""
     text = "Once upon a time, né 👩‍👩‍👧 1234"
     expected = tokenizer.encode(text, bos=True, eos=True)
@@ -203,7 +203,7 @@ def test_where_the_tokenizer_is(folder: Path, tokenizer: Tokenizer) -> None:
         build(folder)
 
 
-def test_several_files_and_their_index(folder: Path, weights: dict[str, Tensor]) -> None:
+def test_sharded_files_and_their_index(folder: Path, weights: dict[str, Tensor]) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     keys = sorted(tensors)
@@ -238,7 +238,7 @@ def test_damaged_files(folder: Path, damage: str) -> None:
         build(folder)
 
 
-def test_integers_are_no_weights(folder: Path) -> None:
+def test_integer_weights_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
@@ -277,7 +277,9 @@ def test_a_missing_package_names_the_extra(
         (128, 999983, None),
     ],
 )
-def test_widths_map_back(dim: int, width: int, params: dict[str, Any] | None) -> None:
+def test_ffn_widths_convert_back_to_params(
+    dim: int, width: int, params: dict[str, Any] | None
+) -> None:
     found = huggingface._ffn_params(dim, width, (None, "nonsense"))
     if params is not None:
         assert found == params
@@ -298,7 +300,7 @@ def test_names_map_both_ways(weights: dict[str, Tensor]) -> None:
 
 
 def test_two_keys_of_one_tensor_are_refused(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Whichever of them counted, the other would be ignored."""
+    """Otherwise one of them would silently be ignored."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"norm.weight": weights["norm.weight"] * 2}, path)
@@ -306,13 +308,13 @@ def test_two_keys_of_one_tensor_are_refused(folder: Path, weights: dict[str, Ten
         ValueError, match=r"holds 'norm\.weight', a name of Meta's layout, expected"
     ):
         build(folder)
-    del tensors["model.norm.weight"]  # and alone it isn't a key of this layout
+    del tensors["model.norm.weight"]  # nor is a native key accepted alone
     save_file(tensors | {"norm.weight": weights["norm.weight"]}, path)
     with pytest.raises(ValueError, match=r"expected Hugging Face's, 'model\.norm\.weight'"):
         build(folder)
 
 
 def test_hidden_files_are_not_weights(folder: Path) -> None:
-    """macOS writes ._NAME next to NAME on disks of other systems."""
+    """macOS writes ._NAME next to NAME on non-Apple file systems."""
     (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7" + bytes(4092))
     assert build(folder)

@@ -33,7 +33,7 @@ def path_of(name: str) -> Path:
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
 def pair(request: pytest.FixtureRequest) -> tuple[SentencePieceTokenizer, Any]:
-    """Ours, and sentencepiece with the same file."""
+    """Our tokenizer and sentencepiece's own on the same file."""
     path = str(path_of(request.param))
     return SentencePieceTokenizer(path), sentencepiece.SentencePieceProcessor(model_file=path)
 
@@ -60,7 +60,7 @@ TEXTS = [
 # --- Ids --------------------------------------------------------------------------------------
 
 
-def test_numbers_of_the_real_vocabulary(llama2: SentencePieceTokenizer) -> None:
+def test_ids_of_the_real_vocabulary(llama2: SentencePieceTokenizer) -> None:
     assert (llama2.n_words, llama2.bos_id, llama2.eos_id, llama2.pad_id) == (32000, 1, 2, -1)
     assert llama2.stop_tokens == {2}
     assert llama2.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -80,14 +80,14 @@ def test_ids_equal_sentencepiece(pair: tuple[SentencePieceTokenizer, Any], text:
     assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_texts_come_back(llama2: SentencePieceTokenizer) -> None:
+def test_texts_round_trip(llama2: SentencePieceTokenizer) -> None:
     for text in TEXTS:
-        if "▁" not in text:  # SentencePiece's sign for a space becomes one
+        if "▁" not in text:  # SentencePiece's marker for a space decodes to a space
             assert llama2.decode(llama2.encode(text, bos=True, eos=True)) == text
 
 
 def random_ids(rng: random.Random, tokenizer: SentencePieceTokenizer) -> list[int]:
-    """Any ids; control, unknown and byte pieces, which lie first; bytes of UTF-8 beyond ASCII."""
+    """Any ids; control, unknown and byte pieces, which are the lowest; bytes outside ASCII."""
     pools = [range(tokenizer.n_words), range(270), range(3 + 0x80, 3 + 0x100)]
     return [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(12))]
 
@@ -100,10 +100,10 @@ def test_decoding_equals_sentencepiece(pair: tuple[SentencePieceTokenizer, Any])
         assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_bytes_are_the_decoded_text_and_its_first_space(
+def test_bytes_are_the_decoded_text_with_its_leading_space(
     pair: tuple[SentencePieceTokenizer, Any],
 ) -> None:
-    """Where the bytes are UTF-8, and a word's piece is first: only then is there one answer."""
+    """For valid UTF-8 that begins with a word piece: otherwise the result isn't unique."""
     ours, theirs = pair
     rng = random.Random(8)
     words = [i for i in range(ours.n_words) if theirs.id_to_piece(i).startswith("▁")]
@@ -213,7 +213,7 @@ S, U, A = turn("system"), turn("user"), turn("assistant")
     ("dialog", "message"),
     [
         ([], "the dialog is empty"),
-        ([S], "message 0 from the system alone"),
+        ([S], "only message 0, from the system"),
         ([U, S], "message 1 is from the system, expected that as message 0 only"),
         ([S, S, U], "message 1 is from the system, expected that as message 0 only"),
         ([U, U], "messages 0 and 1 are both from the user"),
@@ -238,7 +238,7 @@ def test_invalid_dialogs(llama2: SentencePieceTokenizer, dialog: Any, message: s
 @pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
 @pytest.mark.parametrize("index", range(4))
 def test_tags_in_contents_are_refused(llama2: SentencePieceTokenizer, tag: str, index: int) -> None:
-    """The published code answered with an error text, as if the model had said it."""
+    """The published code returned an error text as if the model had generated it."""
     dialog = [S, U, A, U]
     dialog[index] = turn(dialog[index]["role"], f"a{tag}b")
     with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -248,7 +248,7 @@ def test_tags_in_contents_are_refused(llama2: SentencePieceTokenizer, tag: str, 
 
 @pytest.mark.parametrize("tag", ["\uff3b/INST\uff3d", "[\x01/INST]", "[/\U0001d408NST]"])
 def test_tags_that_the_vocabulary_normalizes_are_refused(tmp_path: Path, tag: str) -> None:
-    """nmt_nfkc is sentencepiece's default in training."""
+    """nmt_nfkc is sentencepiece's default normalizer."""
     fuzz.sentencepiece_folder(tmp_path)
     tokenizer = SentencePieceTokenizer(str(tmp_path / "tokenizer.model"))
     assert "[/INST]" in tokenizer.decode(tokenizer.encode(tag, bos=False, eos=False))
@@ -279,7 +279,7 @@ def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePiec
     assert (formatter.tokenizer, formatter.tool_call_id, formatter.eom_id) == (opened, None, None)
 
 
-def test_other_files_are_llama3s() -> None:
+def test_tiktoken_files_give_llama3_tokenizers() -> None:
     path = str(DEMO / "tokenizer.model")
     for llama31 in (False, True):
         opened = load_tokenizer(path, llama31=llama31)
@@ -330,7 +330,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         SentencePieceTokenizer("tokenizer.model")
 
 
-def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) -> None:
+def test_llama2s_tokenizer_json_is_refused_and_the_right_file_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0}, "merges": []}
     path.write_text(json.dumps({"normalizer": {"type": "Sequence"}, "model": model}))
@@ -350,8 +350,10 @@ def test_tokenizer_json_of_llama2_names_the_file_that_is_needed(tmp_path: Path) 
         "\x00\x01 x<0x41>y </s>",
     ],
 )
-def test_a_text_is_streamed_from_every_split(llama2: SentencePieceTokenizer, text: str) -> None:
-    """As a continuation it is the bytes of its pieces; as a text of its own, decode's result."""
+def test_streaming_from_any_token_equals_decoding(
+    llama2: SentencePieceTokenizer, text: str
+) -> None:
+    """A continuation streams the bytes of its pieces; a new text streams decode's result."""
     ids = llama2.encode(text, bos=False, eos=False)
     for start in range(len(ids)):
         for starts_text in (False, True):
@@ -359,6 +361,6 @@ def test_a_text_is_streamed_from_every_split(llama2: SentencePieceTokenizer, tex
             pieces = [decoder.add(token) for token in ids[start:]]
             streamed = "".join([*pieces, decoder.add(None, final=True)])
             expected = llama2.decode_bytes(ids[start:]).decode(errors="replace")
-            if starts_text and "\ufffd" not in expected:  # sentencepiece counts them otherwise
+            if starts_text and "\ufffd" not in expected:  # sentencepiece's count may differ
                 expected = llama2.decode(ids[start:])
             assert streamed == expected

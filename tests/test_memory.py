@@ -36,21 +36,21 @@ def gib(n_bytes: int) -> float:
 
 
 def test_published_sizes() -> None:
-    """8.03 billion parameters; 128 KiB of cache for a position, 4 GiB for 4 x 8192."""
+    """8B: 8.03 billion parameters; 128 KiB of KV cache per position, 4 GiB for 4 x 8192."""
     args = ModelArgs(**SHAPE_8B, max_batch_size=4, max_seq_len=8192)
     plan = memory.plan(args, 1, torch.bfloat16)
     assert plan.weights == 2 * 8_030_261_248
     assert plan.cache == 4 * 8192 * 128 * 1024
     assert "weights 14.96 GiB + key/value cache 4.00 GiB" in str(plan)
     assert gib(memory.plan(args, 8, torch.bfloat16).cache) == 0.5
-    # more ranks than the 8 key heads: their copies take room on every rank
+    # beyond 8 ranks the 8 KV heads are replicated: the cache per rank stops shrinking
     assert memory.plan(args, 16, torch.bfloat16).cache == memory.plan(args, 8, torch.bfloat16).cache
 
 
-def test_the_largest_model_is_planned_without_being_made() -> None:
+def test_the_largest_model_is_planned_without_instantiating_it() -> None:
     args = ModelArgs(**SHAPE_405B, max_batch_size=1, max_seq_len=131072)
     plan = memory.plan(args, 16, torch.bfloat16)
-    # 405.85 billion; norms and repeated key heads are on every rank
+    # 405.85 billion parameters; norms and replicated KV heads are on every rank
     assert 405.85e9 / 8 <= plan.weights < 405.85e9 / 8 * 1.015
     with pytest.raises(
         MemoryError, match=r"it would fit with max_seq_len \d+ at max_batch_size 1;?"
@@ -59,7 +59,7 @@ def test_the_largest_model_is_planned_without_being_made() -> None:
     assert "the device has 52.15 GiB free" in str(e.value)
 
 
-def test_the_plan_counts_what_the_model_holds() -> None:
+def test_the_plan_matches_the_models_weights_and_cache() -> None:
     params = PARAMS | {"n_kv_heads": 4}
     model = new_model(params, random_weights(params), max_batch_size=3, max_seq_len=40)
     model.forward(torch.tensor([[1, 2]]), 0)
@@ -69,7 +69,7 @@ def test_the_plan_counts_what_the_model_holds() -> None:
     assert plan.cache == sum(layer.k.nbytes + layer.v.nbytes for layer in model.cache)
 
 
-def test_what_fits_is_as_large_as_can_be() -> None:
+def test_suggested_sizes_are_the_largest_that_fit() -> None:
     args = ModelArgs(**SHAPE_8B, max_batch_size=8, max_seq_len=8192)
     free = 22 * 2**30
     with pytest.raises(MemoryError) as error:
@@ -89,7 +89,7 @@ def test_what_fits_is_as_large_as_can_be() -> None:
 
 
 def test_both_sizes_must_shrink() -> None:
-    """Neither alone is enough: the longest sequence for a batch of one."""
+    """If shrinking either one isn't enough, the longest sequence at batch size 1 is suggested."""
     args = ModelArgs(**SHAPE_8B, max_batch_size=32, max_seq_len=8192)
     plan = memory.plan(args, 1, torch.bfloat16)
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_both_sizes_must_shrink() -> None:
         memory.check(plan, plan.weights + 60 * 2**20)
 
 
-def test_weights_alone_too_large() -> None:
+def test_more_ranks_are_suggested_if_the_weights_dont_fit() -> None:
     args = ModelArgs(**SHAPE_8B, max_batch_size=1, max_seq_len=64)
     plan = memory.plan(args, 1, torch.float32)
     with pytest.raises(MemoryError, match=r"use more ranks \(possible: 1, 2, 4, 8, 16, 32"):
@@ -117,8 +117,8 @@ def test_the_ranks_of_a_machine_share_its_memory() -> None:
 
 V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 V2 = "memory.max", "memory.current", "inactive_file"
-# The line of /proc/self/cgroup, the mount's root, where it is, and limits by folder in it, in MiB;
-# of each, 100 MiB are in use, 30 of them by file pages.
+# The line in /proc/self/cgroup, the root and type of the cgroup mount, limits by folder (MiB), and
+# the expected free memory (MiB). Each group uses 100 MiB, 30 of them reclaimable file pages.
 GROUPS: dict[str, tuple[str, str, str, dict[str, int], int]] = {
     "container, v2": ("0::/", "/", "cgroup2", {"": 500}, 430),
     "slice, v2": (
@@ -139,7 +139,7 @@ GROUPS: dict[str, tuple[str, str, str, dict[str, int], int]] = {
 
 
 @pytest.mark.parametrize("where", GROUPS)
-def test_limits_of_control_groups(
+def test_cgroup_limits_are_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     line, root, kind, limits, expected = GROUPS[where]
@@ -162,7 +162,7 @@ def test_limits_of_control_groups(
 
 
 def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
-    """The shards aren't checkpoints at all: the plan comes first."""
+    """The shards aren't even checkpoints: the memory check comes before they are read."""
     folder = write_checkpoint(tmp_path / "big", PARAMS | {"dim": 2**15, "n_layers": 400}, {})
     (folder / "consolidated.00.pth").write_bytes(b"not read")
     with pytest.raises(MemoryError, match=r"this needs weights \d+\.\d\d GiB"):
@@ -173,7 +173,7 @@ def test_nothing_is_read_if_it_does_not_fit(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_running_out_later_shows_the_plan(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_of_memory_error_shows_the_plan(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -189,9 +189,9 @@ def test_running_out_later_shows_the_plan(llm: Llama, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("prompts", ["plain", "scored"])
 @pytest.mark.parametrize("freed", ["kept", "given back"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_generation_stays_in_its_plan(dtype: str, freed: str, prompts: str) -> None:
-    """Prompts of twice the bound of a pass."""
-    # without gaps of freed blocks, to see the tensors alone; and with them, as after build
+def test_generation_stays_within_the_planned_memory(dtype: str, freed: str, prompts: str) -> None:
+    """The prompts together are twice as long as max_prefill_tokens."""
+    # "given back": no allocator fragmentation, only the tensors; "kept": with it, as after build
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536"} if freed == "given back" else {}
     arguments = ["1024", freed, str(DEMO / "tokenizer.model"), prompts]
     result = run(sys.executable, PROGRAMS / "workspace.py", dtype, *arguments, env=environment)

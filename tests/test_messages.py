@@ -1,7 +1,7 @@
-"""Messages after a user's mistake: the real situation, and the message's values and advice.
+"""Error messages after user mistakes: each is provoked for real, its values and advice checked.
 
-Those of damaged files are in test_hostile.py, those of failing ranks in test_faults.py, the others
-with the tests of their subject.
+Damaged files are in test_hostile.py, failing ranks in test_faults.py, other errors with the tests
+of their feature.
 """
 
 import json
@@ -42,7 +42,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_a_build_of_torch_without_cuda() -> None:
+def test_torch_built_without_cuda() -> None:
     version = re.escape(torch.__version__)
     words = f"device is 'cuda', but this machine has 'cpu' .torch {version} is built without CUDA: "
     with pytest.raises(ValueError, match=words):
@@ -51,8 +51,7 @@ def test_a_build_of_torch_without_cuda() -> None:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that reports two CUDA devices, where torchrun has started the fourth of four
-    processes."""
+    """Simulates the last of four torchrun processes on a machine with two CUDA devices."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4"), ("WORLD_SIZE", "4")):
@@ -78,7 +77,7 @@ def test_no_nccl(two_gpus: pytest.MonkeyPatch) -> None:
 
 
 def rank_environment(port: int, world_size: int) -> dict[str, str]:
-    """torchrun's variables for the first process; ours hosts the store, as with old launchers."""
+    """torchrun's environment for rank 0, which hosts the store, as with old launchers."""
     return {
         "TORCHELASTIC_RUN_ID": "1",
         "MASTER_ADDR": "127.0.0.1",
@@ -108,7 +107,7 @@ def test_a_port_in_use(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_is_missing_in_the_environment(folder: Path) -> None:
+def test_rank_missing_from_the_environment(folder: Path) -> None:
     env = rank_environment(1, 2)
     del env["RANK"]
     result = build(folder, **env)
@@ -116,14 +115,14 @@ def test_a_rank_is_missing_in_the_environment(folder: Path) -> None:
     assert "RANK expected, but not set" in result.stderr
 
 
-def test_a_group_that_was_started_with_another_size(folder: Path, one_process_group: None) -> None:
+def test_a_process_group_of_another_size(folder: Path, one_process_group: None) -> None:
     with pytest.raises(ValueError, match="model_parallel_size is 2, but 1 process") as error:
         Llama.build(str(folder), model_parallel_size=2, device="cpu")
     assert "torchrun --nproc_per_node 2 " in str(error.value)
 
 
-def test_a_group_that_has_ended(folder: Path, one_process_group: None) -> None:
-    """The next model is one process's again, and an older one still generates."""
+def test_a_destroyed_process_group(folder: Path, one_process_group: None) -> None:
+    """The next model runs in one process again, and an older one still generates."""
     older = Llama.build(str(folder), device="cpu", dtype="float32")
     expected = older.generate([[1, 2]], 5, temperature=0)
     dist.destroy_process_group()
@@ -133,7 +132,7 @@ def test_a_group_that_has_ended(folder: Path, one_process_group: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_number_of_ranks_that_does_not_divide(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+def test_an_impossible_number_of_ranks(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=4)
     path = tmp_path / "script.py"
     path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
@@ -186,14 +185,14 @@ def test_shards_of_two_models(tmp_path: Path, weights: dict[str, Tensor]) -> Non
     result = run(sys.executable, "-m", "llama", "verify", folder)
     assert result.returncode == 1
     assert "are shards of two models" in result.stdout
-    # each rank opens one of them
+    # here each rank opens only one shard
     path = tmp_path / "script.py"
     path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
     assert "are shards of two models" in torchrun(2, path).stderr
 
 
 def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> None:
-    """At most ten, then a count."""
+    """At most ten are listed, then a count."""
     wrong = {key: torch.ones(3) for key in weights if key.startswith("layers.0.")}
     torch.save(weights | wrong, copy / "consolidated.00.pth")
     with pytest.raises(ValueError, match=r"wq\.weight .* \(3,\), expected \(128, 128\)") as error:
@@ -211,7 +210,7 @@ def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_verify_finds_numbers_that_are_not_finite(
+def test_verify_finds_non_finite_values(
     copy: Path, weights: dict[str, Tensor], value: float
 ) -> None:
     wrong = weights["layers.1.feed_forward.w2.weight"].clone()
@@ -227,8 +226,8 @@ def test_verify_finds_numbers_that_are_not_finite(
 # --- Generation ---------------------------------------------------------------------------------
 
 
-def test_logits_that_are_not_finite(tokenizer: Tokenizer) -> None:
-    """The step and the row, also after the first batch; a row that has ended does not count."""
+def test_non_finite_logits(tokenizer: Tokenizer) -> None:
+    """The error names token and prompt, also after the first batch; finished rows are ignored."""
     weights = random_weights(PARAMS)
     llm = Llama(new_model(PARAMS, weights, max_seq_len=64, max_batch_size=2), tokenizer)
     llm.tokenizer.stop_tokens = set()
@@ -245,7 +244,7 @@ def test_logits_that_are_not_finite(tokenizer: Tokenizer) -> None:
         llm.generate([[5, second]], 0, echo=True, logprobs=True)
 
 
-def test_truncation_is_asked_for(llm: Llama) -> None:
+def test_truncation_must_be_requested(llm: Llama) -> None:
     bos, length = llm.tokenizer.bos_id, llm.model.params.max_seq_len
     prompt = [bos, *range(100)]
     with pytest.raises(
@@ -259,7 +258,7 @@ def test_truncation_is_asked_for(llm: Llama) -> None:
     assert row[: len(kept)] == kept
     assert len(row) <= length
     assert llm.generate([kept], 4, temperature=0)[0] == [row[len(kept) :]]
-    # half of the cache at most is left empty, and shorter prompts are left alone
+    # at most half of max_seq_len is kept free, and shorter prompts aren't truncated
     (row,) = llm.generate([prompt[1:]], 1000, temperature=0, echo=True, truncate=True)[0]
     assert row[: length // 2] == prompt[-(length // 2) :]
     (row,) = llm.generate([prompt[:length]], 0, echo=True, truncate=True)[0]
@@ -284,7 +283,7 @@ def test_truncation_is_asked_for(llm: Llama) -> None:
     ],
 )
 def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:
-    """The weights have been read, and the model computes."""
+    """Ctrl-C while decoding."""
     (tmp_path / "sitecustomize.py").write_text(
         "import torch, time\n"
         "from llama.model import Transformer\n"

@@ -1,4 +1,4 @@
-"""ModelArgs, the layers, and the cache."""
+"""ModelArgs, the layers, and the KV cache."""
 
 import sys
 from typing import Any
@@ -89,12 +89,12 @@ def test_feed_forward_widths_of_the_published_models(
 
 def test_rms_norm_computes_in_float32() -> None:
     norm = RMSNorm(4096, eps=1e-5).bfloat16()
-    x = torch.full((1, 4096), 300.0).bfloat16()  # its square is beyond float16, its sum beyond bf16
+    x = torch.full((1, 4096), 300.0).bfloat16()  # squares overflow float16; bf16 can't sum them
     assert torch.equal(norm(x), torch.ones(1, 4096, dtype=torch.bfloat16))
     assert torch.equal(norm(torch.zeros_like(x)), torch.zeros_like(x))
 
 
-def test_rotations_turn_interleaved_pairs() -> None:
+def test_rope_rotates_interleaved_pairs() -> None:
     freqs_cis = precompute_freqs_cis(4, 3)
     assert freqs_cis.shape == (3, 2)
     assert freqs_cis.dtype == torch.complex64
@@ -106,7 +106,7 @@ def test_rotations_turn_interleaved_pairs() -> None:
         torch.testing.assert_close(turned[0, position, 0], expected)
 
 
-def test_rotations_are_relative_and_keep_dtype() -> None:
+def test_rope_is_relative_and_keeps_the_dtype() -> None:
     freqs_cis = precompute_freqs_cis(16, 200, theta=500000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
@@ -131,16 +131,16 @@ def test_layers_are_fairscale_classes_built_on_the_default_device() -> None:
     assert model.freqs_cis.device.type == "cpu"
 
 
-def test_a_vocabulary_must_be_known() -> None:
+def test_vocab_size_is_required() -> None:
     with pytest.raises(ValueError, match="vocab_size is -1"):
         Transformer(ModelArgs())
 
 
-# --- The cache --------------------------------------------------------------------------------
+# --- KV cache ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cuts", [[16], [15, 1], [1] * 16, [5, 1, 1, 9], [8, 8]])
-def test_any_cut_of_the_tokens_gives_the_same_logits(model: Transformer, cuts: list[int]) -> None:
+def test_any_split_into_chunks_gives_the_same_logits(model: Transformer, cuts: list[int]) -> None:
     whole = model.forward(TOKENS, 0)
     parts, start = [], 0
     for length in cuts:
@@ -149,13 +149,15 @@ def test_any_cut_of_the_tokens_gives_the_same_logits(model: Transformer, cuts: l
     assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
 
 
-def test_earlier_content_of_the_cache_does_not_matter(model: Transformer) -> None:
+def test_stale_cache_entries_are_ignored(model: Transformer) -> None:
     first = model.forward(TOKENS[:, :5], 0)
     model.forward(TOKENS.flip(1), 0)
     assert torch.equal(model.forward(TOKENS[:, :5], 0), first)
 
 
-def test_logits_are_float32_and_the_cache_is_no_state(weights: dict[str, Tensor]) -> None:
+def test_logits_are_float32_and_the_cache_isnt_in_the_state_dict(
+    weights: dict[str, Tensor],
+) -> None:
     halves = {key: weight.bfloat16() for key, weight in weights.items()}
     model = new_model(PARAMS, halves, max_batch_size=2, max_seq_len=16)
     assert model(TOKENS, 0).dtype == torch.float32
@@ -164,7 +166,7 @@ def test_logits_are_float32_and_the_cache_is_no_state(weights: dict[str, Tensor]
     assert model.state_dict().keys() == weights.keys()
 
 
-def test_the_cache_stays_where_it_is(model: Transformer) -> None:
+def test_the_cache_isnt_reallocated(model: Transformer) -> None:
     model(TOKENS, 0)
     assert model.cache is not None
     before = [cache.k.data_ptr() for cache in model.cache]
@@ -172,7 +174,7 @@ def test_the_cache_stays_where_it_is(model: Transformer) -> None:
     assert [cache.k.data_ptr() for cache in model.cache] == before
 
 
-def test_changing_the_dtype_keeps_the_angles(model: Transformer) -> None:
+def test_changing_the_dtype_keeps_freqs_cis_complex64(model: Transformer) -> None:
     model(TOKENS, 0)
     model.to(torch.bfloat16)
     assert model.freqs_cis.dtype == torch.complex64
@@ -180,7 +182,7 @@ def test_changing_the_dtype_keeps_the_angles(model: Transformer) -> None:
 
 
 def test_rows_at_their_own_positions(model: Transformer) -> None:
-    """A packed prefill and a step of two rows of 3 and 10 tokens equal those of each row alone."""
+    """Packed prefill and a decoding step of rows with 3 and 10 tokens match each row alone."""
     lengths = [3, 10]
     with torch.inference_mode():
         packed = torch.cat([TOKENS[0, :3], TOKENS[1, :10]])
@@ -198,7 +200,7 @@ def test_rows_at_their_own_positions(model: Transformer) -> None:
         assert relative_error(step[row : row + 1], alone) < 1e-5
 
 
-def test_any_memory_layout_of_the_attention_kernel(
+def test_the_attention_kernel_may_return_any_memory_layout(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA's memory-efficient kernel returns its result transposed."""
@@ -223,7 +225,7 @@ def test_untouched_cache_takes_no_memory_and_a_fork_has_its_own() -> None:
     assert same == "True"
 
 
-def test_passes() -> None:
+def test_prefill_and_decode_batches() -> None:
     prompts = Prefill([5, 2], [0, 3], [2, 1], torch.device("cpu"), logits_for=[1])
     assert (prompts.slots.tolist(), prompts.positions.tolist()) == ([5, 5, 2], [0, 1, 3])
     assert (prompts.max_seqlen_q, prompts.max_seqlen_k) == (2, 4)
@@ -250,7 +252,7 @@ def test_passes() -> None:
         ((1, 1), -1, "start_pos -1"),
     ],
 )
-def test_tokens_that_do_not_fit(
+def test_tokens_that_dont_fit_are_refused(
     model: Transformer, shape: tuple[int, int], start: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Arguments of the calls: stop strings, top_logprobs, n, an open last message, top_p=0."""
+"""Generation options: stop strings, top_logprobs, n, continue_final_message, top_p=0."""
 
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ def story(demo: Llama, **options: Any) -> Any:
 # --- stop -------------------------------------------------------------------------------------
 
 
-def test_a_stop_string_is_found_across_token_borders(demo: Llama) -> None:
+def test_a_stop_string_is_found_across_token_boundaries(demo: Llama) -> None:
     whole = story(demo, logprobs=True)
     for i in range(1, len(whole["tokens"]) - 3):
         before, (first, second) = "".join(whole["tokens"][:i]), whole["tokens"][i : i + 2]
@@ -42,7 +42,7 @@ def test_the_first_of_several_stop_strings_ends_the_text(demo: Llama) -> None:
     assert story(demo, stop=stops)["generation"] == text[: min(map(text.find, stops))]
 
 
-def test_the_start_of_a_stop_string_that_does_not_come_is_given(demo: Llama) -> None:
+def test_an_incomplete_stop_string_stays_in_the_text(demo: Llama) -> None:
     text = story(demo)["generation"]
     result = story(demo, stop=[text[-3:] + "\0", text[5:9] + "\0"], logprobs=True)
     assert result["generation"] == "".join(result["tokens"]) == text
@@ -53,7 +53,7 @@ def test_a_stop_string_in_the_prompt_is_ignored(demo: Llama) -> None:
     assert stopped == plain
 
 
-def test_a_stop_string_ends_a_stream_and_its_events_have_the_reason(demo: Llama) -> None:
+def test_a_stop_string_ends_a_stream_with_finish_reason_stop(demo: Llama) -> None:
     ids = demo.tokenizer.encode(STORY, bos=True, eos=False)
     text = story(demo)["generation"]
     events = [step[0] for step in demo.stream([ids], 30, 0, stop=[text[10:14]])]
@@ -75,8 +75,8 @@ def test_an_answer_ends_at_a_stop_string(demo: Llama) -> None:
     assert answer == {"role": "assistant", "content": "23 + 45"}
 
 
-def test_characters_in_the_middle_of_a_stop_string_stay_whole(tokenizer: Tokenizer) -> None:
-    """The two bytes of "é" come in two tokens, and the stop string begins with them."""
+def test_a_stop_string_may_begin_with_a_split_character(tokenizer: Tokenizer) -> None:
+    """The stop string begins with "é", whose two bytes are separate tokens."""
     ids = [tokenizer.encode(s, bos=False, eos=False) for s in ("caf", "é", "s")]
     detokenizer = Detokenizer(tokenizer, starts_text=False)
     detokenizer.stop = ["és"]
@@ -88,13 +88,13 @@ def test_characters_in_the_middle_of_a_stop_string_stay_whole(tokenizer: Tokeniz
 # --- top_logprobs -----------------------------------------------------------------------------
 
 
-def test_top_logprobs_are_the_models(llm: Llama, weights: dict[str, Tensor]) -> None:
+def test_top_logprobs_match_the_oracle(llm: Llama, weights: dict[str, Tensor]) -> None:
     prompt = [5, 6, 7]
     steps = list(llm.stream([prompt, [9]], 4, 0, echo=True, top_logprobs=3, logprobs=True))
     events = [event for step in steps for event in step if event.row == 0]
     tokens = [event.token for event in events]
     expected = torch.log_softmax(oracle_logits(weights, PARAMS, tokens), -1).topk(3)
-    assert events[0].top_logprobs is None  # nothing comes before it
+    assert events[0].top_logprobs is None  # the first token has no context
     for i, event in enumerate(events[1:]):
         assert event.top_logprobs is not None
         assert list(event.top_logprobs) == expected.indices[i].tolist()
@@ -115,7 +115,7 @@ def test_top_logprobs_in_predictions(demo: Llama) -> None:
     assert first == pytest.approx(chat["logprobs"])
 
 
-def test_more_top_logprobs_than_tokens_gives_all(llm: Llama) -> None:
+def test_top_logprobs_are_capped_at_the_vocabulary(llm: Llama) -> None:
     event = next(llm.stream([[5]], 1, 0, top_logprobs=5000))[0]
     assert event.top_logprobs is not None
     assert len(event.top_logprobs) == llm.model.params.vocab_size
@@ -126,7 +126,7 @@ def test_more_top_logprobs_than_tokens_gives_all(llm: Llama) -> None:
 # --- n ----------------------------------------------------------------------------------------
 
 
-def test_n_samples_follow_one_another(demo: Llama) -> None:
+def test_n_samples_of_a_prompt_are_consecutive(demo: Llama) -> None:
     prompts = [STORY, "A brave owl"]
     rows = demo.text_completion(prompts, 1.0, 0.95, 8, n=3, seed=1, echo=True)
     for i, row in enumerate(rows):
@@ -178,7 +178,7 @@ def test_top_p_zero_takes_the_likeliest_token(llm: Llama) -> None:
     assert llm.generate(prompts, 12, 1.5, top_p=0)[0] == llm.generate(prompts, 12, temperature=0)[0]
 
 
-# --- Refused ----------------------------------------------------------------------------------
+# --- Invalid options --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_top_p_zero_takes_the_likeliest_token(llm: Llama) -> None:
         ({"n": 1.5}, "n is 1.5, expected 1 or more"),
     ],
 )
-def test_refused(llm: Llama, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(llm: Llama, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         llm.text_completion(["Once"], max_gen_len=2, **options)
     with pytest.raises((TypeError, ValueError), match=message):

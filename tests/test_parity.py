@@ -1,4 +1,4 @@
-"""The same numbers as the oracle, the published reference code and Hugging Face's Llama."""
+"""Logits match the oracle, the published reference code and Hugging Face's Llama."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_float32_logits_match_the_published_transformer(name: str) -> None:
     published = published_model(params, weights)
     model = new_model(params, weights, max_batch_size=2, max_seq_len=64)
     assert relative_error(model(tokens[:, :20], 0), published(tokens[:, :20], 0)) < 1e-5
-    for position in range(20, 24):  # steps of one token
+    for position in range(20, 24):  # decoding steps
         step = tokens[:, position : position + 1]
         assert relative_error(model(step, position), published(step, position)) < 1e-5
 
@@ -90,7 +90,7 @@ def bfloat16_errors(seed: int) -> tuple[float, float]:
 def test_bfloat16_error_is_no_larger_than_the_published_one(
     processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the linear layers of every kind of processor (test_fast.py shows which they are)."""
+    """With the linear layers chosen for each kind of CPU (see test_fast.py)."""
     monkeypatch.setattr(cpu, "cpu_features", lambda: {processor})
     monkeypatch.setattr(cpu, "_MIN_WEIGHT_BYTES", 0)
     errors = [bfloat16_errors(seed) for seed in range(8)]
@@ -114,15 +114,15 @@ def test_the_last_positions_of_the_context_match_the_oracle(weights: dict[str, T
     start = 8192 - len(TOKENS)
     model = new_model(PARAMS, weights, max_batch_size=1, max_seq_len=8192)
     expected = logits(weights, PARAMS, TOKENS, start=start)
-    model.freqs_cis = model.freqs_cis[start:]  # as if the cache before them were empty
+    model.freqs_cis = model.freqs_cis[start:]  # position 0 gets the angles of ``start``
     assert relative_error(model(torch.tensor([TOKENS]), 0)[0], expected) < 1e-5
     rounded = torch.view_as_real(model.freqs_cis).bfloat16().float()
     model.freqs_cis = torch.view_as_complex(rounded)
     assert relative_error(model(torch.tensor([TOKENS]), 0)[0], expected) > 1e-5
 
 
-def test_real_model_tells_its_story(stories: Path) -> None:
-    """stories260K, trained by others, greedily from BOS in float32."""
+def test_stories260k_generates_its_known_text(stories: Path) -> None:
+    """stories260K, a third-party model, greedily from BOS in float32."""
     import sentencepiece
 
     params = json.loads((stories / "native" / "params.json").read_text())
@@ -147,8 +147,8 @@ def test_real_model_tells_its_story(stories: Path) -> None:
     assert relative_error(ours(params, weights, ids[:40]), expected) < 1e-5
 
 
-def test_a_transformer_is_built_without_a_checkpoint() -> None:
-    """Researchers build one directly; nothing needs torchrun or a process group."""
+def test_a_transformer_can_be_built_without_a_checkpoint() -> None:
+    """Neither torchrun nor a process group is needed."""
     model = Transformer(ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=8))
     model.load_state_dict(random_weights(PARAMS))
     assert model(torch.tensor([[1, 2, 3]]), 0).shape == (1, 3, 1024)

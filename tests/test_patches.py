@@ -1,4 +1,4 @@
-"""Subclasses, exchanged parts and forward hooks take effect in generation; hidden states."""
+"""Subclasses, replaced methods and forward hooks affect generation; hidden states."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,14 +26,14 @@ def llm() -> Llama:
 
 
 def by_forward(llm: Llama, prompt: list[int], n: int) -> list[int]:
-    """Greedy tokens by whole forward passes, as a user would write it."""
+    """Greedy tokens by full forward passes, as a user would write it."""
     tokens = list(prompt)
     for _ in range(n):
         tokens.append(int(llm.model(torch.tensor([tokens]), 0)[0, -1].argmax()))
     return tokens[len(prompt) :]
 
 
-# --- Subclasses and seams ---------------------------------------------------------------------
+# --- Subclasses and replaced methods ----------------------------------------------------------
 
 
 class Shouting(Llama):
@@ -56,7 +56,22 @@ def test_an_overridden_generate_is_used_by_the_other_calls(llm: Llama) -> None:
     assert answer["generation"] == {"role": "assistant", "content": "HELLO"}
 
 
-def test_an_exchanged_sampler_is_used(llm: Llama) -> None:
+class Recording(Llama):
+    def generate(self, prompt_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        self.options = kwargs
+        return super().generate(prompt_tokens, *args, **kwargs)
+
+
+def test_an_overridden_generate_gets_the_options_that_are_given(llm: Llama) -> None:
+    recording = Recording(llm.model, llm.tokenizer)
+    texts = [recording.text_completion(["Once"], 1.0, max_gen_len=8, seed=0) for _ in range(2)]
+    assert recording.options == {"seed": 0}
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="top_logprobs is 2, expected 0: generate is overridden"):
+        recording.text_completion(["Once"], top_logprobs=2)
+
+
+def test_a_replaced_sampler_is_used(llm: Llama) -> None:
     shapes = []
 
     def least_likely(logits: Tensor, *_: Any) -> Tensor:
@@ -123,7 +138,7 @@ def test_the_last_block_sees_every_token_while_it_has_a_hook(llm: Llama) -> None
     assert shapes == [(12, 128), (2, 3, 128)]
 
 
-def test_captured_steps_give_way_to_hooks(llm: Llama) -> None:
+def test_cuda_graphs_are_bypassed_with_hooks(llm: Llama) -> None:
     replays = 0
 
     def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -148,7 +163,9 @@ def test_captured_steps_give_way_to_hooks(llm: Llama) -> None:
     assert replays == 14
 
 
-def test_compiled_steps_give_way_to_hooks(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_are_bypassed_with_hooks(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = 0
 
     def compile_nothing(step: Callable[..., Tensor], **_: Any) -> Callable[..., Tensor]:
@@ -170,7 +187,7 @@ def test_compiled_steps_give_way_to_hooks(llm: Llama, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["w1", "w2", "w3"])
-def test_the_fused_swiglu_gives_way_to_hooks(llm: Llama, name: str) -> None:
+def test_the_fused_swiglu_is_bypassed_with_hooks(llm: Llama, name: str) -> None:
     for module in llm.model.modules():
         if isinstance(module, FeedForward):
             module.compute = cpu.swiglu_weight_lhs
@@ -181,7 +198,7 @@ def test_the_fused_swiglu_gives_way_to_hooks(llm: Llama, name: str) -> None:
     assert hooked == [by_forward(llm, prompt, 8) for prompt in PROMPTS]
 
 
-def test_keys_computed_with_a_hook_are_not_reused_without_it(llm: Llama) -> None:
+def test_prefixes_cached_with_a_hook_are_not_reused_without_it(llm: Llama) -> None:
     prompt = list(range(20, 50))
     plain = llm.generate([prompt], 8, temperature=0)[0]
     with llm.model.layers[0].register_forward_hook(damped):
@@ -192,7 +209,7 @@ def test_keys_computed_with_a_hook_are_not_reused_without_it(llm: Llama) -> None
 # --- Hidden states ----------------------------------------------------------------------------
 
 
-def test_hidden_states_are_hugging_faces(llm: Llama) -> None:
+def test_hidden_states_match_hugging_face(llm: Llama) -> None:
     tokens = torch.tensor([PROMPTS[0], list(range(100, 110))])
     theirs = huggingface_model(PARAMS, random_weights(PARAMS))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Any number of shards on any number of ranks, as pure functions: shards join again."""
+"""Resharding from any number of shards to any number of ranks, as pure functions."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def split(cut: ShardSpec, tensor: Tensor, n: int) -> list[Tensor]:
 
 
 def moved(source: ShardSpec, shards: list[Tensor], target: ShardSpec, n_ranks: int) -> list[Tensor]:
-    """The ranks' tensors; every number of them must have been written once."""
+    """Each rank's tensor; checks that every element is written exactly once."""
     results = []
     for rank in range(n_ranks):
         result = torch.full([b - a for a, b in local_slices(target, n_ranks, rank)], -1)
@@ -51,7 +51,7 @@ def moved(source: ShardSpec, shards: list[Tensor], target: ShardSpec, n_ranks: i
 
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelArgs:
-    """Shapes that divide by 16 ranks in all ways but one: key/value heads are 1 to 32."""
+    """Shapes that can be split over 16 ranks, except that they have 1 to 32 KV heads."""
     kv_heads = draw(st.sampled_from([1, 2, 4, 8, 16, 32]))
     n_heads = max(16, kv_heads) * draw(st.integers(1, 3))
     n_heads -= n_heads % kv_heads
@@ -67,7 +67,7 @@ def shapes(draw: st.DrawFn) -> ModelArgs:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(shapes(), st.sampled_from(COUNTS), st.sampled_from(COUNTS), st.booleans())
 def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_columns: bool) -> None:
-    """M -> N is M -> 1 -> N, and M -> 1 restores the tensor, for every kind of tensor."""
+    """M -> N equals M -> 1 -> N, and M -> 1 restores the tensor, for every kind of tensor."""
     for key, cut in shard_specs(args).items():
         full = numbered(cut.sizes)
         stored = cut
@@ -83,23 +83,23 @@ def test_any_shards_on_any_ranks(args: ModelArgs, m: int, n: int, embedding_colu
             assert torch.equal(got, expected)
 
 
-def test_more_ranks_than_key_heads_repeat_them_interleaved() -> None:
-    """Query head q shares key head q // 4: ranks 0 to 3 hold the first, never 0, 4, 8, 12."""
+def test_neighbouring_ranks_share_a_replicated_kv_head() -> None:
+    """Query head q uses KV head q // 4: ranks 0 to 3 hold the first, not ranks 0, 4, 8, 12."""
     args = shape(kv_heads=4)
     cut = shard_specs(args)["layers.0.attention.wk.weight"]
     held = [local_slices(cut, 16, rank)[0][0] // args.head_dim for rank in range(16)]
     assert held == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
-def test_a_rank_with_its_own_shard_reads_no_other() -> None:
+def test_a_rank_reads_only_its_own_shard_if_the_counts_match() -> None:
     for key, cut in shard_specs(shape()).items():
         for rank in range(8):
             found = copies(cut, 8, cut, 8, rank)
             assert [read.shard for read in found] == [rank], key
 
 
-def test_the_table_is_the_model_at_every_size() -> None:
-    """Keys and shapes of a rank's Transformer are those of the table."""
+def test_shard_specs_match_the_state_dict() -> None:
+    """``shard_specs`` has the keys and shapes of ``Transformer``."""
     from llama import Transformer
 
     args = shape()
@@ -114,20 +114,20 @@ def test_the_table_is_the_model_at_every_size() -> None:
     ("kv_heads", "expected"),
     [(4, [1, 2, 4, 8, 16]), (16, [1, 2, 4, 8, 16]), (1, [1, 2, 4, 8, 16])],
 )
-def test_the_numbers_of_ranks_that_work(kv_heads: int, expected: list[int]) -> None:
+def test_valid_tp_sizes(kv_heads: int, expected: list[int]) -> None:
     assert shape(kv_heads).valid_tp_sizes == expected
 
 
-def test_key_heads_are_not_cut_in_two() -> None:
-    """Three key heads on two or four ranks: no."""
+def test_kv_heads_are_never_split() -> None:
+    """Three KV heads can't be split over two or four ranks."""
     args = shape(kv_heads=3, dim=96, n_heads=12, multiple_of=48)
     assert args.ffn_hidden_dim == 288
     assert args.valid_tp_sizes == [1, 3, 6, 12]
 
 
-def test_published_shapes_divide_as_published() -> None:
+def test_valid_tp_sizes_of_published_shapes() -> None:
     llama2_13b = ModelArgs(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
-    assert llama2_13b.valid_tp_sizes == [1, 2, 4, 8]  # its feed-forward layer does not divide by 5
+    assert llama2_13b.valid_tp_sizes == [1, 2, 4, 8]  # its FFN can't be split over 5 ranks
     llama3_70b = ModelArgs(
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256,
         multiple_of=4096, ffn_dim_multiplier=1.3,

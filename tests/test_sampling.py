@@ -1,4 +1,4 @@
-"""Top-p sampling, token for token equal to the published sampler."""
+"""Top-p (nucleus) sampling, token for token equal to the published sampler."""
 
 import pytest
 import torch
@@ -51,10 +51,10 @@ def full_sort(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_of_a_large_vocabulary_gives_the_draws_of_a_full_sort(
+def test_topk_of_a_large_vocabulary_draws_the_same_tokens_as_a_full_sort(
     n_rows: int, dtype: torch.dtype
 ) -> None:
-    """100 seeds; at 1.0 the nucleus ends within the first 1024 tokens, at 4.0 it does not."""
+    """At temperature 1.0 the nucleus is within the top 1024 tokens, at 4.0 it isn't."""
     source = torch.Generator().manual_seed(5)
     logits = (4 * torch.randn(n_rows, 128256, generator=source)).to(dtype).float()
     for temperature, headed in ((1.0, True), (4.0, False)):
@@ -69,8 +69,8 @@ def test_the_head_of_a_large_vocabulary_gives_the_draws_of_a_full_sort(
             assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
-def test_equals_at_the_end_of_the_head() -> None:
-    """Which of the equals topk returns is not known, so they must not be in the nucleus."""
+def test_ties_at_the_end_of_the_topk() -> None:
+    """topk may return any of the tied tokens, so the nucleus must not include them."""
     probs = torch.full((1, 4096), 0.5 / 4095)
     probs[0, 7] = 0.5
     assert sampling._ranked_head(probs, 0.4) is not None
@@ -83,7 +83,7 @@ def test_equals_at_the_end_of_the_head() -> None:
 def test_ties_keep_ascending_ids() -> None:
     probs = torch.full((1, 4), 0.25)
     drawn = {int(sample_top_p(probs, 0.3)) for _ in range(200)}
-    assert drawn == {0, 1}  # 0 + 0.25 <= 0.3 keeps a second one, 0.5 does not a third
+    assert drawn == {0, 1}  # 0.25 <= 0.3 keeps the second token, 0.5 > 0.3 drops the third
 
 
 def test_the_nucleus() -> None:

@@ -69,7 +69,7 @@ def test_published_ids(real: Tokenizer) -> None:
     assert real.decode(ids) == "<|begin_of_text|>This is a test sentence.<|end_of_text|>"
 
 
-def test_names_of_llama31(real: Tokenizer, real31: Tokenizer) -> None:
+def test_special_token_names_of_llama31(real: Tokenizer, real31: Tokenizer) -> None:
     expected = {
         "<|begin_of_text|>": 128000,
         "<|end_of_text|>": 128001,
@@ -114,7 +114,7 @@ def test_ids_equal_the_published_tokenizer(text: str) -> None:
     assert OURS.decode(ids[1:-1]) == text
 
 
-# hypothesis calls the test above thousands of times: no fixtures in between
+# not fixtures, since hypothesis calls the test above thousands of times
 OURS = Tokenizer(str(LLAMA3_VOCABULARY))
 PUBLISHED = PublishedTokenizer(LLAMA3_VOCABULARY)
 
@@ -166,7 +166,7 @@ def test_pieces_never_split_a_character(real: Tokenizer) -> None:
     pieces = [decoder.add(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-    # truncated inside a character: the rest comes out at the end, as when decoding the whole
+    # truncated inside a character: the final flush gives the same text as decode()
     for end in range(len(ids)):
         decoder = Detokenizer(real, starts_text=True)
         cut = "".join(decoder.add(t) for t in ids[:end]) + decoder.add(None, final=True)
@@ -175,7 +175,7 @@ def test_pieces_never_split_a_character(real: Tokenizer) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 1023), max_size=40))
-def test_pieces_join_to_the_decoded_whole(ids: list[int]) -> None:
+def test_pieces_concatenate_to_the_decoded_text(ids: list[int]) -> None:
     decoder = Detokenizer(SMALL, starts_text=True)
     pieces = [decoder.add(t, final=i == len(ids) - 1) for i, t in enumerate(ids)]
     assert "".join(pieces) == SMALL.decode(ids)
@@ -283,7 +283,7 @@ def test_invalid_messages_of_llama31(real31: Tokenizer, message: Any, error: str
             encode(message)
 
 
-def test_ids_of_tools(real: Tokenizer, real31: Tokenizer) -> None:
+def test_tool_call_ids(real: Tokenizer, real31: Tokenizer) -> None:
     assert (ChatFormat(real).tool_call_id, ChatFormat(real).eom_id) == (None, None)
     chat = ChatFormat(real31)
     assert (chat.tool_call_id, chat.eom_id) == (128010, 128008)
@@ -391,7 +391,7 @@ def test_llama2_vocabulary_is_named() -> None:
 def test_the_same_relative_path_in_another_folder_is_another_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tiktoken's own reader caches by the path as written."""
+    """tiktoken's own loader caches by the path as written."""
     for name, token in (("a", b"YWI="), ("b", b"Y2Q=")):
         (tmp_path / name).mkdir()
         lines = [*BYTES, token + b" 256\n"]
@@ -415,7 +415,7 @@ def letters(token: bytes) -> str:
 
 
 def hf_tokenizer() -> Any:
-    """An empty tokenizer of Hugging Face's that cuts text as Llama 3 does."""
+    """An empty Hugging Face tokenizer with Llama 3's pre-tokenization."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -425,7 +425,7 @@ def hf_tokenizer() -> Any:
 
 
 def hf_config(ours: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json like the published one: a merge for every way to cut a token in two."""
+    """A tokenizer.json like the published one: a merge for every way to split a token in two."""
     n_base = ours.n_words - 256
     ranks = {ours.model.decode_single_token_bytes(i): i for i in range(n_base)}
     merges = []
@@ -445,7 +445,7 @@ def hf_config(ours: Tokenizer) -> dict[str, Any]:
 
 
 def as_plain_text(path: Path) -> Any:
-    """Hugging Face's tokenizer of the file; names of special tokens in a text are text."""
+    """Hugging Face's tokenizer for the file; encodes names of special tokens as plain text."""
     theirs = tokenizers.Tokenizer.from_file(str(path))
     theirs.encode_special_tokens = True
     return theirs
@@ -475,19 +475,19 @@ def test_real_tokenizer_json(real: Tokenizer, real31: Tokenizer, real_json: Path
     assert ours.special_tokens == real31.special_tokens
     theirs = as_plain_text(real_json)
     assert_same_ids(ours, theirs, 3000)
-    # words that only a look-up of the whole finds, and the same inside longer ones
+    # words that only a whole-word lookup finds (ignore_merges), alone and inside longer words
     whole = [i for i in range(256, 128000) if "\ufffd" not in real.decode([i])][::97]
     for word in map(real.decode, [[i] for i in whole]):
         for text in (word, f"x{word}", f"{word}y{word}"):
             expected = theirs.encode(text, add_special_tokens=False).ids
             assert ours.encode(text, bos=False, eos=False) == expected
-    # the names of 3.1 are not those of 3, but the ones that 3 has are where it has them
+    # 3.1 renames some special tokens: opened as Llama 3, the file gives Llama 3's names
     assert Tokenizer(str(real_json)).special_tokens == real.special_tokens
 
 
 @pytest.mark.parametrize("pairs_as_lists", [True, False])
 def test_trained_tokenizer_json(tmp_path: Path, pairs_as_lists: bool) -> None:
-    """A vocabulary as its trainer leaves it: one merge per token, no ignore_merges."""
+    """A vocabulary as the trainer writes it: one merge per token, no ignore_merges."""
     bpe = hf_tokenizer()
     text = (DEMO.parent.parent / "README.md").read_text(encoding="utf-8")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -558,7 +558,7 @@ FIRST = list(CONFIG["model"]["vocab"])[256]
         (changed(dropout=0.1), "dropout to 0.1"),
         (changed(end_of_word_suffix="</w>"), "end_of_word_suffix to '</w>'"),
         (changed(continuing_subword_prefix="##"), "continuing_subword_prefix to '##'"),
-        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer, {'type': 'NFC'}"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer {'type': 'NFC'}"),
         (lambda c: c.update({PRE: None}), r"pre_tokenizer \[None\], expected Llama 3's"),
         (lambda c: c.update({PRE: {"type": "ByteLevel"}}), "pre_tokenizer .*'ByteLevel'"),
         (lambda c: c[PRE]["pretokenizers"][0].update(pattern={"Regex": "a+"}), "splits text by 'a"),
@@ -613,19 +613,19 @@ def test_tokenizer_json_without_the_names_of_llama31(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", ["{", '{"model": ', '{"a":' * 100_000, '{"a": "\udcff"}'])
-def test_tokenizer_json_that_is_no_json(tmp_path: Path, data: str) -> None:
+def test_tokenizer_json_that_isnt_json(tmp_path: Path, data: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data.encode("utf-8", errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"is damaged: it begins like JSON.*download the file"):
         Tokenizer(str(path))
 
 
-def test_words_that_no_merges_make(tmp_path: Path) -> None:
-    """Without ignore_merges, Hugging Face never gives the id of such a word; tiktoken does."""
+def test_words_that_no_merge_produces(tmp_path: Path) -> None:
+    """Without ignore_merges, Hugging Face never produces such a word's id; tiktoken does."""
     config = copy.deepcopy(CONFIG)
     model = config["model"]
     assert not {"qz", "zqx", "qzqx"} & set(model["vocab"])
-    for token in ("qz", "zqx", "qzqx"):  # merged, "zqx" stays three and "qzqx" ends as "qz" q x
+    for token in ("qz", "zqx", "qzqx"):  # by merges, "zqx" stays z q x and "qzqx" becomes qz q x
         model["vocab"][token] = len(model["vocab"])
     model["merges"] += ["q z"]
     config["added_tokens"] = [
@@ -641,6 +641,6 @@ def test_words_that_no_merges_make(tmp_path: Path) -> None:
     assert ours.encode("zqx", bos=False, eos=False) == [769]
     model["ignore_merges"] = False
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"b'zqx' \(id 769\), which no merges make"):
+    with pytest.raises(ValueError, match=r"b'zqx' \(id 769\), which no merge makes"):
         Tokenizer(str(path))
     assert len(as_plain_text(path).encode("zqx", add_special_tokens=False).ids) == 3

@@ -1,4 +1,4 @@
-"""A rank's program in test_distributed.py: a user's script that writes its results to a file.
+"""The program of each rank in test_distributed.py; writes its results to a file.
 
 torchrun --nproc_per_node N tests/worker.py CKPT_DIR OUT_DIR DTYPE
 """
@@ -32,7 +32,7 @@ def main() -> None:
     folder, out, dtype = sys.argv[1:]
     print("started")
     rank = int(os.environ.get("RANK", "0"))
-    # another seed on every rank: only the first rank's may count
+    # a different seed on each rank: only the first rank's may matter
     llm = Llama.build(folder, None, 64, 4, seed=1 + rank, dtype=dtype, device="cpu")
     print("built")
     before = results(llm)

@@ -1,4 +1,4 @@
-"""Faster implementations of parts of the model, chosen once, by what the device supports.
+"""Faster implementations of parts of the model, chosen once by device and dtype.
 
 | device and dtype                       | linear layers     | attention | a decoding step       |
 |----------------------------------------|-------------------|-----------|-----------------------|
@@ -8,7 +8,7 @@
 | CUDA from Ampere on, bfloat16, float16 | F.linear          | flash     | CUDA graph            |
 | CUDA otherwise                         | F.linear          | SDPA      | CUDA graph per length |
 
-``compile=True`` puts torch.compile into the last column. benchmarks/README.md has the measurements.
+``compile=True`` adds torch.compile to the decoding step. Measurements: benchmarks/README.md.
 """
 
 import torch
@@ -24,7 +24,7 @@ def accelerate(model: Transformer, *, compile: bool = False) -> None:
     """Replace linear layers, attention and ``decode`` of a model whose weights are loaded.
 
     Args:
-        compile: run the decoding step through torch.compile; the first step takes up to a minute.
+        compile: compile the decoding step with torch.compile; the first takes up to a minute.
     """
     device = model.device
     if device.type == "cpu":

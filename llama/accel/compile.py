@@ -1,4 +1,4 @@
-"""Decoding steps through torch.compile."""
+"""Decoding steps compiled with torch.compile."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from llama.model import Attention, Transformer
 
 
 def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """``model.rotate`` in real numbers: torch.compile doesn't fuse complex ones."""
+    """``model.rotate`` in real arithmetic: torch.compile doesn't fuse complex operations."""
     cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)  # [S, 1, D / 2] each
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -20,8 +20,8 @@ def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 def compiled_decode(model: Transformer) -> DecodeFunction:
-    """``model.decode`` as two programs, one tuned for a single row and one for any other batch,
-    both for every length."""
+    """``model.decode`` compiled twice, once tuned for a single row and once for larger batches,
+    both for any length."""
     for layer in model.modules():
         if isinstance(layer, Attention):
             layer.rotate = rotate_real

@@ -1,4 +1,4 @@
-"""Linear layers and memory on the CPU."""
+"""Linear layers and memory allocation on the CPU."""
 
 import ctypes
 import os
@@ -14,19 +14,19 @@ from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.hooks import is_unmodified, version
 from llama.model import FeedForward, Transformer, swiglu
 
-# oneDNN reorders the right-hand matrix of a product in every call, and F.linear puts the weight
-# there: a third of the time of a decoding step.
+# oneDNN reorders the right-hand matrix of a matmul in every call, and F.linear passes the weight
+# there: a third of a decoding step's time.
 
-_MAX_ROWS = 256  # per product, so that the intermediate results stay in the caches
-_FEW_ROWS = 8  # up to here, every row count may have a kernel of its own
-_MIN_WEIGHT_BYTES = 2**20  # smaller weights stay in the caches, and F.linear has less overhead
+_MAX_ROWS = 256  # per matmul, so that intermediate results stay in cache
+_FEW_ROWS = 8  # up to here, each row count may have its own kernel
+_MIN_WEIGHT_BYTES = 2**20  # smaller weights stay in cache, and F.linear has less overhead
 
 
 def _in_chunks(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """The product for the rows of x [..., dim], in chunks that are padded with zero rows.
+    """Apply ``product`` to the rows of x [..., dim], in chunks padded with zero rows.
 
     oneDNN JIT-compiles a kernel per row count, which takes 5 to 15 ms and up to a megabyte, and
-    never frees it; rounding leaves 27 row counts.
+    never frees it; rounding up leaves 27 row counts.
     """
     rows = x.flatten(0, -2)
     if len(rows) <= _FEW_ROWS:
@@ -43,12 +43,12 @@ def _in_chunks(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _columns(rows: Tensor) -> Tensor:
-    """[dim, T]. A single row is repeated: torch has a slower kernel for one column."""
+    """[dim, T]. A single row is repeated: torch's kernel for one column is slower."""
     return rows.t() if len(rows) > 1 else rows.t().expand(-1, 2)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.linear`` with few row counts."""
+    """``F.linear`` with few distinct row counts."""
     return _in_chunks(x, lambda rows: F.linear(rows, weight))
 
 
@@ -60,8 +60,8 @@ def weight_lhs_matmul(x: Tensor, weight: Tensor) -> Tensor:
 def swiglu_weight_lhs(
     x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
 ) -> Tensor:
-    """``model.swiglu`` with all three weights on the left. Intermediate results stay transposed, so
-    that only the last one is transposed back."""
+    """``model.swiglu`` with all three weights on the left. Intermediate results stay transposed;
+    only the last one is transposed back."""
     if not (is_unmodified(w1) and is_unmodified(w2) and is_unmodified(w3)):
         return swiglu(x, w1, w2, w3)
 
@@ -74,7 +74,7 @@ def swiglu_weight_lhs(
 
 
 class PackedLinear:
-    """``F.linear`` with a second copy of the weight in oneDNN's layout."""
+    """``F.linear`` on a copy of the weight packed in oneDNN's layout."""
 
     def __init__(self, weight: Tensor) -> None:
         self.source, self.version = weight, version(weight)
@@ -95,8 +95,7 @@ _WITHOUT_AMX = {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
 
 
 def cpu_features() -> set[str]:
-    """The processor's features as Linux lists them, without those that oneDNN was told not to
-    use."""
+    """CPU features as listed by Linux, without those disabled for oneDNN."""
     if platform.system() != "Linux":
         return set()
     features = set(Path("/proc/cpuinfo").read_text().split())
@@ -114,7 +113,7 @@ def cpu_computes_bfloat16() -> bool:
 
 
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether large linear layers will be held twice."""
+    """Whether large linear layers will hold a second, packed copy of their weights."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False
     features = cpu_features()
@@ -122,7 +121,7 @@ def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def choose_linear(model: Transformer) -> None:
-    """Set the products of the linear layers and of SwiGLU."""
+    """Choose the matmul implementations of the linear layers and SwiGLU."""
     if model.dtype != torch.bfloat16:
         return
     features = cpu_features()
@@ -144,12 +143,12 @@ def choose_linear(model: Transformer) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks for the next tensor of their size. By default it returns blocks
-    of some MiB to the system, which zeroes each page before it gives it out again: up to a third
-    of the time of a prefill. The process then stays as large as its largest pass.
+    """Make glibc keep freed blocks for reuse. By default it returns blocks of a few MiB to the
+    kernel, which zeroes each page before handing it out again: up to a third of prefill time. The
+    process then stays as large as its largest pass.
 
     Returns:
-        Whether this is glibc and it accepted.
+        Whether this is glibc and it accepted the settings.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

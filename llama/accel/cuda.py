@@ -1,4 +1,4 @@
-"""Attention by the flash kernel, and decoding steps as CUDA graphs."""
+"""FlashAttention, and decoding steps as CUDA graphs."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from llama.hooks import is_unmodified
 from llama.model import Transformer
 
 DecodeFunction = Callable[[Tensor, Decode], Tensor]
-# Takes a function; returns one that computes it again, and the tensor that holds the result.
+# Takes a function; returns one that replays it, and the tensor that holds the result.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
 def flash_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-    """``attention`` in one call of the flash kernel (Dao, 2023), for every kind of pass: it takes
-    sequences of unequal length, supports grouped queries, splits long sequences over the device,
+    """``attention`` in one call of FlashAttention's varlen kernel (Dao, 2023), for prefill and
+    decode: it supports ragged lengths and grouped queries, splits long sequences over the device,
     and reads the lengths there, so that a CUDA graph can capture it."""
     # the cache as one sequence of max_batch_size * max_seq_len tokens [., K, D]
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (cache.k, cache.v))
@@ -47,7 +47,7 @@ def _flash_kernel(
     seqused_k: Tensor,
 ) -> Tensor:
     # torch.nn.attention.varlen.varlen_attn has seqused_k from torch 2.12 on; it calls this
-    # operator, which torch has had since 2.4. The causal mask is aligned bottom-right.
+    # operator, available since torch 2.4. The causal mask is aligned bottom-right.
     outputs = torch.ops.aten._flash_attention_forward(
         q,
         k,
@@ -67,8 +67,8 @@ def _flash_kernel(
 class GraphedStep:
     """``Transformer.decode``, captured once for each of a few sizes and then replayed.
 
-    The batch is padded to a power of two; the padding rows are computed and dropped. So is the
-    length, unless attention reads the lengths on the device.
+    The batch is padded to a power of two, and the padding rows are computed and dropped. The length
+    is padded too, unless attention reads the lengths on the device.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class GraphedStep:
         all_tokens[:n] = tokens
         all_positions[:n], all_positions[n:] = batch.positions, args.max_seq_len - 1
         all_seqlens[:n], all_seqlens[n:] = batch.seqlens_k, 1
-        if is_new:  # capturing runs the step, so that its input must be this step's
+        if is_new:  # capturing runs the step, so its inputs must already be set
 
             def step() -> Tensor:
                 padded = Decode(
@@ -118,20 +118,20 @@ class GraphedStep:
 
 
 def _round_up(n: int, limit: int, least: int = 1) -> int:
-    """The next power of two from ``least`` on, at most ``limit``."""
+    """Round up to a power of two, at least ``least`` and at most ``limit``."""
     return min(max(least, 1 << (n - 1).bit_length()), limit)
 
 
 def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Capture a function as a CUDA graph, including NCCL's collective calls."""
+    """Capture a function as a CUDA graph, including NCCL collectives."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries and compilers initialize before the capture
+    with torch.cuda.stream(side):  # warm up: libraries and compilers initialize before the capture
         for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog thread may call CUDA meanwhile
+    # NCCL's watchdog thread may call CUDA during the capture
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = run()
     return graph.replay, output

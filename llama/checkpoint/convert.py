@@ -1,7 +1,7 @@
-"""Checkpoints on disk: reshard for another number of ranks, or convert to the other layout.
+"""Reshard a checkpoint on disk for another number of ranks, or convert it to the other layout.
 
-One tensor at a time is in memory. The new folder gets its name once it is complete: it is written
-under a temporary name next to it, params.json or config.json last.
+Only one tensor at a time is in memory. The new folder is written under a temporary name next to the
+target, params.json or config.json last, and renamed once it is complete.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from llama.files import listed, md5
 from llama.vocab.file import read_vocabulary
 
 _CPU = torch.device("cpu")
-# Tensors of one safetensors file are in memory together.
+# The tensors of one safetensors file are in memory together.
 _SAFETENSORS_BYTES = 2 * 2**30
 
 
@@ -51,16 +51,16 @@ def convert(
     """Write a checkpoint in ``layout`` to the folder ``target``, with its tokenizer.
 
     Args:
-        n_shards: of a native folder; ignored for a Hugging Face folder.
+        n_shards: for a native folder; ignored for a Hugging Face folder.
         dtype: None keeps every tensor's own.
         bos_token, stop_tokens: for the configs of a Hugging Face folder.
-        force: replace ``target`` if it is an empty folder, or a checkpoint folder that holds
-            nothing else and no file of the source.
+        force: replace ``target`` if it is an empty folder, or a checkpoint folder that contains
+            nothing else and none of the source's files.
 
     Raises:
-        FileExistsError: ``target`` is there.
+        FileExistsError: ``target`` exists and may not be replaced.
         ImportError: ``layout`` is "hf", and the package safetensors is missing.
-        OSError: the disk is full, or can't be written to; nothing is left on it.
+        OSError: the disk is full or can't be written to; partial output is removed.
         ValueError: the source is damaged, can't be split into ``n_shards``, or holds values beyond
             ``dtype``'s range; the message names the tensor.
     """
@@ -85,7 +85,7 @@ def convert(
             unit_scale=True,
             disable=not progress,
         ) as bar:
-            # renamed after its content, whatever it was called
+            # named by its content, whatever the source is called
             is_json = read_vocabulary(str(tokenizer_path), 1) == b"{"
             name = "tokenizer.json" if is_json else "tokenizer.model"
             shutil.copyfile(tokenizer_path, part / name)
@@ -100,7 +100,7 @@ def convert(
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
-            f"{str(target)!r} couldn't be written, and nothing of it is left: {error}"
+            f"{str(target)!r} couldn't be written, and no partial output is left: {error}"
         ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -122,7 +122,7 @@ def _check_room(
     tokenizer_path: Path,
     target: Path,
 ) -> None:
-    """Each file has its own copy of the norms, and of key/value heads that ranks share."""
+    """Raise OSError if the disk is too full. Norms and shared key/value heads are in every file."""
     needed = tokenizer_path.stat().st_size + n_files * sum(
         n_bytes(weights.specs[key], n_files, dtype or _dtype(weights, key)) for key in keys
     )
@@ -136,7 +136,7 @@ def _check_room(
 
 # --- The target ---------------------------------------------------------------------------------
 
-# Files that convert or the publishers write. Not README.md: it may be the user's.
+# Files written by convert or the publishers. Not README.md: it may be the user's.
 _CHECKPOINT_FILES = re.compile(
     r"consolidated\.\d\d\.pth|params\.json|(tokenizer_)?checklist\.chk|tokenizer\.(model|json)"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -156,7 +156,7 @@ def _check_target(target: Path, sources: list[Path], force: bool) -> None:
             f"{str(target)!r} isn't a folder and is not replaced: give another name, or move it "
             "away"
         )
-    for source in sources:  # resolved, since a link may lead to a file that would be deleted
+    for source in sources:  # resolved, since a link may point to a file that would be deleted
         if any(folder.samefile(target) for folder in source.resolve().parents):
             raise FileExistsError(
                 f"{str(target)!r} holds {str(source)!r} of the source, which replacing it would "
@@ -189,8 +189,8 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _put_in_place(part: Path, target: Path, sources: list[Path], force: bool) -> Path | None:
-    """Rename the new folder to ``target``. Returns where the replaced folder is now."""
-    _check_target(target, sources, force)  # it may have been created meanwhile
+    """Rename the new folder to ``target``. Returns the new path of the replaced folder, if any."""
+    _check_target(target, sources, force)  # it may have been created in the meantime
     if not target.exists():
         part.rename(target)
         return None
@@ -223,7 +223,7 @@ def _delete(folder: Path) -> None:
 
 
 def resolved_params(args: ModelArgs) -> dict[str, Any]:
-    """The content of params.json, with nothing left to defaults."""
+    """The content of params.json, with all defaults spelled out."""
     params = dataclasses.asdict(args) | {"n_kv_heads": args.kv_heads}
     dropped = {"max_seq_len", "max_batch_size"}
     if args.ffn_dim_multiplier is None:

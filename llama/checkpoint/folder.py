@@ -1,4 +1,4 @@
-"""Checkpoint folders: find the files and read their description, before any weights.
+"""Checkpoint folders: find the files and read their metadata, before any weights.
 
 A native folder holds ``consolidated.00.pth`` ... ``consolidated.{M-1:02d}.pth``, a dict of tensors
 for each of M model-parallel ranks, and ``params.json``. A Hugging Face folder (see huggingface.py)
@@ -16,10 +16,10 @@ from llama.files import listed, read_json
 
 # Llama 2 was trained with 10000; its params.json has no rope_theta.
 LLAMA2_ROPE_THETA = 10000.0
-# Longest context that each generation was trained for, by its rotary embedding.
+# Longest context that each generation was trained for, by rope_theta.
 LLAMA31_CONTEXT = 131072
 CONTEXTS = {10000.0: 4096, 500000.0: 8192}
-# Native folders don't hold the factor of scaled RoPE: 8, but 32 in Llama 3.2, known by its shapes.
+# Native folders don't record the RoPE scaling factor: 8, but 32 for Llama 3.2, detected by shape.
 LLAMA32_SCALING = 32.0
 LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
 
@@ -31,7 +31,7 @@ class Checkpoint:
     Attributes:
         layout: "native", or "hf" for Hugging Face's.
         files: the shards, or the safetensors files.
-        params: fields of ModelArgs. vocab_size is -1 or missing where the tokenizer's counts.
+        params: fields of ModelArgs. vocab_size is -1 or missing if the tokenizer's is used.
         context: longest context the model was trained for, in tokens; None if not known.
         stop_tokens: ids that end a generation, in addition to the tokenizer's own.
         tied: the embedding is also the output layer.
@@ -176,7 +176,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         )
     if unknown := sorted(found.keys() - known):
         raise ValueError(
-            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}; known are "
+            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}, expected some of "
             f"{', '.join(sorted(known))}"
         )
     params = {"rope_theta": LLAMA2_ROPE_THETA} | found

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors files, under native names.
+"""Hugging Face folders: config.json and safetensors files, mapped to native names.
 
 The model is the same, with three differences: the names; RoPE rotates the halves of a head
 (x_j, x_{j + D/2}), where native weights rotate neighbours (x_2j, x_2j+1), so that the rows of wq
@@ -19,7 +19,7 @@ from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, Mo
 from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
 
 INDEX = "model.safetensors.index.json"
-_LARGEST_HEADER = 2**20  # bytes; that of 405B in one file would have 0.15 million
+_LARGEST_HEADER = 2**20  # bytes; 405B's, if in one file, would have 0.15 million
 # Native module names to Hugging Face's, in a layer and outside.
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     index = folder / INDEX
     if not index.is_file():
-        # macOS puts ._NAME next to a file on disks of other systems
+        # macOS adds a ._NAME to each file on non-Mac file systems
         return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -185,7 +185,7 @@ def read_config(path: Path) -> Config:
         raise ValueError(
             f"{str(path)!r} has {width_name} {width!r:.40}, expected a positive integer"
         )
-    own = (config.get("multiple_of"), config.get("ffn_dim_multiplier"))  # of our own conversion
+    own = (config.get("multiple_of"), config.get("ffn_dim_multiplier"))  # written by our convert
     params |= _ffn_params(args.dim, width, own)
     context, tied = config.get("max_position_embeddings"), config.get("tie_word_embeddings", False)
     if context is not None and (type(context) is not int or context < 1):
@@ -221,7 +221,7 @@ def write_config(
         "head_dim": args.head_dim,
         "rms_norm_eps": args.norm_eps,
         "vocab_size": args.vocab_size,
-        # both spellings: libraries older than rope_parameters read the two others
+        # both spellings: libraries that predate rope_parameters read the other two
         "rope_parameters": rope,
         "rope_theta": args.rope_theta,
         "rope_scaling": rope if args.use_scaled_rope else None,
@@ -234,7 +234,7 @@ def write_config(
 
 
 def stop_tokens(folder: Path) -> set[int]:
-    """Ids that end a generation, by generation_config.json or else config.json."""
+    """Ids that end a generation, from generation_config.json or else config.json."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if not path.is_file():
@@ -352,11 +352,11 @@ def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _ffn_params(dim: int, width: int, first: tuple[Any, Any]) -> dict[str, Any]:
-    """A multiple_of and an ffn_dim_multiplier that give this feed-forward width: ``first``, if they
-    do, those of a published model, or any."""
+    """A multiple_of and ffn_dim_multiplier that yield this feed-forward width: ``first`` if they
+    do, else those of a published model, else any."""
     base = int(2 * (4 * dim) / 3)
     candidates = [first, *_FFN_SHAPES, *((2**i, None) for i in range(7, -1, -1))]
-    # any width; half a unit more, so that rounding down gives it despite rounding errors
+    # works for any width; + 0.5, so that truncation yields it despite rounding errors
     candidates.append((1, (width + 0.5) / base))
     for multiple_of, multiplier in candidates:
         params = {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}

@@ -1,9 +1,9 @@
 """Check a ``.pth`` file before torch.load opens it: only a dict of dense tensors passes.
 
 torch.save writes a zip archive (PKWARE's APPNOTE.TXT, section 4.3) of stored members: one pickle,
-and the numbers of each tensor. ``torch.load(weights_only=True)`` runs no foreign code, but it
-allocates what the pickle asks for, hashes keys of any size, and finds members by names in any case.
-So the archive must have one reading only, and its pickle only the opcodes of a dict of tensors.
+and the data of each tensor. ``torch.load(weights_only=True)`` runs no untrusted code, but it
+allocates what the pickle asks for, hashes keys of any size, and ignores case in member names. So
+the archive must be unambiguous, and its pickle must have only the opcodes of a dict of tensors.
 """
 
 import pickletools
@@ -15,9 +15,9 @@ import torch
 
 from llama.files import escaped
 
-_LARGEST_PICKLE = 2**20  # that of a shard of 405B has 0.14 MB
+_LARGEST_PICKLE = 2**20  # 405B's has 0.14 MB per shard
 _LARGEST_DIRECTORY = 2**21
-_LARGEST_ITEM = 1000  # items of a tuple or call and of those in it; a tensor's call has 25
+_LARGEST_ITEM = 1000  # items of a tuple or call, including nested ones; a tensor's call has 25
 
 # Records of APPNOTE.TXT, sections 4.3.16, 4.3.15, 4.3.14, 4.3.12 and 4.3.7, little-endian.
 _END = struct.Struct("<4s4H2LH")
@@ -41,11 +41,11 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class UnsafeFileError(Exception):
-    """The file isn't a dict of tensors that torch.save wrote, and no damage explains that."""
+    """The file isn't a dict of tensors written by torch.save, and damage doesn't explain that."""
 
 
 class Member(NamedTuple):
-    """A member of an archive: where its bytes begin, how many they are, and their CRC-32."""
+    """A member of an archive: the start, size and CRC-32 of its bytes."""
 
     name: str
     start: int
@@ -54,13 +54,13 @@ class Member(NamedTuple):
 
 
 def check(file: BinaryIO) -> str:
-    """Check an archive that torch.load is to open.
+    """Check an archive before torch.load opens it.
 
     Returns:
-        The byte order; files from before torch noted it are little-endian.
+        The byte order; files from before torch recorded it are little-endian.
 
     Raises:
-        UnsafeFileError: it holds more than tensors, or can be read in two ways.
+        UnsafeFileError: it holds more than tensors, or is ambiguous.
         zipfile.BadZipFile, ValueError: it is damaged, or not an archive.
     """
     inside = {}
@@ -70,7 +70,7 @@ def check(file: BinaryIO) -> str:
         folders.add(folder)
         inside[name] = member
     if len(folders) != 1:
-        raise UnsafeFileError(f"its archive has {len(folders)} top folders")
+        raise UnsafeFileError(f"its archive has {len(folders)} top-level folders")
     pickles = [name for name in inside if name.endswith(".pkl")]
     if pickles != ["data.pkl"]:
         raise UnsafeFileError(f"its archive has the pickles {pickles!s:.200}, not one data.pkl")
@@ -85,8 +85,8 @@ def check(file: BinaryIO) -> str:
 
 
 def members(file: BinaryIO) -> list[Member]:
-    """The members of an archive in the order of their bytes, which don't overlap; raises as
-    ``check`` does. torch's reader and Python's zipfile differ where an archive is ambiguous."""
+    """The members of an archive in file order, checked not to overlap; raises as ``check`` does.
+    zipfile isn't used: it and torch's reader can read ambiguous archives differently."""
     start, stop, n_entries = _directory(file)
     if stop - start > _LARGEST_DIRECTORY:
         raise UnsafeFileError("the directory of its archive is too long")
@@ -125,8 +125,8 @@ def members(file: BinaryIO) -> list[Member]:
 
 
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
-    """Where the central directory starts and stops, and its number of entries. The records that
-    follow it end the file, with nothing in between."""
+    """Start, stop and number of entries of the central directory. Only its end records may follow
+    it."""
     end_at = file.seek(0, 2) - _END.size
     if end_at < 0:
         raise zipfile.BadZipFile("File is not a zip file")
@@ -150,7 +150,7 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
 def _unpack(record: struct.Struct, data: bytes, at: int, signature: bytes) -> tuple[Any, ...]:
     """The fields of a record; the first is its signature."""
     if len(data) - at < record.size or data[at : at + 4] != signature:
-        raise zipfile.BadZipFile("File is not a zip file" if record is _END else "a record is lost")
+        raise zipfile.BadZipFile("File is not a zip file" if record is _END else "invalid record")
     return record.unpack_from(data, at)
 
 
@@ -163,13 +163,13 @@ def _read(file: BinaryIO, start: int, n_bytes: int) -> bytes:
 
 
 def _long_sizes(extra: bytes, values: list[int]) -> list[int]:
-    """Sizes and an offset of 64 bits, where those of 32 are all ones (APPNOTE.TXT, 4.5.3)."""
+    """The 64-bit sizes and offset, where the 32-bit ones are all ones (APPNOTE.TXT, 4.5.3)."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<2H", extra)
         if kind == 1:
             n_long = sum(value == 2**32 - 1 for value in values)
             if size < 8 * n_long or len(extra) < 4 + 8 * n_long:
-                raise zipfile.BadZipFile("a record is cut short")
+                raise zipfile.BadZipFile("a record is truncated")
             longs = iter(struct.unpack_from(f"<{n_long}Q", extra, 4))
             return [next(longs) if value == 2**32 - 1 else value for value in values]
         extra = extra[4 + size :]
@@ -203,7 +203,7 @@ class _Item(NamedTuple):
 
 
 def _check_pickle(data: bytes) -> None:
-    """Run the pickle on a stack of weights, without constructing its objects."""
+    """Interpret the pickle on a stack of weights, without constructing its objects."""
     stack: list[_Item | None] = []  # None: a mark
     memo: dict[Any, _Item] = {}  # by the opcode's argument
 
@@ -248,7 +248,7 @@ def _check_pickle(data: bytes) -> None:
             elif name == "REDUCE":
                 arguments, function = pop(2)
                 if not function.name:
-                    raise UnsafeFileError("it holds a call of something else than a function")
+                    raise UnsafeFileError("it calls something other than a function")
                 push([arguments], is_dict=function.name == _ORDERED_DICT)
             elif name in ("APPEND", "SETITEM"):
                 pop(1 if name == "APPEND" else 2)
@@ -257,7 +257,7 @@ def _check_pickle(data: bytes) -> None:
             elif name == "BUILD":
                 pop(1)
                 if not (stack[-1] and stack[-1].is_dict):
-                    raise UnsafeFileError("it holds the state of something else than a dict")
+                    raise UnsafeFileError("it sets the state of something other than a dict")
             elif name not in ("PROTO", "STOP"):
                 raise UnsafeFileError(f"it holds a Python object ({name})")
     except (IndexError, KeyError):

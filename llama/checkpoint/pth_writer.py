@@ -54,10 +54,10 @@ class _Pickler(pickle.Pickler):
 
 
 class PthWriter:
-    """Writes a file like torch.save's one tensor at a time; torch.save needs all of them in memory.
+    """Writes torch.save's format one tensor at a time; torch.save needs all tensors in memory.
 
     The file is a zip archive of stored members: ``data.pkl``, and ``data/0``, ``data/1``, ... with
-    the bytes of each tensor, aligned to 64 bytes so that they can be mapped.
+    the bytes of each tensor, aligned to 64 bytes so that they can be memory-mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class PthWriter:
         info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so that the bytes are reproducible
         info.file_size = size
         assert self._zip.fp is not None
-        # 30 bytes of header, the name, 20 bytes of long sizes, and an extra field as padding
+        # 30 bytes of header, the name, 20 bytes of zip64 sizes, and an extra field as padding
         start = self._zip.fp.tell() + 30 + len(info.filename) + 20 + 4
         padding = -start % 64
         info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)

@@ -29,25 +29,25 @@ from llama.config import ModelArgs
 from llama.files import check_regular, listed, summary, what_to_do
 from llama.pages import release_pages
 
-# In Llama 2's files, but not parameters: RoPE's frequencies follow from params.json.
+# In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK_BYTES = 16 * 2**20
 
 
 class Weights:
-    """The mapped tensors of a checkpoint; a shard is opened and checked when it is first needed.
+    """The memory-mapped tensors of a checkpoint; a shard is opened and checked on first use.
 
     Raises:
-        ValueError: here or at a read: a file can't be read, or doesn't hold exactly what ``args``
-            describe; the message names the file.
+        ValueError: here or on a later read: a file can't be read, or doesn't match ``args``
+            exactly; the message names the file.
     """
 
     def __init__(self, ckpt: Checkpoint, args: ModelArgs) -> None:
         if ckpt.n_shards not in args.valid_tp_sizes:
             raise ValueError(
-                f"{str(ckpt.folder)!r} holds {ckpt.n_shards} shards, but the model in params.json "
-                f"has {', '.join(map(str, args.valid_tp_sizes))}: files of another model?"
+                f"{str(ckpt.folder)!r} holds {ckpt.n_shards} shards, but params.json allows "
+                f"{', '.join(map(str, args.valid_tp_sizes))}: files of another model?"
             )
         self.ckpt = ckpt
         self.args = args
@@ -72,7 +72,7 @@ class Weights:
         return name, tensors
 
     def faults(self, i: int) -> list[str]:
-        """All faults of a shard, or that it can't be read."""
+        """All faults of a shard, including that it can't be read."""
         try:
             return list(self._faults(*self._map(i), i))
         except (OSError, ValueError) as error:
@@ -103,14 +103,14 @@ class Weights:
                     )
 
     def pieces(self, key: str, n_ranks: int, rank: int) -> list[tuple[Tensor, Slices]]:
-        """The pieces of a rank's part of a tensor: views of mapped tensors, and their places."""
+        """The pieces of a rank's part of a tensor: views of mapped tensors, and their slices."""
         self.shard(rank * self.ckpt.n_shards // n_ranks)
         assert self._stored_specs is not None
         pieces = copies(self._stored_specs[key], self.ckpt.n_shards, self.specs[key], n_ranks, rank)
         return [(narrow(self.shard(c.shard)[key], c.source), c.target) for c in pieces]
 
     def place(self, key: str, n_ranks: int, rank: int) -> tuple[object, ...]:
-        """Identity of the stored data of a rank's part: equal for two keys of one tensor."""
+        """Identity of the stored data of a rank's part: equal for keys that share a tensor."""
         pieces = self.pieces(key, n_ranks, rank)
         views = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
         return (*views, self.is_rotated(key))
@@ -118,8 +118,8 @@ class Weights:
     def read(
         self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A rank's part of a tensor: mapped if it needs no change, else a copy, made chunk by chunk
-        while the mapped pages are released, so that memory holds the result only."""
+        """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks,
+        releasing the mapped pages, so that only the result stays in memory."""
         pieces = self.pieces(key, n_ranks, rank)
         head_dim = self.args.head_dim if self.is_rotated(key) else None
         first = pieces[0][0]
@@ -148,7 +148,7 @@ class Weights:
             release_pages(source)
 
     def _specs_of(self, tensors: Mapping[str, Any]) -> dict[str, ShardSpec]:
-        """How the files are split: the embedding on axis 1 by Llama 2, on axis 0 by Llama 3."""
+        """How the files are split: Llama 2 splits the embedding on axis 1, Llama 3 on axis 0."""
         key = "tok_embeddings.weight"
         stored = dict(self.specs)
         tensor = tensors.get(key)
@@ -217,10 +217,10 @@ def load(
     once.
 
     Args:
-        progress: show a bar on stderr if it takes more than a second.
+        progress: show a progress bar on stderr if loading takes more than a second.
 
     Raises:
-        ValueError: the files can't be read or don't contain exactly this; the message says where.
+        ValueError: a file can't be read or doesn't match ``args``; the message names it.
     """
     weights = Weights(ckpt, args)
     loaded: dict[str, Tensor] = {}
@@ -251,7 +251,7 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor is dense, and as large in memory as its shape."""
+    """Whether a tensor is dense, with a storage at least as large as its shape."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
@@ -277,7 +277,7 @@ def _open(path: Path) -> dict[str, Any]:
             "with checklist.chk, and ask where it came from"
         ) from None
     except MemoryError as error:
-        raise MemoryError(f"{str(path)!r} asks for more memory than there is") from error
+        raise MemoryError(f"{str(path)!r} needs more memory than is available") from error
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise ValueError(
             f"{str(path)!r} can't be read as a checkpoint ({summary(error)}): {what_to_do(path)}"

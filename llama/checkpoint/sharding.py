@@ -1,7 +1,7 @@
-"""How tensors are split over ranks, as pure functions: any number of shards on any number of ranks.
+"""Resharding of tensors, as pure functions: from any number of shards to any number of ranks.
 
-A shard in a file and a rank's part are both slices of the full tensor; a rank copies where its
-slices overlap those of the shards.
+A file's shard and a rank's part are both slices of the full tensor; a rank copies the overlap of
+its own slices with each shard's.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class ShardSpec(NamedTuple):
 
     Attributes:
         axis: the axis that is split; None if the tensor is replicated.
-        unit: the axis is split in multiples of this, so that heads stay whole.
+        unit: the axis is split in multiples of this, so that heads aren't split.
     """
 
     sizes: tuple[int, ...]
@@ -42,14 +42,14 @@ _LAYER_SPECS = {
     "ffn_norm": ("dim", None),
 }
 _SPECS = {
-    "tok_embeddings": ("vocab", "dim", 0),  # axis 1 in the files of Llama 2
+    "tok_embeddings": ("vocab", "dim", 0),  # axis 1 in Llama 2's files
     "norm": ("dim", None),
     "output": ("vocab", "dim", 0),
 }
 
 
 def shard_specs(args: ModelArgs) -> dict[str, ShardSpec]:
-    """Every tensor of the model by its key, as ranks hold it."""
+    """The spec of every tensor of the model, by key."""
     head = args.head_dim
     units = {"heads": head, "kv_heads": head}
     sizes = {
@@ -72,8 +72,8 @@ def shard_specs(args: ModelArgs) -> dict[str, ShardSpec]:
 
 
 def local_slices(spec: ShardSpec, n_ranks: int, rank: int) -> Slices:
-    """The part of a tensor that one of ``n_ranks`` holds. With more ranks than units (key/value
-    heads), neighbouring ranks hold the same one: the head that their query heads share."""
+    """A rank's part of a tensor. With more ranks than units (key/value heads), neighbouring ranks
+    hold the same one: the head that their query heads share."""
     slices = [(0, size) for size in spec.sizes]
     if spec.axis is not None:
         n_units = spec.sizes[spec.axis] // spec.unit
@@ -84,7 +84,7 @@ def local_slices(spec: ShardSpec, n_ranks: int, rank: int) -> Slices:
 
 
 class Copy(NamedTuple):
-    """A piece to copy: its place in a shard's tensor, and in the rank's."""
+    """A piece to copy: its slices in a shard's tensor, and in the rank's."""
 
     shard: int
     source: Slices
@@ -96,8 +96,8 @@ def copies(
 ) -> list[Copy]:
     """The pieces that make up a rank's part of a tensor stored in ``n_shards``.
 
-    Data that several shards hold is read from the nearest one, so that with as many ranks as
-    shards each rank opens its own.
+    Data replicated in several shards is read from the nearest one, so that with as many ranks as
+    shards each rank opens only its own.
     """
     wanted = local_slices(target, n_ranks, rank)
     seen: set[Slices] = set()

@@ -17,7 +17,7 @@ from llama.config import ModelArgs
 from llama.files import LARGEST_CONFIG, md5, read_bounded
 
 _READ_BYTES = 16 * 2**20
-# A name must not leave the folder or look like an option.
+# A name must not escape the folder or look like an option.
 _CHECKLIST_LINE = re.compile(
     rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
 )
@@ -68,10 +68,10 @@ def _not_finite(weights: Weights) -> Iterator[str]:
 
 
 def read_checklist(path: Path) -> dict[str, str]:
-    """MD5 sums by file name, empty without a list. download.sh reads it by the same rules.
+    """MD5 sums by file name; empty if there is no list. download.sh applies the same rules.
 
     Raises:
-        ValueError: it is too long, empty, or a line of it isn't a sum and the name of a file.
+        ValueError: it is too long, empty, or has a line that isn't a sum and a file name.
     """
     try:
         lines = read_bounded(path, LARGEST_CONFIG).split(b"\n")

@@ -1,7 +1,7 @@
-"""Collective calls: what all ranks do together, with equal arguments, or not at all.
+"""Collective calls: all ranks make them together with equal arguments, or all raise.
 
-Python values travel as JSON over gloo groups of their own: unlike a pickle, JSON can't run code,
-and a value can't be mistaken for a tensor of a pass.
+Python values are sent as JSON over separate gloo groups: unlike pickle, JSON can't run code, and a
+value can't be mistaken for a tensor of a pass.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 def check_same_on_all_ranks(
     name: str, values: Mapping[str, object], group: dist.ProcessGroup | None
 ) -> None:
-    """Raise ValueError on every rank of ``group`` if their values differ; it names the first."""
+    """Raise ValueError on every rank of ``group`` if values differ, naming the first that does."""
     if group is None or dist.get_world_size(group) == 1:
         return
     every = all_gather_json({key: _short(value) for key, value in values.items()}, group)
@@ -90,7 +90,7 @@ def _short(value: object) -> str:
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all ranks of a group, on all of them; None is a group of one."""
+    """The values of all ranks of a group, on every rank; None is a group of one."""
     if group is None:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)

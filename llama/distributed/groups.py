@@ -1,7 +1,6 @@
-"""Process groups: which ranks share one copy of the weights, and what each process is.
+"""Process groups: which ranks share one copy of the weights, and each process's role.
 
-The groups are fairscale's. One process has no process group, and every function
-here works for a group of one.
+The groups are fairscale's. A single process has no process group; all functions work without one.
 """
 
 import atexit
@@ -24,21 +23,21 @@ from llama.distributed import collectives
 from llama.distributed.watchdog import Watchdog
 from llama.files import summary
 
-# No collective timeout: a rank may be waiting for user input or a slow disk. The watchdog finds
-# ranks that are gone. (Sockets can't count more than 24 days.)
+# No collective timeout: a rank may be waiting for user input or a slow disk. The watchdog detects
+# lost ranks. (Socket timeouts are limited to 24 days.)
 _FOREVER = datetime.timedelta(days=20)
 
 _is_forked = False  # from a process that was one of several ranks
 _tp_control: dist.ProcessGroup | None = None  # gloo, the ranks of the current model-parallel group
-_default_group: dist.ProcessGroup | None = None  # torch's, for which these were made
+_default_group: dist.ProcessGroup | None = None  # torch's default group that these belong to
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Groups:
-    """This rank's place among the launched processes. A model keeps the groups it was built with.
+    """This rank's role among the launched processes. A model keeps the groups it was built with.
 
     Attributes:
-        size: ranks that share one copy of the weights (tensor parallelism); ``rank`` is this one.
+        size: ranks that share one copy of the weights (tensor parallel); ``rank`` is this one.
         n_replicas: copies of the weights; ``replica`` is the one this rank belongs to.
         tensors: fairscale's model-parallel group, for the tensors of a pass; None for one rank.
         control: a gloo group of the same ranks, for Python values; None if there is none.
@@ -68,7 +67,7 @@ class Groups:
         return torch.cat(parts, dim=-1)
 
     def broadcast_from_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Overwrite ``tensor`` on every rank by the first rank's."""
+        """Overwrite ``tensor`` on every rank with the first rank's."""
         if self.size > 1:
             assert self.tensors is not None
             source = dist.get_global_rank(self.tensors, 0)
@@ -92,13 +91,13 @@ class Groups:
         return collectives.collective_call(name, self.control, values)
 
     def gather_from_replicas(self, part: Any) -> list[Any]:
-        """The results of all replicas, in order, on every rank. They must be JSON values."""
+        """The results of all replicas, in order, on every rank; must be JSON-serializable."""
         value = part if self.rank == 0 else None
         return collectives.all_gather_json(value, collectives.world)[:: self.size]
 
 
 def current_groups() -> Groups:
-    """The groups of the latest ``initialize``, or those that the caller made with fairscale."""
+    """The groups of the latest ``initialize``, or those the caller created with fairscale."""
     if not fairscale_groups.model_parallel_is_initialized():
         return Groups()
     size, rank = (
@@ -137,16 +136,16 @@ def n_local_processes() -> int:
 
 
 def initialize(device: torch.device, requested_size: int | None, rank_timeout: float) -> None:
-    """Form model-parallel groups of the launched processes; does nothing for one process.
+    """Create model-parallel groups of the launched processes; does nothing for one process.
 
     Args:
-        device: ranks communicate by gloo on the CPU, by NCCL on CUDA devices.
+        device: ranks communicate over gloo on the CPU, over NCCL on CUDA devices.
         requested_size: ranks that share one copy of the weights; None for all. With fewer than
-            all there are several copies (replicas).
+            all, there are several copies (replicas).
         rank_timeout: see ``Llama.build``.
 
     Raises:
-        ValueError: the sizes don't divide the number of processes, or differ between them.
+        ValueError: the size doesn't divide the number of processes, or differs between them.
         RuntimeError: the processes can't reach each other.
     """
     global _tp_control, _default_group
@@ -160,7 +159,7 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         warnings.warn(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun did not start this process "
-            "and torch.distributed is not initialized: it runs alone. Start it by torchrun, or "
+            "and torch.distributed is not initialized: it runs alone. Start it with torchrun, or "
             "call torch.distributed.init_process_group before Llama.build, to share the model",
             stacklevel=3,
         )
@@ -177,7 +176,7 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
         fairscale_groups.destroy_model_parallel()  # models keep the groups that they have
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes
             fairscale_groups.initialize_model_parallel(size)
-        # fairscale's groups have torch's default, which is ten minutes for NCCL
+        # fairscale's groups have torch's default timeout, ten minutes for NCCL
         group = fairscale_groups.get_model_parallel_group()
         dist.distributed_c10d._set_pg_timeout(_FOREVER, group)
     if _tp_control is None or _tp_control.size() != size:
@@ -207,7 +206,7 @@ def _join(device: torch.device) -> None:
 
 
 def _start_watchdog(size: int, rank_timeout: float) -> None:
-    """Start the watchdog, and make the group for Python values."""
+    """Start the watchdog, and create the group for Python values."""
     global _tp_control, _default_group
     if _default_group is not dist.group.WORLD:
         if _default_group is not None:  # fairscale's groups belong to a destroyed default group
@@ -225,7 +224,7 @@ def _start_watchdog(size: int, rank_timeout: float) -> None:
 
 
 def torchrun_line(n_processes: int) -> str:
-    """The command that starts the running script again on ``n_processes``."""
+    """The command that restarts the running script on ``n_processes``."""
     script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
     if Path(sys.argv[0]).name == "__main__.py":  # python -m package
         script = shlex.join(["-m", Path(sys.argv[0]).parent.name, *sys.argv[1:]])
@@ -236,7 +235,7 @@ def torchrun_line(n_processes: int) -> str:
 
 
 def _leave() -> None:
-    # with a rank gone, NCCL may wait for it here
+    # if a rank is gone, NCCL may wait for it here
     watchdog = collectives.watchdog
     if dist.is_initialized() and (watchdog is None or not watchdog.has_reported):
         fairscale_groups.destroy_model_parallel()

@@ -3,9 +3,9 @@
 Megatron's scheme (Shoeybi et al., 2019, section 3): a column-parallel layer holds a slice of the
 outputs, the row-parallel layer after it the matching slice of the inputs, so that a pair of them
 needs one all-reduce. Classes and shapes are fairscale's. The forward passes are ours: fairscale's
-mark tensors for autograd and index with boolean masks, which torch.compile and CUDA graphs can't
-capture. So are the constructors: fairscale's ignore the default device (nothing can be built on
-"meta") and, with several ranks, fill a full-size master weight.
+mark tensors dirty for autograd and index with boolean masks, which torch.compile and CUDA graphs
+can't capture. So are the constructors: fairscale's ignore the default device (nothing can be built
+on "meta") and, with several ranks, initialize a full-size master weight.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import nn
 
 from llama.distributed.groups import current_groups
 
-# A linear layer's product: accel replaces it by an equivalent one.
+# A linear layer's matmul, which accel may replace with an equivalent one.
 LinearFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

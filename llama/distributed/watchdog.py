@@ -1,16 +1,16 @@
 """Fail-fast watchdog: if one rank dies or hangs, all ranks exit and exactly one reports why.
 
-A collective call never returns once a rank is gone. So each process has a thread that writes a
-heartbeat to torchrun's store twice a second and reads those of the others:
+A collective hangs forever once a rank is gone. So each process runs a thread that writes a
+heartbeat to torchrun's store twice a second and reads those of the others. It detects that
 
-- A rank is killed: torchrun sends SIGTERM to the others, or their connections to it break.
-- A rank fails: with an uncaught exception, or in a collective call, where the others wait for it.
-- A rank is stopped, hangs or can't be reached: its heartbeat stops.
-- The ranks' programs differ: one has begun its next call, another is still in the last one.
+- a rank is killed: torchrun sends SIGTERM to the others, or their connections to it break;
+- a rank fails with an uncaught exception, or in a collective, where the others wait for it;
+- a rank is stopped, hangs or can't be reached: its heartbeat stops;
+- the ranks diverge: one has begun its next call while another is still in the previous one;
 - torchrun itself is gone, and its store with it.
 
-Whoever notices first writes the reason to the store and prints it. A process that computes, loads
-or waits for its user keeps sending heartbeats, however long that takes.
+The first rank to notice writes the reason to the store and prints it. A process that is computing,
+loading or waiting for user input keeps sending heartbeats.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from llama.files import summary
 
 _INTERVAL = 0.5  # seconds between two heartbeats
-# With less, healthy ranks of a busy machine, which delays some heartbeats, would be ended.
+# With less, delayed heartbeats on a busy machine would kill healthy ranks.
 MIN_TIMEOUT = 4 * _INTERVAL
-# Last heartbeats: of a process that exits by itself, and of one that got SIGTERM.
+# Final heartbeats: of a process that exits on its own, and of one that got SIGTERM.
 _LEFT = "left"
 _TERMINATED = "terminated"
-# Seconds to look for the reason of a broken connection, which breaks before the process has ended.
+# Seconds to look for the cause of a broken connection: it breaks before the process has exited.
 _PATIENCE = 2.0
 
 
@@ -45,7 +45,7 @@ class RankError(RuntimeError):
 
 
 class Watchdog:
-    """One process's view of the others. Needs torchrun's environment variables.
+    """Monitors the other ranks from one process. Needs torchrun's environment variables.
 
     Attributes:
         timeout: seconds without a heartbeat after which a rank counts as lost.
@@ -55,7 +55,7 @@ class Watchdog:
     def __init__(self, rank: int, n_ranks: int) -> None:
         self.timeout = math.inf
         self._rank = rank
-        # a connection of its own: on the process group's, it would wait for blocking calls
+        # its own connection: on the process group's, it would queue behind blocking calls
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(address, port, is_master=False)
         self._store = PrefixStore(f"llama/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -63,10 +63,10 @@ class Watchdog:
         self._n_beats = 0
         self._n_calls, self._in_call = 0, False
         self._has_left = self.has_reported = False
-        self._report_lock = threading.RLock()  # held until a report is printed: no exit before
+        self._report_lock = threading.RLock()  # held until a report is printed, to delay exits
         self._seen = [""] * n_ranks
-        self._missed = [0] * n_ranks  # checks of a rank without a new heartbeat
-        self._ahead = [0] * n_ranks  # checks of a rank that was a call ahead of this one
+        self._missed = [0] * n_ranks  # consecutive checks without a new heartbeat
+        self._ahead = [0] * n_ranks  # consecutive checks with the rank a call ahead
         self._beat()
         self._store.set(f"process/{rank}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
         processes = [self._store.get(f"process/{r}").decode().split() for r in range(n_ranks)]
@@ -94,15 +94,15 @@ class Watchdog:
 
     @contextlib.contextmanager
     def fail_fast(self) -> Iterator[None]:
-        """A part of a call in which ranks wait for each other: if it fails on one, all exit.
+        """A section in which ranks wait for each other: if it fails on one, all exit.
 
         Raises:
-            RankError: the body has raised because another rank is gone.
+            RankError: the body failed because another rank is gone.
         """
         try:
             yield
         except (FloatingPointError, ValueError):
-            raise  # every rank finds this in the same tensors
+            raise  # every rank raises this for the same tensors
         except Exception as error:
             if isinstance(error, RuntimeError) and (reason := self.find_lost_rank()):
                 raise RankError(reason) from error
@@ -122,7 +122,7 @@ class Watchdog:
         return self._ended(_TERMINATED)
 
     def stop(self) -> None:
-        """The process exits. The others may go on without it, unless they wait for it."""
+        """Mark this process as exited. The others may continue unless they wait for it."""
         with self._report_lock:
             self._has_left = True
             with contextlib.suppress(RuntimeError):
@@ -155,13 +155,13 @@ class Watchdog:
     # --- Failures -------------------------------------------------------------------------------
 
     def _reported(self) -> str | None:
-        """The reason that a rank has reported."""
+        """The reason reported by a rank, if any."""
         if not self._store.check(["report"]):
             return None
         return self._store.get("report").decode()
 
     def _killed(self) -> str | None:
-        """A rank on this machine whose process is gone without a report."""
+        """Find a rank on this machine whose process died without a report."""
         for rank, beat in enumerate(self._heartbeats()):
             if beat not in (_LEFT, _TERMINATED) and self._state(rank) in ("Z", "X"):
                 return (
@@ -186,7 +186,7 @@ class Watchdog:
         )
 
     def _report(self, reason: str) -> None:
-        """Print why all ranks exit, unless another rank has."""
+        """Print why all ranks exit, unless another rank already has."""
         with self._report_lock:
             try:
                 first = self._store.add("n_reports", 1) == 1
@@ -263,7 +263,7 @@ class Watchdog:
                 self._report_and_exit(
                     f"rank {rank} has begun its call {beat.split()[1]}, but rank "
                     f"{self._rank} is still in call {self._n_calls}: every rank must make the same "
-                    "calls, and take all of a stream"
+                    "calls, and consume streams to the end"
                 )
 
     def _beat(self) -> None:
@@ -284,7 +284,7 @@ class Watchdog:
 
     def _handle_sigterm(self) -> None:
         """Let SIGTERM, which torchrun sends to the remaining ranks, wake the thread: the main
-        thread may be blocked where Python runs no handlers. A handler of the user's is kept."""
+        thread may be blocked where Python runs no handlers. A user's own handler is kept."""
         is_main = threading.current_thread() is threading.main_thread()
         if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
             return
@@ -305,7 +305,7 @@ class Watchdog:
 
 
 def _state(pid: int) -> str:
-    """State of a process in Linux's letters: Z or X if it has ended, T if it is stopped."""
+    """State of a process as Linux's letter: Z or X if it has exited, T if it is stopped."""
     try:
         os.kill(pid, 0)
         if sys.platform != "linux":

@@ -1,4 +1,4 @@
-"""Read vocabulary files within limits, and check texts and ids."""
+"""Read vocabulary files with a size limit, and validate texts and ids."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ LARGEST_VOCABULARY = 2**20  # tokens
 def read_vocabulary(path: str, size: int = -1) -> bytes:
     """The first ``size`` bytes of a vocabulary file, by default all of them.
 
-    ``tiktoken.load`` isn't used because it caches by the path string: a relative
-    ``tokenizer.model`` could be another model's.
+    ``tiktoken.load`` isn't used because it caches by path string: a relative ``tokenizer.model``
+    could return another model's file.
 
     Raises:
         FileNotFoundError: the file doesn't exist.
@@ -41,12 +41,12 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
 
 
 def is_sentencepiece(data: bytes) -> bool:
-    """Whether a vocabulary file is SentencePiece's, by its first piece."""
+    """Whether this is a SentencePiece vocabulary, judging by its first piece."""
     return b"<unk>" in data[:16]
 
 
 def check_size(n_tokens: int, path: str) -> None:
-    """Raise ValueError for more tokens than any Llama has; their objects would fill the memory."""
+    """Raise ValueError for more tokens than any Llama has, before they exhaust memory."""
     if n_tokens > LARGEST_VOCABULARY:
         raise ValueError(f"{path!r} has more than {LARGEST_VOCABULARY:,} tokens")
 
@@ -61,7 +61,7 @@ def check_single_bytes(ranks: Mapping[bytes, int], path: str) -> None:
 
 
 def check_text(s: str) -> None:
-    """Raise TypeError or ValueError unless ``s`` is a text that can be encoded."""
+    """Raise TypeError or ValueError unless ``s`` is a string that can be encoded."""
     if not isinstance(s, str):
         raise TypeError(f"encode takes a str, got {type(s).__name__}: {s!r:.60}")
     try:

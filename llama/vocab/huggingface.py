@@ -1,6 +1,6 @@
 """Hugging Face's tokenizer.json, read as tiktoken ranks.
 
-A rank is the id of a token and its priority in merging.
+A rank is both a token's id and its merge priority.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from llama.files import parse_json
 from llama.vocab.file import check_single_bytes, check_size
 from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
-_MOST_STEPS = 2**25  # of merging every token again; Llama 3's take 8 million
+_MOST_STEPS = 2**25  # to re-merge all tokens; Llama 3 takes 8 million
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters that encode bytes: a printable byte is its own Latin-1 letter, the n-th of the
+    """GPT-2's byte-level alphabet: a printable byte is its own Latin-1 character, the n-th of the
     others is U+0100 + n."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -29,18 +29,18 @@ _MAX_TOKEN_BYTES = 1024  # Llama 3's longest has 128
 
 
 def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks, and ids by name of the added tokens, of Hugging Face's ``tokenizer.json``.
+    """Parse Hugging Face's ``tokenizer.json`` into ranks, and ids of the added tokens by name.
 
-    Only files that give the same ids with tiktoken are accepted. Hugging Face merges the pair that
-    comes first in a list, tiktoken the pair whose union has the lowest id. In both, merges inside
-    the bytes of a token don't depend on its context, so that tiktoken makes a token from one pair
-    only: the last one when the token's own bytes are merged. The two agree when these pairs are
-    listed in the order of the ids they make; other pairs never occur. A token that no merges make
-    is found only as a whole word: tiktoken always looks whole words up, Hugging Face with
+    Only files that yield the same ids with tiktoken are accepted. Hugging Face merges the pair
+    listed first, tiktoken the pair whose union has the lowest id. In both, merges within a token's
+    bytes don't depend on its context, so tiktoken forms a token from exactly one pair: the last
+    merge when the token's own bytes are encoded. The two agree if these pairs are listed in the
+    order of the resulting ids; other pairs never occur. A token that no merge produces can only
+    match a whole word: tiktoken always looks up whole words, Hugging Face only with
     ``ignore_merges``.
 
     Raises:
-        ValueError: the file is damaged, or would give other ids; the message says why.
+        ValueError: the file is damaged, or would yield other ids; the message gives the reason.
     """
     try:
         config = parse_json(data)
@@ -76,11 +76,11 @@ def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict
 
 
 def _check_split(config: Mapping[str, Any], path: str) -> None:
-    """Hugging Face's normalizer and pre_tokenizer must split text as SPLIT_PATTERN does."""
+    """Check that the normalizer and pre_tokenizer split text like SPLIT_PATTERN."""
     if config.get("normalizer") is not None:
         raise ValueError(
-            f"{path!r} changes the text by a normalizer, {config['normalizer']!r:.80}, expected "
-            "none (Llama 3)"
+            f"{path!r} has the normalizer {config['normalizer']!r:.80}, expected none (Llama 3): "
+            "normalizing would change the text"
         )
     pre_tokenizer: Any = config.get("pre_tokenizer")
     try:
@@ -135,7 +135,7 @@ def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
 
 
 def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], path: str) -> None:
-    """Check that the list of merges gives tiktoken's ids (see ``parse_tokenizer_json``)."""
+    """Check that the merges yield the same ids as tiktoken (see ``parse_tokenizer_json``)."""
     if not isinstance(merges, list):
         raise ValueError(
             f"{path!r} is damaged: its merges are {merges!r:.80}, expected a list of pairs; "
@@ -167,7 +167,7 @@ def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], 
             if ignore_merges:
                 continue
             raise ValueError(
-                f"{path!r} has the token {token!r} (id {rank}), which no merges make, and does not "
+                f"{path!r} has the token {token!r} (id {rank}), which no merge makes, and does not "
                 "set ignore_merges: its ids would differ from Llama 3's; give tokenizer.model, or "
                 "a newer tokenizer.json"
             )
@@ -185,7 +185,7 @@ def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], 
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The pair that makes ``token`` when its bytes are merged by rank; None if no pair does."""
+    """The last pair merged to form ``token`` from its bytes, by rank; None if merges can't."""
     none = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
     joined = [ranks.get(a + b, none) for a, b in pairwise(parts)]

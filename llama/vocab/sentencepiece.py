@@ -1,4 +1,4 @@
-"""Tokenizer of Llama 2: SentencePiece."""
+"""Llama 2's tokenizer (SentencePiece)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,18 @@ from llama.vocab.file import (
 
 
 class SentencePieceTokenizer:
-    """Tokenizer of Llama 2, with the interface of ``Tokenizer``.
+    """Llama 2's tokenizer, with the same interface as ``Tokenizer``.
 
     Attributes:
         model: the underlying ``sentencepiece.SentencePieceProcessor``.
         n_words: vocabulary size, control tokens included.
         bos_id, eos_id: ids of ``<s>`` and ``</s>``.
-        pad_id: -1, which isn't a token's id.
+        pad_id: -1; there is no padding token.
         stop_tokens: ids that end a generation: ``eos_id`` alone.
-        special_tokens: name to id of the control tokens and of the unknown token.
-        control_ids: ids that no text may be encoded to.
-        drops_first_space: True: SentencePiece puts a space before the first word of a text, and
-            ``decode`` drops it again where a text begins. ``decode_bytes`` keeps it.
+        special_tokens: ids of the control tokens and the unknown token, by name.
+        control_ids: ids that text must never encode to.
+        drops_first_space: True: SentencePiece adds a space before the first word of a text, and
+            ``decode`` strips it from the start. ``decode_bytes`` keeps it.
 
     Raises:
         ImportError: sentencepiece is not installed.
@@ -81,18 +81,18 @@ class SentencePieceTokenizer:
         }
 
     def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, with ``bos_id`` before and ``eos_id`` after it on request.
+        """Encode a text, optionally with ``bos_id`` before and ``eos_id`` after it.
 
         Raises:
             TypeError: ``s`` is not a string.
-            ValueError: ``s`` holds half of a surrogate pair.
+            ValueError: ``s`` contains a lone surrogate.
         """
         check_text(s)
         ids: list[int] = self.model.encode(s)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of the ids, without the space that SentencePiece adds before the first word.
+        """Decode ids to text, without the space that SentencePiece adds before the first word.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -102,8 +102,8 @@ class SentencePieceTokenizer:
         return text
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Bytes of each piece: the space before the first word is kept, control tokens have none,
-        and a character may be spread over several byte pieces."""
+        """Bytes of the pieces: the space before the first word is kept, control tokens are empty,
+        and a character may span several byte pieces."""
         check_ids(t, self.n_words)
         return b"".join([self._bytes[token] for token in t])
 
@@ -121,7 +121,7 @@ class SentencePieceTokenizer:
 
 def _count_pieces(data: bytes) -> int:
     """Number of pieces in a model file (field 1 of the protobuf message), up to the limit.
-    sentencepiece finds damage, but would first create an object for every piece."""
+    sentencepiece detects damage, but only after creating an object for every piece."""
     n_pieces = at = 0
     while data[at : at + 1] == b"\x0a" and n_pieces <= LARGEST_VOCABULARY:
         size = shift = 0

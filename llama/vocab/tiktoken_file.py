@@ -1,4 +1,4 @@
-"""tiktoken's vocabulary files, and Llama 3's split pattern."""
+"""tiktoken vocabulary files, and Llama 3's split pattern."""
 
 import base64
 import binascii

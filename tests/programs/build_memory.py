@@ -1,4 +1,4 @@
-"""Peak memory of Llama.build beyond the start, as a multiple of the weights."""
+"""Peak memory of Llama.build above the baseline, as a multiple of the weights' size."""
 
 import sys
 import threading
@@ -15,7 +15,7 @@ def rss():
 
 
 torch.ones(8) @ torch.ones(8)
-Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # imports of a first build
+Llama.build(sys.argv[2], max_seq_len=8, dtype="float32", device="cpu")  # warm-up: imports
 peak, done, before = 0, False, rss()
 
 

@@ -1,4 +1,4 @@
-"""A model in fairscale groups that the script itself has made."""
+"""Models in fairscale process groups that the caller has initialized."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ split = tokens(Llama(model(), tokenizer))
 assert len(replica) == len(split) == 3
 assert [len(row) for row in replica] == [len(row) for row in split] == [4] * 3
 
-# a process group in place of one that is gone, by keys of its own in torchrun's store
+# a new process group after the first is destroyed, with its own prefix in torchrun's store
 built = Llama.build(folder, None, 64, dtype="float32", device="cpu")
 before = tokens(built)
 dist.destroy_process_group()

@@ -34,7 +34,7 @@ def passing(*args, **options):
 
 
 build.load, Transformer.hidden = loading, passing
-os.write(1, f"process {os.getpid()}\n".encode())  # in one piece
+os.write(1, f"process {os.getpid()}\n".encode())  # a single write
 llm = Llama.build(folder, None, 64, 4, dtype="float32", device="cpu", rank_timeout=3)
 reach("between")
 llm.generate([[1, 2, 3], [4]], 20, temperature=0)

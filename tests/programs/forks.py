@@ -40,7 +40,7 @@ sleeper.terminate()
 user.start()
 assert (code(sleeper), code(user)) == (-15, 7)
 assert forked(sys.exit) == 0
-assert forked(lambda: [][0]) == 1  # uncaught in the child: no fault of the rank
+assert forked(lambda: [][0]) == 1  # uncaught in the child: not the rank's failure
 time.sleep(1)  # two heartbeats
 assert llm.generate([[1, 2, 3]], 5, temperature=0)[0] == tokens
 print("finished")

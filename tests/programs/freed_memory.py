@@ -1,4 +1,4 @@
-"""Page faults of repeated large tensors, with and without keep_freed_memory."""
+"""Page faults of repeated large allocations, with and without keep_freed_memory."""
 
 import resource
 import sys

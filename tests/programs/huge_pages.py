@@ -1,4 +1,4 @@
-"""Transparent huge pages of the loaded weights."""
+"""Whether transparent huge pages are requested for the loaded weights."""
 
 import sys
 from pathlib import Path

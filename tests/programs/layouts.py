@@ -1,4 +1,4 @@
-"""Builds every folder in turn; the first rank writes the tokens of each to a file."""
+"""Build every folder in turn; the first rank writes the results of each to a file."""
 
 import json
 import os

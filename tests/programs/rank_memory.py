@@ -1,4 +1,4 @@
-"""A rank's peak memory in Llama.build, as a multiple of its share."""
+"""A rank's peak memory in Llama.build, as a multiple of its shard's size."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Prompts divided over replicas; each rank writes its results to a file."""
+"""Prompts distributed over replicas; each rank writes its results to a file."""
 
 import json
 import os

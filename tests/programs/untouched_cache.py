@@ -1,4 +1,4 @@
-"""Memory of a cache before and after it is written, and in a fork."""
+"""Memory that a KV cache takes before it is filled, and its isolation in a fork."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ before = rss()
 first = model(tokens, 0)
 size = sum(cache.k.nbytes + cache.v.nbytes for cache in model.cache)
 print((rss() - before) / size, size)
-if os.fork() == 0:  # a child has its own cache
+if os.fork() == 0:  # the child has its own cache
     for cache in model.cache:
         cache.k[0, :, :4] = 7
     os._exit(0)
