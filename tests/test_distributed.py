@@ -220,21 +220,7 @@ def test_prompts_are_distributed_over_replicas(
 
 @pytest.mark.slow
 def test_a_failing_replica_is_an_error_on_every_rank(tmp_path: Path, folder: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"""
-import os
-from llama import Llama
-llm = Llama.build({str(folder)!r}, model_parallel_size=1, dtype="float32", device="cpu")
-if os.environ["RANK"] == "1":
-    llm.model.norm.weight.fill_(float("nan"))
-try:
-    llm.generate([[1], [2]], 3)
-except Exception as error:
-    open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(repr(error))
-"""
-    )
-    result = torchrun(2, script, timeout=60)
+    result = torchrun(2, PROGRAMS / "replica_fails.py", folder, tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "rank 1 failed (FloatingPointError: " in (tmp_path / "0").read_text()
     assert "FloatingPointError" in (tmp_path / "1").read_text()
@@ -262,13 +248,9 @@ def test_two_nodes(tmp_path: Path, weights: dict[str, Tensor], alone: dict[str, 
 
 
 @pytest.mark.slow
-def test_an_invalid_model_parallel_size_is_refused(tmp_path: Path, folder: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(
-        "from llama import Llama\n"
-        f"Llama.build({str(folder)!r}, model_parallel_size=3, device='cpu')\n"
-    )
-    result = torchrun(2, path)
+def test_an_invalid_model_parallel_size_is_refused(folder: Path) -> None:
+    path = PROGRAMS / "build.py"
+    result = torchrun(2, path, folder, '{"model_parallel_size": 3}')
     assert result.returncode != 0
     assert "model_parallel_size is 3, but 2 process(es) are running" in result.stderr
     assert f"torchrun --nproc_per_node 3 {path}" in result.stderr
@@ -279,17 +261,7 @@ def test_a_damaged_shard_fails_on_every_rank(tmp_path: Path, weights: dict[str, 
     """No rank hangs in the next all-reduce waiting for the one that failed."""
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
     (folder / "consolidated.01.pth").write_bytes(b"damaged")
-    script = f"""
-import os
-from llama import Llama
-try:
-    Llama.build({str(folder)!r}, device="cpu", quiet_ranks=False)
-except Exception as error:
-    open(os.path.join({str(tmp_path)!r}, os.environ["RANK"]), "w").write(str(error))
-"""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    result = torchrun(2, path, timeout=60)
+    result = torchrun(2, PROGRAMS / "build_error.py", folder, tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "rank 1 failed (ValueError: " in (tmp_path / "0").read_text()
     assert "consolidated.01.pth' can't be read as a checkpoint" in (tmp_path / "1").read_text()
@@ -302,22 +274,8 @@ def test_a_file_missing_on_one_rank_fails_on_every_rank(
     tmp_path: Path, folder: Path, size: int
 ) -> None:
     """Also before the weights are read, and in another replica: no rank continues alone."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"""
-import os
-from llama import Llama
-rank = int(os.environ["RANK"])
-paths = {str(folder)!r}, {str(folder / "tokenizer.model")!r}
-for missing in range(2):
-    mine = [path if rank == 0 or i != missing else "nowhere" for i, path in enumerate(paths)]
-    try:
-        Llama.build(*mine, model_parallel_size={size}, device="cpu")
-    except Exception as error:
-        open(os.path.join({str(tmp_path)!r}, f"{{missing}}.{{rank}}"), "w").write(str(error))
-"""
-    )
-    result = torchrun(2, script, timeout=60)
+    arguments: list[str | Path] = [folder, folder / "tokenizer.model", str(size), tmp_path]
+    result = torchrun(2, PROGRAMS / "missing_file.py", *arguments, timeout=60)
     assert result.returncode == 0, result.stderr
     for missing in range(2):
         assert "rank 1 failed (FileNotFoundError: " in (tmp_path / f"{missing}.0").read_text()
@@ -327,39 +285,24 @@ for missing in range(2):
 @pytest.mark.slow
 def test_stdout_of_every_rank_can_be_kept(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=2)
-    script = f"""
-from llama import Llama
-Llama.build({str(folder)!r}, device="cpu", quiet_ranks=False)
-print("after build")
-"""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    result = torchrun(2, path)
+    result = torchrun(2, PROGRAMS / "build.py", folder, '{"quiet_ranks": false}')
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("after build") == 2
 
 
 @pytest.mark.slow
-def test_a_quiet_rank_accepts_any_text(tmp_path: Path, folder: Path) -> None:
+def test_a_quiet_rank_accepts_any_text(folder: Path) -> None:
     """In an ASCII locale where PYTHONIOENCODING sets the first rank's stdout to UTF-8."""
-    path = tmp_path / "script.py"
-    path.write_text(
-        """
-import sys
-from llama import Llama
-for _ in range(2):
-    Llama.build(sys.argv[1], model_parallel_size=1, device="cpu")
-    print("after build", chr(0x2603))
-"""
-    )
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    result = torchrun(2, path, folder, env=locale | {"PYTHONIOENCODING": "utf-8"})
+    result = torchrun(
+        2, PROGRAMS / "prints_after_build.py", folder, env=locale | {"PYTHONIOENCODING": "utf-8"}
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("after build \u2603") == 2
 
 
 @pytest.mark.slow
-def test_process_groups_made_by_the_caller(tmp_path: Path, folder: Path) -> None:
+def test_process_groups_made_by_the_caller(folder: Path) -> None:
     """With the caller's groups prompts aren't distributed: each replica computes all of them."""
     path = PROGRAMS / "callers_groups.py"
     result = torchrun(2, path, folder, timeout=60)

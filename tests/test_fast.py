@@ -342,7 +342,7 @@ def test_compiled_steps_give_the_same_tokens_and_compile_twice(folder: Path, llm
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_two_compiled_ranks_give_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+def test_two_compiled_ranks_give_the_same_tokens(folder: Path) -> None:
     script = PROGRAMS / "compiled_rank.py"
     result = torchrun(2, script, folder)
     assert result.returncode == 0, result.stderr

@@ -13,19 +13,12 @@ import pytest
 from conftest import PARAMS, PROGRAMS, TORCHRUN, environment, run, torchrun, write_checkpoint
 from torch import Tensor
 
-SCRIPT = (PROGRAMS / "faults.py").read_text()
+SCRIPT = PROGRAMS / "faults.py"
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Tensor]) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("shards"), PARAMS, weights, n_shards=2)
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
 
 
 def is_running(pid: int) -> bool:
@@ -65,10 +58,8 @@ def ended(result: Any) -> str:
         ),
     ],
 )
-def test_a_killed_rank_ends_all_ranks(
-    script: Path, shards: Path, n_ranks: int, victim: int, place: str
-) -> None:
-    result = torchrun(n_ranks, script, shards, str(victim), place, "kill", timeout=60)
+def test_a_killed_rank_ends_all_ranks(shards: Path, n_ranks: int, victim: int, place: str) -> None:
+    result = torchrun(n_ranks, SCRIPT, shards, str(victim), place, "kill", timeout=60)
     assert re.match(rf"rank {victim} \(process \d+\) was killed or has crashed", ended(result))
 
 
@@ -76,10 +67,8 @@ def test_a_killed_rank_ends_all_ranks(
     ("n_ranks", "victim", "place"),
     [(2, 0, "load"), (2, 1, "between"), pytest.param(4, 2, "decode", marks=pytest.mark.slow)],
 )
-def test_an_exception_ends_all_ranks(
-    script: Path, shards: Path, n_ranks: int, victim: int, place: str
-) -> None:
-    result = torchrun(n_ranks, script, shards, str(victim), place, "raise", timeout=60)
+def test_an_exception_ends_all_ranks(shards: Path, n_ranks: int, victim: int, place: str) -> None:
+    result = torchrun(n_ranks, SCRIPT, shards, str(victim), place, "raise", timeout=60)
     assert ended(result) == f"rank {victim} failed (KeyError: 'the fault'); all ranks exit"
     assert result.stderr.count("Traceback") <= 2  # the rank's, and torchrun's own report
 
@@ -89,72 +78,33 @@ def test_an_exception_ends_all_ranks(
     [(2, 0, "load"), pytest.param(4, 1, "decode", marks=pytest.mark.slow)],
 )
 def test_a_rank_without_heartbeat_ends_all_ranks(
-    script: Path, shards: Path, n_ranks: int, victim: int, place: str
+    shards: Path, n_ranks: int, victim: int, place: str
 ) -> None:
-    result = torchrun(n_ranks, script, shards, str(victim), place, "stop", timeout=60)
+    result = torchrun(n_ranks, SCRIPT, shards, str(victim), place, "stop", timeout=60)
     message = ended(result)
     assert message.startswith(f"rank {victim} (process ")
     assert message.endswith("sent no heartbeat for 3 s: it is stopped (SIGSTOP); all ranks exit")
 
 
 @pytest.mark.slow
-def test_a_rank_that_catches_the_exception(script: Path, shards: Path) -> None:
+def test_a_rank_that_catches_the_exception(shards: Path) -> None:
     """It catches the exception and goes on, while the other is in the middle of a forward pass."""
-    call = "llm.generate([[1, 2, 3], [4]], 20, temperature=0)"
-    hidden = f"try:\n    {call}\nexcept KeyError:\n    time.sleep(100)"
-    script.write_text(SCRIPT.replace(call, hidden))
-    message = ended(torchrun(2, script, shards, "1", "decode", "raise", timeout=60))
+    message = ended(torchrun(2, SCRIPT, shards, "1", "decode", "hide", timeout=60))
     assert message == "rank 1 failed (KeyError: 'the fault'); all ranks exit"
 
 
 @pytest.mark.slow
-def test_a_rank_that_cannot_see_the_folder(script: Path, shards: Path) -> None:
-    folder = 'folder if os.environ["RANK"] == "0" else "nowhere"'
-    script.write_text(SCRIPT.replace("Llama.build(folder,", f"Llama.build({folder},"))
-    message = ended(torchrun(2, script, shards, "-1", "", "", timeout=60))
+def test_a_rank_that_cannot_see_the_folder(shards: Path) -> None:
+    message = ended(torchrun(2, SCRIPT, shards, "1", "", "nowhere", timeout=60))
     assert message.startswith(
         "rank 1 failed (FileNotFoundError: no checkpoint folder at 'nowhere': give ckpt_dir"
     )
 
 
 @pytest.mark.slow
-def test_different_arguments_are_an_error_on_every_rank(tmp_path: Path, shards: Path) -> None:
+def test_different_arguments_are_an_error_on_every_rank(shards: Path) -> None:
     """Afterwards all ranks can continue."""
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"""
-import os, torch
-from llama import Llama
-rank = int(os.environ["RANK"])
-def failing(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-def build(**arguments):
-    arguments |= {{"dtype": "float32", "device": "cpu", "quiet_ranks": False}}
-    return Llama.build({str(shards)!r}, None, **arguments)
-said = [
-    failing(lambda: build(model_parallel_size=1 + rank)),
-    failing(lambda: build(max_seq_len=64 + rank)),
-]
-llm = build(max_seq_len=64, max_batch_size=4)
-for arguments in (
-    {{"prompt_tokens": [[1, 2 + rank]]}},
-    {{"prompt_tokens": [[1]] * (1 + rank)}},
-    {{"max_gen_len": 3 + rank}},
-    {{"temperature": 0.5 + rank}},
-    {{"echo": bool(rank)}},
-):
-    arguments = {{"prompt_tokens": [[1, 2]], "max_gen_len": 3, **arguments}}
-    said.append(failing(lambda: llm.generate(**arguments)))
-said.append(failing(lambda: llm.model.forward(torch.tensor([[1, 2 + rank]]), 0)))
-said.append(failing(lambda: llm.model.forward(torch.tensor([[1] * (1 + rank)]), 0)))
-os.write(1, f"{{said}}\\n".encode())  # a single write
-os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encode())
-"""
-    )
-    result = torchrun(2, path, timeout=60)
+    result = torchrun(2, PROGRAMS / "different_arguments.py", shards, timeout=60)
     assert result.returncode == 0, result.stderr
     loaded, *lines = sorted(filter(str.strip, result.stdout.splitlines()))
     assert loaded.startswith("Loaded in")
@@ -169,67 +119,30 @@ os.write(1, f"and then {{llm.generate([[1, 2]], 3, temperature=0)[0]}}\\n".encod
 
 
 @pytest.mark.slow
-def test_ranks_in_different_calls(tmp_path: Path, shards: Path) -> None:
+def test_ranks_in_different_calls(shards: Path) -> None:
     """One rank abandons a stream and begins the next call; the other is still in the first."""
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"""
-import os
-from llama import Llama
-os.write(1, f"process {{os.getpid()}}\\n".encode())  # a single write
-llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
-for step, events in enumerate(llm.stream([[1, 2]], 20)):
-    if os.environ["RANK"] == "1" and step == 3:
-        break
-llm.generate([[1, 2]], 20)
-print("finished")
-"""
-    )
-    message = ended(torchrun(2, path, timeout=60))
+    message = ended(torchrun(2, PROGRAMS / "different_calls.py", shards, timeout=60))
     assert message.startswith("rank 1 has begun its call 2, but rank 0 is still in call 1: ")
 
 
 @pytest.mark.slow
-def test_a_rank_that_ends_early(tmp_path: Path, shards: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"""
-import os
-from llama import Llama
-os.write(1, f"process {{os.getpid()}}\\n".encode())  # a single write
-llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu")
-if os.environ["RANK"] == "0":
-    llm.generate([[1, 2]], 20)
-    print("finished")
-"""
-    )
-    message = ended(torchrun(2, path, timeout=60))
+def test_a_rank_that_ends_early(shards: Path) -> None:
+    message = ended(torchrun(2, PROGRAMS / "ends_early.py", shards, timeout=60))
     assert message.startswith("rank 1 has ended, and rank 0 still waits for it: ")
 
 
 @pytest.mark.slow
-def test_slow_ranks_do_not_time_out(tmp_path: Path, shards: Path) -> None:
+def test_slow_ranks_do_not_time_out(shards: Path) -> None:
     """Loading, a pause between calls and a pause within a stream, each longer than the timeout;
     with stdin closed."""
-    path = tmp_path / "script.py"
-    path.write_text(
-        f"""
-import os, sys, time
-from llama import Llama, build
-assert sys.stdin is None
-rank, load = int(os.environ["RANK"]), build.load
-def loading(*args, **kwargs):
-    time.sleep(4 * rank)
-    return load(*args, **kwargs)
-build.load = loading
-llm = Llama.build({str(shards)!r}, None, 64, dtype="float32", device="cpu", rank_timeout=2)
-time.sleep(4 * (1 - rank))
-for step, events in enumerate(llm.stream([[1, 2]], 5, temperature=0)):
-    time.sleep(4 * rank * (step == 2))
-print("finished")
-"""
+    result = run(
+        *TORCHRUN,
+        "2",
+        PROGRAMS / "slow_ranks.py",
+        shards,
+        timeout=60,
+        preexec_fn=lambda: os.close(0),
     )
-    result = run(*TORCHRUN, "2", path, timeout=60, preexec_fn=lambda: os.close(0))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1
     assert not messages(result)
@@ -237,17 +150,9 @@ print("finished")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["interrupted", "terminated", "killed"])
-def test_ranks_exit_with_torchrun(script: Path, shards: Path, how: str) -> None:
+def test_ranks_exit_with_torchrun(shards: Path, how: str) -> None:
     """By Ctrl-C and by a scheduler's SIGTERM, which aren't faults, and by SIGKILL."""
-    path = script.with_name("loop.py")
-    path.write_text(
-        SCRIPT.replace('print("finished")', 'print("running", flush=True)\n')
-        + """
-while True:
-    llm.generate([[1, 2, 3], [4]], 20, temperature=0)
-"""
-    )
-    command = [*TORCHRUN, "2", str(path), str(shards), "-1", "", ""]
+    command = [*TORCHRUN, "2", str(SCRIPT), str(shards), "-1", "", "loop"]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -280,7 +185,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
+def test_forked_children_arent_ranks(shards: Path) -> None:
     """Terminated pool workers and failing children don't end the ranks."""
     path = PROGRAMS / "forks.py"
     result = torchrun(2, path, shards, timeout=60)
@@ -290,7 +195,7 @@ def test_forked_children_arent_ranks(tmp_path: Path, shards: Path) -> None:
 
 
 @pytest.mark.slow
-def test_models_of_different_sizes_take_turns(tmp_path: Path, shards: Path) -> None:
+def test_models_of_different_sizes_take_turns(shards: Path) -> None:
     """Each model keeps the process groups that it was built with."""
     path = PROGRAMS / "two_sizes.py"
     result = torchrun(2, path, shards, timeout=60)

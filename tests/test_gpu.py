@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PARAMS, new_model, random_weights, torchrun
+from conftest import PARAMS, PROGRAMS, new_model, random_weights, torchrun
 from reference import logits, relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,15 +59,8 @@ def test_sampling_is_reproducible(folder: Path) -> None:
     assert llm.generate([[1, 2]] * 3, 20, temperature=1.0, seed=3) == first
 
 
-def test_one_rank_under_torchrun(folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json, sys\nfrom llama import Llama\n"
-        "llm = Llama.build(sys.argv[1], max_seq_len=64, dtype='float32')\n"
-        "print(json.dumps([str(llm.model.output.weight.device), "
-        "llm.generate([[7, 20]], 8, temperature=0)[0]]))\n"
-    )
-    result = torchrun(1, script, folder, env={"CUDA_VISIBLE_DEVICES": "0"})
+def test_one_rank_under_torchrun(folder: Path) -> None:
+    result = torchrun(1, PROGRAMS / "one_cuda_rank.py", folder, env={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.returncode == 0, result.stderr
     device, tokens = json.loads(result.stdout.splitlines()[-1])
     assert device == "cuda:0"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from conftest import (
     DEMO,
     PARAMS,
+    PROGRAMS,
     ROOT,
     TORCHRUN,
     environment,
@@ -90,8 +91,7 @@ def rank_environment(port: int, world_size: int) -> dict[str, str]:
 
 
 def build(folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
-    script = f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')"
-    return run(sys.executable, "-c", script, env=env)
+    return run(sys.executable, PROGRAMS / "build.py", folder, env=env)
 
 
 @pytest.mark.slow
@@ -134,9 +134,8 @@ def test_a_destroyed_process_group(folder: Path, one_process_group: None) -> Non
 @pytest.mark.slow
 def test_an_impossible_number_of_ranks(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     folder = write_checkpoint(tmp_path / "shards", PARAMS, weights, n_shards=4)
-    path = tmp_path / "script.py"
-    path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
-    result = torchrun(3, path)
+    path = PROGRAMS / "build.py"
+    result = torchrun(3, path, folder)
     assert result.returncode == 1
     assert "(4 shards) can't be split over 3 ranks (possible: 1, 2, 4, 8, 16)" in result.stderr
     assert f"torchrun --nproc_per_node 4 {path}" in result.stderr
@@ -186,9 +185,7 @@ def test_shards_of_two_models(tmp_path: Path, weights: dict[str, Tensor]) -> Non
     assert result.returncode == 1
     assert "are shards of two models" in result.stdout
     # here each rank opens only one shard
-    path = tmp_path / "script.py"
-    path.write_text(f"from llama import Llama; Llama.build({str(folder)!r}, device='cpu')")
-    assert "are shards of two models" in torchrun(2, path).stderr
+    assert "are shards of two models" in torchrun(2, PROGRAMS / "build.py", folder).stderr
 
 
 def test_every_wrong_tensor_is_named(copy: Path, weights: dict[str, Tensor]) -> None:
@@ -282,25 +279,15 @@ def test_truncation_must_be_requested(llm: Llama) -> None:
         ),
     ],
 )
-def test_an_interrupt_is_one_line(tmp_path: Path, command: list[str]) -> None:
+def test_an_interrupt_is_one_line(command: list[str]) -> None:
     """Ctrl-C while decoding."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch, time\n"
-        "from llama.model import Transformer\n"
-        "decode = Transformer.decode\n"
-        "def slow(*args, **kwargs):\n"
-        "    print('computing', flush=True)\n"
-        "    time.sleep(0.2)\n"
-        "    return decode(*args, **kwargs)\n"
-        "Transformer.decode = slow\n"
-    )
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}),
+        env=environment({"PYTHONPATH": f"{PROGRAMS / 'slow_decode'}:{ROOT}"}),
     ) as process:
         assert process.stdout is not None
         while "computing" not in process.stdout.readline():
