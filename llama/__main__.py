@@ -11,10 +11,10 @@ from llama import cli, memory
 from llama.chat import Message
 from llama.checkpoint import convert
 from llama.checkpoint import verify as verification
-from llama.checkpoint.folder import LLAMA32_SCALING, Checkpoint, find_checkpoint
+from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
-from llama.config import ModelArgs
+from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
 from llama.files import escaped
 from llama.generation import Llama
@@ -39,9 +39,11 @@ def _opened(
 
 def _family(args: ModelArgs) -> str:
     if args.use_scaled_rope:
-        is_llama32 = args.rope_scaling_factor == LLAMA32_SCALING
+        is_llama32 = args.rope_scaling_factor == LLAMA32_FACTOR
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
-    return {10000.0: "Llama 2", 500000.0: "Llama 3"}.get(args.rope_theta, "unknown")
+    return {LLAMA2_ROPE_THETA: "Llama 2", LLAMA3_ROPE_THETA: "Llama 3"}.get(
+        args.rope_theta, "unknown"
+    )
 
 
 def _count(number: float) -> str:

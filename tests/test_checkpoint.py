@@ -96,6 +96,24 @@ def test_params_without_rope_theta_or_vocab_size(copy: Path) -> None:
     assert (args.rope_theta, args.vocab_size) == (10000.0, 1024)
 
 
+def test_params_that_change_nothing_are_accepted(copy: Path) -> None:
+    neutral = {
+        "max_seq_len": 2048,
+        "max_batch_size": 6,
+        "lora_args": None,
+        "quantization_args": None,
+        "vision_chunk_size": -1,
+        "vision_max_num_chunks": 4,
+        "vision_num_cross_attention_layers": -1,
+        "use_scaled_rope": None,
+        "ffn_dim_multiplier": None,
+    }
+    (copy / "params.json").write_text(json.dumps(PARAMS | neutral))
+    found = vars(build(copy).model.params)
+    (copy / "params.json").write_text(json.dumps(PARAMS))
+    assert found == vars(build(copy).model.params)
+
+
 def test_two_builds_print_one_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = build(folder), build(folder, dtype="bfloat16")
     assert [two.model.output.weight.dtype, one.model.output.weight.dtype] == [
@@ -210,8 +228,15 @@ def test_a_checkpoint_that_isnt_a_dict(copy: Path, weights: dict[str, Tensor]) -
         ("{", "not valid JSON"),
         ("[1]", "expected a JSON object"),
         (json.dumps(PARAMS | {"n_experts": 8}), r"unknown parameter\(s\) 'n_experts"),
-        (json.dumps(PARAMS | {"quantization_args": {}}), "quantized weights .*bfloat16 version"),
-        (json.dumps(PARAMS | {"max_seq_len": 8}), r"unknown parameter\(s\) 'max_seq_len"),
+        (
+            json.dumps(PARAMS | {"quantization_args": {"group_size": 32}}),
+            "quantized weights .*bfloat16 version",
+        ),
+        (json.dumps(PARAMS | {"lora_args": {"rank": 16}}), "quantized weights .*bfloat16 version"),
+        (
+            json.dumps(PARAMS | {"vision_chunk_size": 448}),
+            r"unknown parameter\(s\) 'vision_chunk_size",
+        ),
         (json.dumps(PARAMS | {"n_heads": 7}), "n_heads"),
         (json.dumps(PARAMS | {"dim": "128"}), "dim is '128'"),
         (json.dumps(PARAMS | {"vocab_size": 128256}), "128256 tokens, but the tokenizer has 1024"),

@@ -25,11 +25,12 @@ from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.pth_writer import PthWriter
 from llama.checkpoint.reader import Weights, chunks
 from llama.checkpoint.sharding import n_bytes
-from llama.config import ModelArgs
+from llama.config import ModelArgs, RopeScaling
 from llama.files import listed, md5
 from llama.vocab.file import read_vocabulary
 
 _CPU = torch.device("cpu")
+_ROPE_FIELDS = {f"rope_{name}" for name in RopeScaling._fields}
 # The tensors of one safetensors file are in memory together.
 _SAFETENSORS_BYTES = 2 * 2**30
 
@@ -228,8 +229,13 @@ def resolved_params(args: ModelArgs) -> dict[str, Any]:
     dropped = {"max_seq_len", "max_batch_size"}
     if args.ffn_dim_multiplier is None:
         dropped.add("ffn_dim_multiplier")
+    # published code doesn't know the other fields: they are written only where they matter
+    if args.head_dim * args.n_heads == args.dim:
+        dropped.add("head_dim")
     if not args.use_scaled_rope:
-        dropped |= {"use_scaled_rope", "rope_scaling_factor"}
+        dropped |= {"use_scaled_rope", *_ROPE_FIELDS}
+    elif args.rope_scaling == RopeScaling(args.rope_scaling_factor):
+        dropped |= _ROPE_FIELDS - {"rope_scaling_factor"}
     return {key: value for key, value in params.items() if key not in dropped}
 
 

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.checkpoint import huggingface
-from llama.config import ModelArgs
+from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, ModelArgs
 from llama.files import listed, read_json
 
-# Llama 2 was trained with 10000; its params.json has no rope_theta.
-LLAMA2_ROPE_THETA = 10000.0
 # Longest context that each generation was trained for, by rope_theta.
 LLAMA31_CONTEXT = 131072
-CONTEXTS = {10000.0: 4096, 500000.0: 8192}
-# Native folders don't record the RoPE scaling factor: 8, but 32 for Llama 3.2, detected by shape.
-LLAMA32_SCALING = 32.0
-LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
+CONTEXTS = {LLAMA2_ROPE_THETA: 4096, LLAMA3_ROPE_THETA: 8192}
+# Fields of the published params.json that don't describe the text model.
+_OTHER_FIELDS = {"max_seq_len", "max_batch_size", "vision_max_num_chunks"}
+_SWITCHED_OFF: tuple[Any, ...] = (None, False, -1, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,8 @@ class Checkpoint:
     @property
     def is_llama31(self) -> bool:
         """Whether this is Llama 3.1 or later, which have scaled RoPE."""
-        return self.params.get("use_scaled_rope") is True
+        is_linear = self.params.get("rope_original_context") == 1
+        return self.params.get("use_scaled_rope") is True and not is_linear
 
     @property
     def tokenizer_path(self) -> Path:
@@ -168,28 +167,30 @@ def _check_shard_names(folder: str, shards: list[Path]) -> None:
 
 def _read_params(path: Path) -> dict[str, Any]:
     found = read_json(path)
-    known = ModelArgs.__dataclass_fields__.keys() - {"max_seq_len", "max_batch_size"}
-    if "quantization_args" in found:
+    known = ModelArgs.__dataclass_fields__.keys() - _OTHER_FIELDS
+    params = {key: found[key] for key in found.keys() & known if found[key] is not None}
+    unknown = {
+        key: value
+        for key, value in found.items()
+        if key not in known | _OTHER_FIELDS and value not in _SWITCHED_OFF
+    }
+    if unknown.keys() & {"quantization_args", "lora_args"}:
         raise ValueError(
-            f"{str(path)!r} describes quantized weights (quantization_args), which are not "
-            "supported: download the bfloat16 version"
+            f"{str(path)!r} describes quantized weights (quantization_args, lora_args), which are "
+            "not supported: download the bfloat16 version"
         )
-    if unknown := sorted(found.keys() - known):
+    if unknown:
         raise ValueError(
-            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}, expected some of "
-            f"{', '.join(sorted(known))}"
+            f"{str(path)!r} has the unknown parameter(s) {listed(sorted(unknown))}, expected some "
+            f"of {', '.join(sorted(known))}"
         )
-    params = {"rope_theta": LLAMA2_ROPE_THETA} | found
-    is_llama32 = (params.get("dim"), params.get("n_layers")) in LLAMA32_SHAPES
-    if params.get("use_scaled_rope") is True and is_llama32:
-        params = {"rope_scaling_factor": LLAMA32_SCALING} | params
     return params
 
 
 def _native_context(params: Mapping[str, Any]) -> int | None:
     if params.get("use_scaled_rope") is True:
-        return LLAMA31_CONTEXT
-    theta = params["rope_theta"]
+        return LLAMA31_CONTEXT if params.get("rope_original_context", 8192) == 8192 else None
+    theta = params.get("rope_theta", LLAMA2_ROPE_THETA)
     return CONTEXTS.get(theta) if isinstance(theta, int | float) else None
 
 
