@@ -19,7 +19,7 @@ from llama.device import parse_dtype, resolve_device
 from llama.files import escaped
 from llama.generation import Llama
 from llama.request import TokenEvent
-from llama.tokenizer import load_tokenizer
+from llama.tokenizer import Tokenizer
 
 
 def _opened(
@@ -33,7 +33,7 @@ def _opened(
     if max_seq_len is None:
         max_seq_len = min(512, ckpt.context or 512)
     path = tokenizer_path or str(ckpt.tokenizer_path)
-    tokenizer = load_tokenizer(path, llama31=ckpt.is_llama31)
+    tokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
     return ckpt, tokenizer, ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size)
 
 
@@ -114,7 +114,8 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
-    faults = verification.verify(ckpt, args, progress=True)
+    path = Path(tokenizer_path or ckpt.tokenizer_path)
+    faults = verification.verify(ckpt, args, path, progress=True)
     for fault in faults:
         print(fault)
     if faults:
@@ -155,9 +156,8 @@ def convert_folder(
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
+        tokenizer=tokenizer,
         tokenizer_path=Path(tokenizer_path or ckpt.tokenizer_path),
-        bos_token=tokenizer.bos_id,
-        stop_tokens=tokenizer.stop_tokens | ckpt.stop_tokens,
         force=force,
         progress=True,
     )

@@ -17,8 +17,7 @@ from llama.distributed import collectives, groups
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.distributed.watchdog import MIN_TIMEOUT
 from llama.model import Transformer
-from llama.tokenizer import Tokenizer, load_tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer, Tokenizer
 
 
 def build_model(
@@ -35,7 +34,7 @@ def build_model(
     compile: bool,
     rank_timeout: float,
     max_prefill_tokens: int,
-) -> tuple[Transformer, Tokenizer | SentencePieceTokenizer]:
+) -> tuple[Transformer, AnyTokenizer]:
     """The model and the tokenizer; see ``Llama.build`` for arguments and errors."""
     start = time.time()
     torch_device = resolve_device(device)
@@ -52,11 +51,11 @@ def build_model(
         _silence_stdout()
     with raise_on_all_ranks():
         ckpt = find_checkpoint(ckpt_dir)
-        tokenizer = load_tokenizer(
-            tokenizer_path or str(ckpt.tokenizer_path), llama31=ckpt.is_llama31
-        )
+        path = tokenizer_path or str(ckpt.tokenizer_path)
+        tokenizer: AnyTokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
         tokenizer.stop_tokens |= ckpt.stop_tokens
         args = ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
+        tokenizer.n_padding = args.vocab_size - tokenizer.n_words
         shards = f" ({ckpt.n_shards} shards)" if ckpt.layout == "native" else ""
         best = min(args.valid_tp_sizes, key=lambda n: abs(n - ckpt.n_shards))
         args.check_tp_size(

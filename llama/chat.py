@@ -36,10 +36,11 @@ class ChatTokenizer(Protocol):
     """The part of a tokenizer that a chat format uses."""
 
     bos_id: int
+    eos_id: int
     special_tokens: dict[str, int]
     control_ids: set[int]
 
-    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]: ...
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, t: Sequence[int]) -> str: ...
 
@@ -224,11 +225,14 @@ class Llama2ChatFormat:
         ids: list[int] = []
         for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
             text = f"[INST] {question.strip()} [/INST] {answer.strip()} "
-            ids += self.tokenizer.encode(text, bos=True, eos=True)
+            ids += [*self._begin(text), self.tokenizer.eos_id]
         text = f"[INST] {turns[-1].strip()} [/INST]"
         if continue_final_message:
             text += f" {dialog[-1]['content'].strip()}"
-        return ids + self.tokenizer.encode(text, bos=True, eos=False)
+        return ids + self._begin(text)
+
+    def _begin(self, text: str) -> list[int]:
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text, bos=False, eos=False)]
 
     def _refuse_tags(self, content: str, index: int) -> None:
         """Also check the decoded ids: the vocabulary may normalize other characters to a tag."""
@@ -280,10 +284,3 @@ def _turns(dialog: Dialog) -> list[str]:
     if system is not None:
         turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
     return turns
-
-
-def chat_format(tokenizer: ChatTokenizer) -> ChatFormat | Llama2ChatFormat:
-    """The chat format for this tokenizer, chosen by its special tokens."""
-    if "<|start_header_id|>" in tokenizer.special_tokens:
-        return ChatFormat(tokenizer)
-    return Llama2ChatFormat(tokenizer)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import ChatFormat, Dialog, Llama2ChatFormat, chat_format
+from llama.chat import Dialog
+from llama.chat_template import AnyChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
     Completion,
@@ -20,8 +21,7 @@ from llama.hooks import hidden_states
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
-from llama.tokenizer import Tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
 
@@ -116,7 +116,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | SentencePieceTokenizer,
+        tokenizer: AnyTokenizer,
         *,
         seed: int = 1,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
@@ -124,7 +124,7 @@ class Llama:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter: ChatFormat | Llama2ChatFormat = chat_format(tokenizer)
+        self.formatter: AnyChatFormat = chat_format(tokenizer)
         self.engine = Engine(
             model,
             tokenizer,

@@ -12,12 +12,12 @@ from conftest import DEMO, PARAMS
 from reference import relative_error
 from safetensors.torch import load_file, save_file
 from test_convert import cli
-from test_tokenizer import hf_config
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, ModelArgs, Tokenizer, __main__
 from llama.checkpoint import huggingface
+from llama.vocab.tokenizer_json import tokenizer_json
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -143,7 +143,7 @@ def test_inv_freq_buffers_are_ignored(folder: Path) -> None:
         ({"max_position_embeddings": -1}, "max_position_embeddings -1"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
         ({"eos_token_id": "2"}, "eos_token_id '2', expected an id or a list"),
-        ({"vocab_size": 1000}, "trained on 1000 tokens, but the tokenizer has 1024"),
+        ({"vocab_size": 1000}, "holds 1000 tokens, but the tokenizer has 1024"),
         ({"num_hidden_layers": 3}, r"lacks 'layers\.2\."),
         (
             {"intermediate_size": 400},
@@ -258,7 +258,7 @@ def test_tokenizer_locations(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
     assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
     (folder / "original" / "tokenizer.model").unlink()
-    (folder / "tokenizer.json").write_text(json.dumps(hf_config(tokenizer)))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
     assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*give tokenizer_path"):

@@ -55,12 +55,13 @@ class Checkpoint:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer's file. Llama 2's is in the parent folder.
+        """The tokenizer's file. Llama 2's is in the parent folder. Only tokenizer.json has the
+        tokens that a fine-tune added or renamed.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        names = ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
+        names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
         candidates = [self.folder / name for name in names]
         if self.layout == "native":
             candidates.append(self.folder.resolve().parent / "tokenizer.model")
@@ -99,7 +100,8 @@ class Checkpoint:
             args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         except ValueError as error:
             raise ValueError(f"{str(self.folder)!r} or an argument of build: {error}") from None
-        if args.vocab_size != n_words:
+        # weights are often padded, to a multiple of up to 128, or of more for large vocabularies
+        if not 0 <= args.vocab_size - n_words < max(128, n_words // 20):
             raise ValueError(wrong_tokenizer(self.folder, args.vocab_size, n_words))
         if self.context is not None and max_seq_len > self.context:
             raise ValueError(
@@ -196,6 +198,6 @@ def _native_context(params: Mapping[str, Any]) -> int | None:
 
 def wrong_tokenizer(folder: Path, n_weights: int, n_words: int) -> str:
     return (
-        f"{str(folder)!r} was trained on {n_weights} tokens, but the tokenizer has {n_words}: "
+        f"{str(folder)!r} holds {n_weights} tokens, but the tokenizer has {n_words}: "
         "give the tokenizer.model that was downloaded with these weights"
     )
