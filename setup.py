@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
-HF = ["safetensors>=0.5"]
+HF = ["safetensors>=0.5", "huggingface_hub>=1.3"]
 TEST = [
     *LLAMA2,
     *HF,

@@ -9,7 +9,7 @@ import torch
 
 from llama import cli, memory
 from llama.chat import Message
-from llama.checkpoint import convert
+from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import LLAMA32_SCALING, Checkpoint, find_checkpoint
 from llama.checkpoint.reader import Weights
@@ -29,7 +29,7 @@ def _opened(
     max_batch_size: int = 4,
 ) -> tuple[Checkpoint, Any, ModelArgs]:
     """A folder, its tokenizer and its parameters."""
-    ckpt = find_checkpoint(folder)
+    ckpt = find_checkpoint(hub.local_folder(folder))
     if max_seq_len is None:
         max_seq_len = min(512, ckpt.context or 512)
     path = tokenizer_path or str(ckpt.tokenizer_path)
