@@ -63,7 +63,7 @@ def info(
     """Show the model in a folder and the memory it needs, without reading the weights.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
         mp: number of ranks to plan for; default: the number of shards in the folder.
         max_seq_len: maximum length of prompt plus generation, in tokens; default 512.
@@ -108,7 +108,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
     """Check a folder: checksums, archives, and the key, shape, dtype and values of every tensor.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
@@ -133,7 +133,7 @@ def convert_folder(
     """Write a folder in another layout, for another number of ranks, or with another dtype.
 
     Args:
-        src: checkpoint folder.
+        src: checkpoint folder, or hub id (owner/name).
         dst: folder to write; it appears once it is complete.
         mp: number of shards in a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
@@ -198,7 +198,7 @@ def complete(
     """Continue a text and show it as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the text.
         tokenizer_path: tokenizer file; default: the one in the folder.
         temperature: divides the logits; 0 is greedy.
@@ -234,7 +234,7 @@ def chat(
     """Answer a message and show the answer as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the message.
         system: the system message, if any.
         tokenizer_path: tokenizer file; default: the one in the folder.

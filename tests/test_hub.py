@@ -197,6 +197,7 @@ def test_build_online_and_offline(server: Hub, tmp_path: Path) -> None:
         assert "after build" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line(server: Hub, tmp_path: Path) -> None:
     env = server.env(tmp_path)
     result = run(sys.executable, "-m", "llama", "info", MODEL, env=env)
@@ -259,6 +260,7 @@ def test_offline_and_unreachable(server: Hub, tmp_path: Path) -> None:
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_a_token_that_no_header_can_hold_isnt_shown(server: Hub, tmp_path: Path) -> None:
     result = run(
         sys.executable, BUILD, MODEL, env=server.env(tmp_path, HF_TOKEN=f"{TOKEN}\v{TOKEN}")
