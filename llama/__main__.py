@@ -9,7 +9,7 @@ import torch
 
 from llama import cli, memory
 from llama.chat import Message
-from llama.checkpoint import convert
+from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.reader import Weights
@@ -29,7 +29,7 @@ def _opened(
     max_batch_size: int = 4,
 ) -> tuple[Checkpoint, Any, ModelArgs]:
     """A folder, its tokenizer and its parameters."""
-    ckpt = find_checkpoint(folder)
+    ckpt = find_checkpoint(hub.local_folder(folder))
     if max_seq_len is None:
         max_seq_len = min(512, ckpt.context or 512)
     path = tokenizer_path or str(ckpt.tokenizer_path)
@@ -65,7 +65,7 @@ def info(
     """Show the model in a folder and the memory it needs, without reading the weights.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
         mp: number of ranks to plan for; default: the number of shards in the folder.
         max_seq_len: maximum length of prompt plus generation, in tokens; default 512.
@@ -110,7 +110,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
     """Check a folder: checksums, archives, and the key, shape, dtype and values of every tensor.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
@@ -136,7 +136,7 @@ def convert_folder(
     """Write a folder in another layout, for another number of ranks, or with another dtype.
 
     Args:
-        src: checkpoint folder.
+        src: checkpoint folder, or hub id (owner/name).
         dst: folder to write; it appears once it is complete.
         mp: number of shards in a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
@@ -200,7 +200,7 @@ def complete(
     """Continue a text and show it as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the text.
         tokenizer_path: tokenizer file; default: the one in the folder.
         temperature: divides the logits; 0 is greedy.
@@ -236,7 +236,7 @@ def chat(
     """Answer a message and show the answer as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the message.
         system: the system message, if any.
         tokenizer_path: tokenizer file; default: the one in the folder.

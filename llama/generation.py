@@ -59,6 +59,7 @@ class Llama:
         Under torchrun each rank loads its part; the number of ranks needn't match that of shards.
 
         Args:
+            ckpt_dir: the folder, or the id owner/name of a model on the Hugging Face hub.
             tokenizer_path: tokenizer file; default: in ``ckpt_dir`` or its parent (Llama 2).
             max_seq_len: maximum length of prompt plus generation, in tokens.
             max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
@@ -86,6 +87,7 @@ class Llama:
         Raises:
             FileNotFoundError: a file or the folder is missing.
             ImportError: the files need a package that isn't installed; the message names it.
+            OSError: a download failed; the message has the remedy. PermissionError: it is gated.
             MemoryError: the model doesn't fit; the message lists sizes that would.
             ValueError: a file is damaged or doesn't match the others, or an argument is invalid;
                 the message has the value found and the remedy.

@@ -122,7 +122,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
     if not path.is_dir():
         raise FileNotFoundError(
             f"no checkpoint folder at {folder!r}: give ckpt_dir, the folder that holds the weights "
-            "(consolidated.00.pth and params.json, or config.json and safetensors files)"
+            "(consolidated.00.pth and params.json, or config.json and safetensors files), or the "
+            "id owner/name of a model on the Hugging Face hub, to download it"
         )
     if files := sorted(path.glob("consolidated.*.pth")):
         _check_shard_names(folder, files)
