@@ -17,9 +17,9 @@ from llama.config import ModelArgs
 from llama.files import LARGEST_CONFIG, md5, read_bounded
 
 _READ_BYTES = 16 * 2**20
-# A name must not escape the folder or look like an option.
+# A name must not escape the folder or look like an option. Llama 3.2's lists put ./ in front.
 _CHECKLIST_LINE = re.compile(
-    rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
+    rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?(?:\./)?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
 )
 
 
@@ -28,6 +28,9 @@ def verify(ckpt: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
     unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
     faults = []
     listed = read_checklist(ckpt.folder / "checklist.chk")
+    if not (ckpt.folder / "orig_params.json").exists():
+        # Llama 3.2 3B Instruct's list has this file, which Meta's own tool doesn't download either
+        listed.pop("orig_params.json", None)
     archives = ckpt.files if ckpt.layout == "native" else []
     paths = [ckpt.folder / name for name in listed] + archives
     total = sum(path.stat().st_size for path in paths if path.is_file())
