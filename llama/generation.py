@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import ChatFormat, Dialog, Llama2ChatFormat, chat_format
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, ChatFormat, Llama2ChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
     Completion,
@@ -20,10 +20,11 @@ from llama.hooks import hidden_states
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Dialog, Role, Tokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
+__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Role"]
 
 
 class Llama:
