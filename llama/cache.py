@@ -22,17 +22,31 @@ from llama.config import ModelArgs
 class KVCache:
     """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D].
 
-    The first axis indexes the slots, one sequence each.
+    The first axis indexes the slots, one sequence each. Both are empty until the first pass.
     """
 
-    def __init__(self, args: ModelArgs, tp_size: int, like: Tensor) -> None:
-        n_kv_heads = args.n_local_kv_heads(tp_size)
-        shape = (args.max_batch_size, n_kv_heads, args.max_seq_len, args.head_dim)
-        self.k = _zeros(shape, like)
-        self.v = _zeros(shape, like)
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, args: ModelArgs, tp_size: int) -> None:
+        self.args, self._n_kv_heads = args, args.n_local_kv_heads(tp_size)
+        self.free()
+
+    def allocate(self, like: Tensor) -> None:
+        """Allocate zeros with ``like``'s dtype and device, unless that was done."""
+        if (self.k.dtype, self.k.device, self.k.numel() > 0) != (like.dtype, like.device, True):
+            args = self.args
+            shape = (args.max_batch_size, self._n_kv_heads, args.max_seq_len, args.head_dim)
+            with torch.inference_mode(False):  # inference tensors couldn't be written to later
+                self.k, self.v = _zeros(shape, like), _zeros(shape, like)
+
+    def free(self) -> None:
+        """Drop the content; the next pass allocates again."""
+        self.k = self.v = torch.empty(0, device="cpu")
 
     def update(self, k: Tensor, v: Tensor, batch: "Prefill | Decode") -> None:
         """Store the keys and values [T, K, D] of a pass."""
+        self.allocate(k)
         self.k[batch.slots, :, batch.positions] = k
         self.v[batch.slots, :, batch.positions] = v
 

@@ -183,7 +183,8 @@ def check_message(message: Message, where: str, *, tools: bool) -> None:
 
 # --- Llama 2 ------------------------------------------------------------------------------------
 
-_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 
 
 class Llama2ChatFormat:
@@ -224,9 +225,9 @@ class Llama2ChatFormat:
         turns = _turns(dialog[:-1] if continue_final_message else dialog)
         ids: list[int] = []
         for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
-            text = f"[INST] {question.strip()} [/INST] {answer.strip()} "
+            text = f"{B_INST} {question.strip()} {E_INST} {answer.strip()} "
             ids += [*self._begin(text), self.tokenizer.eos_id]
-        text = f"[INST] {turns[-1].strip()} [/INST]"
+        text = f"{B_INST} {turns[-1].strip()} {E_INST}"
         if continue_final_message:
             text += f" {dialog[-1]['content'].strip()}"
         return ids + self._begin(text)
@@ -238,7 +239,7 @@ class Llama2ChatFormat:
         """Also check the decoded ids: the vocabulary may normalize other characters to a tag."""
         ids = self.tokenizer.encode(content, bos=False, eos=False)
         for text in (content, self.tokenizer.decode(ids)):
-            for tag in _TAGS:
+            for tag in (B_INST, E_INST, B_SYS.strip(), E_SYS.strip()):
                 if tag in text:
                     raise ValueError(
                         f"the content of message {index} holds {tag}, which the Llama 2 chat "
@@ -253,7 +254,7 @@ class Llama2ChatFormat:
     def starts_answer(self, tokens: Sequence[int]) -> bool:
         """Whether these ids end like a dialog prompt: the answer is then a new text, and its
         leading space is dropped."""
-        return self.tokenizer.decode(tokens[-8:]).endswith("[/INST]")
+        return self.tokenizer.decode(tokens[-8:]).endswith(E_INST)
 
 
 def _turns(dialog: Dialog) -> list[str]:
@@ -282,5 +283,5 @@ def _turns(dialog: Dialog) -> list[str]:
         )
     turns = [message["content"] for message in dialog[first:]]
     if system is not None:
-        turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
+        turns[0] = f"{B_SYS}{system}{E_SYS}{turns[0]}"
     return turns

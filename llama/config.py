@@ -125,9 +125,13 @@ class ModelArgs:
 
     @property
     def ffn_hidden_dim(self) -> int:
-        """2/3 of 4 * dim (SwiGLU has three matrices, not two), scaled and rounded up."""
-        hidden = int((self.ffn_dim_multiplier or 1.0) * int(2 * (4 * self.dim) / 3))
-        return -(-hidden // self.multiple_of) * self.multiple_of
+        return self.ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @staticmethod
+    def ffn_width(hidden_dim: int, multiple_of: int, multiplier: float | None) -> int:
+        """2/3 of ``hidden_dim`` (SwiGLU has three matrices, not two), scaled and rounded up."""
+        width = int((multiplier or 1.0) * int(2 * hidden_dim / 3))
+        return -(-width // multiple_of) * multiple_of
 
     @property
     def valid_tp_sizes(self) -> list[int]:

@@ -123,10 +123,10 @@ class Engine:
         """
         with self.model.lock, fail_fast():
             self._check_cache()
-            self.model.cache_user = self
             try:
                 events = self._decode()
                 self._prefill()
+                self.slots.count_writes()
                 return events + self._start()
             except BaseException:
                 self.cancel_all()
@@ -342,7 +342,7 @@ class Engine:
 
     def _check_cache(self) -> None:
         """If the cache was used elsewhere, cancel running requests and drop cached prefixes."""
-        if self.model.cache_user is not self:
+        if self.slots.count_writes():
             if self.slots.n_free < len(self.slots.occupants):
                 self.cancel_all()
             self.slots.forget()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import Dialog
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS, Dialog, Role
 from llama.chat_template import AnyChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
@@ -24,6 +24,7 @@ from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
 from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
+__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Role"]
 
 
 class Llama:

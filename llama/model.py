@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from llama.attention import attention
 from llama.cache import Batch, CacheLock, Decode, KVCache, Prefill, next_tokens
+from llama.compat import Mask, PublishedAttention, caches_of
+from llama.compat import repeat_kv as repeat_kv
+from llama.compat import reshape_for_broadcast as reshape_for_broadcast
 from llama.config import ModelArgs, RopeScaling
 from llama.distributed.collectives import fail_fast
 from llama.distributed.groups import current_groups
@@ -81,7 +84,7 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
 
-class Attention(nn.Module):
+class Attention(PublishedAttention):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
     # accel may replace these with equivalent implementations
@@ -95,23 +98,25 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // tp_size
         self.n_local_kv_heads = args.n_local_kv_heads(tp_size)
         q_dim = args.n_heads * args.head_dim
+        self.cache = KVCache(args, tp_size)
         kv_dim = self.n_local_kv_heads * tp_size * args.head_dim
         self.wq = ColumnParallelLinear(args.dim, q_dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
         self.wo = RowParallelLinear(q_dim, args.dim)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        """x: [T, dim] or [B, S, dim], the tokens of ``batch``, in order."""
-        self.update_cache(x, freqs_cis, cache, batch)
+    def forward(self, x: Tensor, start_pos: int | Batch, freqs_cis: Tensor, mask: Mask) -> Tensor:
+        """x: [T, dim] or [B, S, dim], in order. The other arguments: see ``as_pass``."""
+        batch, freqs_cis, attend = self.as_pass(x, start_pos, freqs_cis, mask)
+        self.update_cache(x, freqs_cis, batch)
         q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)  # [T, H, D]
-        y = self.attend(self.rotate(q, freqs_cis), cache, batch)  # [T, H, D]
+        y = attend(self.rotate(q, freqs_cis), self.cache, batch)  # [T, H, D]
         return self.wo(y.reshape(*x.shape[:-1], -1))
 
-    def update_cache(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> None:
+    def update_cache(self, x: Tensor, freqs_cis: Tensor, batch: Batch) -> None:
         k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)  # [T, K, D]
         v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)  # [T, K, D]
-        cache.update(self.rotate(k, freqs_cis), v, batch)
+        self.cache.update(self.rotate(k, freqs_cis), v, batch)
 
 
 def swiglu(
@@ -125,26 +130,32 @@ def swiglu(
 class FeedForward(nn.Module):
     compute: Callable[..., Tensor] = staticmethod(swiglu)  # as in Attention
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None
+    ) -> None:
         super().__init__()
-        self.w1 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
-        self.w2 = RowParallelLinear(args.ffn_hidden_dim, args.dim)
-        self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden_dim)
+        width = ModelArgs.ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
+        self.w1 = ColumnParallelLinear(dim, width)
+        self.w2 = RowParallelLinear(width, dim)
+        self.w3 = ColumnParallelLinear(dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.w1, self.w2, self.w3)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
+        self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
+        )
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, cache, batch)
+    def forward(self, x: Tensor, start_pos: int | Batch, freqs_cis: Tensor, mask: Mask) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -162,18 +173,17 @@ class Transformer(nn.Module):
         super().__init__()
         args.resolve()
         self.params = args
+        self.params, self.vocab_size, self.n_layers = args, args.vocab_size, args.n_layers
         self.groups = current_groups()
         args.check_tp_size(self.groups.size)
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
         # a plain attribute, not a buffer: model.to(torch.bfloat16) must not round the angles
         self.freqs_cis = precompute_freqs_cis(
             args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
         )
-        self.cache: list[KVCache] | None = None
-        self.cache_user: object = None  # the engine that tracks the cache's content, if any
         self.lock = CacheLock()
 
     @property
@@ -183,6 +193,8 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.weight.device
+
+    cache = property(caches_of)
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int | Batch) -> Tensor:
@@ -210,7 +222,7 @@ class Transformer(nn.Module):
             "Transformer.forward", tokens=tokens, start_pos=start_pos
         )
         with self.lock, call, fail_fast():
-            self.cache_user = None
+            caches_of(self)  # refuses a block that is two layers
             batch = next_tokens(n_rows, n_tokens, start_pos, tokens.device)
             return self.logits(self.hidden(tokens, batch))
 
@@ -221,36 +233,26 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Final hidden states [..., dim] of ``tokens``, or of those that ``logits_for`` selects."""
         h = self.tok_embeddings(tokens)  # [..., dim]
-        *caches, last_cache = self._allocated_cache(h)
+        if self.freqs_cis.device != h.device:
+            self.freqs_cis = self.freqs_cis.to(h.device)
         # [T, D / 2], indexed as pairs of floats: some devices can't index complex tensors
         freqs_cis = torch.view_as_complex(torch.view_as_real(self.freqs_cis)[batch.positions])
         *blocks, last = cast(list[TransformerBlock], self.layers)
-        for layer, cache in zip(blocks, caches, strict=True):
-            h = layer(h, freqs_cis, cache, batch)
+        for layer in blocks:
+            h = layer(h, batch, freqs_cis, None)
         is_plain = type(last) is TransformerBlock and type(last.attention) is Attention
         if batch.logits_for is None or not (is_plain and is_unmodified(last)):
-            return batch.select(self.norm(last(h, freqs_cis, last_cache, batch)))
+            return batch.select(self.norm(last(h, batch, freqs_cis, None)))
         # the other tokens' keys and values are still needed, but not their outputs
-        last.attention.update_cache(last.attention_norm(h), freqs_cis, last_cache, batch)
+        last.attention.update_cache(last.attention_norm(h), freqs_cis, batch)
         if not batch.logits_for:
             return h[:0]
         h, freqs_cis = batch.select(h), batch.select(freqs_cis)
-        return self.norm(last(h, freqs_cis, last_cache, batch.of_last_tokens()))
+        return self.norm(last(h, batch.of_last_tokens(), freqs_cis, None))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of final hidden states [..., dim]."""
         return self.output(hidden).float()
-
-    def _allocated_cache(self, like: Tensor) -> list[KVCache]:
-        if self.cache is None:
-            with torch.inference_mode(False):  # inference tensors couldn't be written to later
-                self.cache = [KVCache(self.params, self.groups.size, like) for _ in self.layers]
-                self.freqs_cis = self.freqs_cis.to(like.device)
-        return self.cache
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        self.cache = self.cache_user = None  # model.to(...): reallocated in the next pass
-        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, object]:
         """Copies decode unaccelerated: a compiled or captured step is bound to the original."""

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from llama.hooks import fingerprint
+from llama.hooks import fingerprint, version
 from llama.model import Transformer
 from llama.request import Request
 
@@ -27,6 +27,7 @@ class Slots:
         self._last_used = [0] * n_slots
         self._clock = 0
         self._fingerprint: int | None = None
+        self._caches, self._written = model.cache, 0
 
     @property
     def n_free(self) -> int:
@@ -55,7 +56,7 @@ class Slots:
             slot = source  # the request extends it
         if slot != source:
             self.cached[slot] = []  # until the copy is complete: it may be interrupted
-            for cache in self._model.cache or [] if n else []:
+            for cache in self._caches if n else []:
                 cache.copy(source, slot, n)
         self.cached[slot] = prompt[:n]
         self.occupants[slot], request.slot = request, slot
@@ -80,7 +81,7 @@ class Slots:
             return
         cached_a, cached_b = self.cached[a], self.cached[b]
         self.cached[a], self.cached[b] = [], []  # until it completes: it may be interrupted
-        for cache in self._model.cache or []:
+        for cache in self._caches:
             cache.swap(a, b, len(cached_a), len(cached_b))
         self.cached[a], self.cached[b] = cached_b, cached_a
         used, occupants = self._last_used, self.occupants
@@ -89,12 +90,22 @@ class Slots:
         for slot in (a, b):
             if (occupant := occupants[slot]) is not None:
                 occupant.slot = slot
+        self.count_writes()
+
+    def count_writes(self) -> bool:
+        """Whether the cache has been written to since the last call. After the engine's own writes
+        it is called too, so that the others are found: of blocks that are called directly, or
+        through ``cache_k``."""
+        tensors = [x for cache in self._caches for x in (cache.k, cache.v)]
+        before, self._written = self._written, sum(map(version, tensors))
+        return before != self._written
 
     def forget(self) -> None:
         """Drop all cached prefixes."""
         self.cached = [[] for _ in self.cached]
 
     def forget_if_model_changed(self) -> None:
+        self._caches = self._model.cache
         before, self._fingerprint = self._fingerprint, fingerprint(self._model)
         if before != self._fingerprint:
             self.forget()

@@ -271,10 +271,11 @@ def test_a_request_reuses_the_prefix_of_one_that_still_decodes(
 def test_a_reused_slot_does_not_leak_keys_after_the_prefix(llm: Llama, plain: Llama) -> None:
     """Every position beyond the tokens that a slot claims is overwritten with large numbers."""
     llm.generate([LONG, QUESTION, LONG[:20]], 20, temperature=0)
-    for cache in llm.model.cache or []:
+    for cache in llm.model.cache:
         for slot, tokens in enumerate(llm.engine.slots.cached):
             cache.k[slot, :, len(tokens) :] = 1e4
             cache.v[slot, :, len(tokens) :] = 1e4
+    llm.engine.slots.count_writes()  # as if the engine had made these
     prompts = [LONG[:25] + ANSWER, QUESTION + FOLLOW_UP, LONG[:20], [3, 1, 4]]
     requests = [start(llm, prompt, row=row) for row, prompt in enumerate(prompts)]
     finished = finish(llm, *requests)

@@ -79,7 +79,7 @@ class GraphedStep:
         self._captured: dict[
             tuple[int, int], tuple[Tensor, Tensor, Tensor, Callable[[], object], Tensor]
         ] = {}
-        self._cache: object = None
+        self._cache: list[Tensor] = []
 
     def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
         if not is_unmodified(self._model):  # a graph would replay without the hooks
@@ -90,9 +90,10 @@ class GraphedStep:
         length = args.max_seq_len
         if not self._any_length:
             length = _round_up(batch.max_seqlen_k, args.max_seq_len, 256)
-        if self._model.cache is not self._cache:  # reallocated: the graphs hold the old addresses
+        cache = [layer.k for layer in self._model.cache]
+        if [*map(id, cache)] != [*map(id, self._cache)]:  # the graphs hold the old addresses
             self._captured.clear()
-            self._cache = self._model.cache
+            self._cache = cache
         is_new = (n_rows, length) not in self._captured
         if is_new:  # padding rows write to the last position, which idle slots never use
             all_tokens = tokens.new_zeros(n_rows)
