@@ -197,14 +197,14 @@ def test_the_rope_scaling_factor_can_be_given(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     llama3 = folder_of(tmp_path / "3", FAMILIES["Llama 3 8B"])
     llama2 = folder_of(tmp_path / "2", FAMILIES["Llama 2 7B"])
-    with pytest.raises(ValueError, match="trained on 128256 tokens, but the tokenizer has 32000"):
+    with pytest.raises(ValueError, match="holds 128256 tokens, but the tokenizer has 32000"):
         build(llama3, tokenizer_path=str(LLAMA2_VOCABULARY))
-    with pytest.raises(ValueError, match="trained on 32000 tokens, but the tokenizer has 128256"):
+    with pytest.raises(ValueError, match="holds 32000 tokens, but the tokenizer has 128256"):
         build(llama2, tokenizer_path=str(LLAMA3_VOCABULARY))
     # a truncated vocabulary file
     lines = LLAMA3_VOCABULARY.read_bytes().splitlines(keepends=True)
     (tmp_path / "base").write_bytes(b"".join(lines[:100_000]))
-    with pytest.raises(ValueError, match="trained on 128256 tokens, but the tokenizer has 100256"):
+    with pytest.raises(ValueError, match="holds 128256 tokens, but the tokenizer has 100256"):
         build(llama3, tokenizer_path=str(tmp_path / "base"))
 
 
