@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import ChatFormat, Dialog, Llama2ChatFormat, chat_format
+from llama.chat import ChatFormat, Llama2ChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
     Completion,
@@ -15,6 +15,7 @@ from llama.completions import (
     complete,
     run,
 )
+from llama.dialog import Dialog, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
 from llama.model import Transformer
@@ -257,6 +258,7 @@ class Llama:
 
         For other arguments and errors, see ``stream`` and ``ChatFormat``.
         """
+        check_dialogs(dialogs)
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs)
         tokens = [
             self.formatter.encode_dialog_prompt(
