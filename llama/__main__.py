@@ -1,5 +1,6 @@
 """python -m llama: inspect, verify or convert a checkpoint folder, or run a prompt."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ def _family(args: ModelArgs) -> str:
     if args.use_scaled_rope:
         is_llama32 = args.rope_scaling_factor == LLAMA32_SCALING
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
+    if args.rope_theta == 1e6 and args.vocab_size in (32000, 32016):
+        return "Code Llama"
     return {10000.0: "Llama 2", 500000.0: "Llama 3"}.get(args.rope_theta, "unknown")
 
 
@@ -146,6 +149,7 @@ def convert_folder(
     if format == "hf" and mp is not None:
         raise ValueError("Hugging Face's layout isn't split for ranks: leave --mp out")
     ckpt, tokenizer, args = _opened(src, tokenizer_path)
+    dst = os.path.expanduser(dst)
     convert.convert(
         ckpt,
         args,
@@ -153,7 +157,7 @@ def convert_folder(
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
-        tokenizer_path=Path(tokenizer_path or ckpt.tokenizer_path),
+        tokenizer_path=Path(os.path.expanduser(tokenizer_path or ckpt.tokenizer_path)),
         bos_token=tokenizer.bos_id,
         stop_tokens=tokenizer.stop_tokens | ckpt.stop_tokens,
         force=force,

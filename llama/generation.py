@@ -342,5 +342,5 @@ class Llama:
 
 def _repeat(prompts: list[list[int]], n: int) -> list[list[int]]:
     if type(n) is not int or n < 1:
-        raise ValueError(f"n is {n!r}, expected 1 or more")
+        raise ValueError(f"n is {n!r}, expected an integer of at least 1")
     return [prompt for prompt in prompts for _ in range(n)]

@@ -480,10 +480,18 @@ def test_a_very_low_temperature_is_greedy(llm: Llama) -> None:
     assert llm.generate(PROMPTS, 5, temperature=1e-30) == llm.generate(PROMPTS, 5, temperature=0)
 
 
-@pytest.mark.parametrize("name", ["max_gen_len", "temperature", "top_p"])
-def test_arguments_must_be_numbers(llm: Llama, name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} is 'abc', expected a number"):
-        llm.text_completion(["a"], **{name: cast(Any, "abc")})
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("max_gen_len", "abc", "an integer"),
+        ("max_gen_len", 3.0, "an integer"),
+        ("temperature", "abc", "a number"),
+        ("top_p", "abc", "a number"),
+    ],
+)
+def test_arguments_must_be_numbers(llm: Llama, name: str, value: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is {value!r}, expected {kind}"):
+        llm.text_completion(["a"], **{name: value})
 
 
 def test_damaged_weights_raise_instead_of_sampling(tokenizer: Tokenizer) -> None:

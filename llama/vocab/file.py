@@ -12,7 +12,8 @@ LARGEST_VOCABULARY = 2**20  # tokens
 
 
 def read_vocabulary(path: str, size: int = -1) -> bytes:
-    """The first ``size`` bytes of a vocabulary file, by default all of them.
+    """The first ``size`` bytes of a vocabulary file, by default all of them. ``~`` is the home
+    folder.
 
     ``tiktoken.load`` isn't used because it caches by path string: a relative ``tokenizer.model``
     could return another model's file.
@@ -21,6 +22,7 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
         FileNotFoundError: the file doesn't exist.
         ValueError: it is a failed download, or too large.
     """
+    path = os.path.expanduser(path)
     try:
         if os.path.exists(path) and not os.path.isdir(
             path

@@ -41,8 +41,8 @@ class SentencePieceTokenizer:
             import sentencepiece
         except ImportError as error:
             raise ImportError(
-                "the tokenizer of Llama 2 needs sentencepiece: pip install 'llama[llama2]', or "
-                "pip install -e '.[llama2]' in a checkout"
+                "the tokenizer of Llama 2 needs the package sentencepiece: pip install "
+                "sentencepiece"
             ) from error
         data = read_vocabulary(model_path)
         if not is_sentencepiece(data):
