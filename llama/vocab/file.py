@@ -24,11 +24,10 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
     """
     path = os.path.expanduser(path)
     try:
-        if os.path.exists(path) and not os.path.isdir(
-            path
-        ):  # else it may be a cloud path of blobfile
+        if os.path.exists(path) and not os.path.isdir(path):
             check_regular(path)
-        with blobfile.BlobFile(path, "rb") as file:
+        # blobfile is for cloud paths; it takes the drive in C:\tokenizer.model for one
+        with (blobfile.BlobFile if "://" in path else open)(path, "rb") as file:
             data = bytes(file.read(min(size % 2**63, _LARGEST + 1)))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
