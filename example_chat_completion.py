@@ -63,7 +63,7 @@ def main(
     """Let a model answer questions and print the dialogs.
 
     Args:
-        ckpt_dir: checkpoint folder; default the demo model.
+        ckpt_dir: checkpoint folder, or hub id (owner/name); default the demo model.
         tokenizer_path: default tokenizer.model in the checkpoint folder.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_p: draw from the likeliest tokens that sum up to this probability.

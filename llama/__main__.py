@@ -10,17 +10,17 @@ import torch
 
 from llama import cli, memory
 from llama.chat import Message
-from llama.checkpoint import convert
+from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
-from llama.checkpoint.folder import LLAMA32_SCALING, Checkpoint, find_checkpoint
+from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
-from llama.config import ModelArgs
+from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
 from llama.files import escaped
 from llama.generation import Llama
 from llama.request import TokenEvent
-from llama.tokenizer import load_tokenizer
+from llama.tokenizer import Tokenizer
 
 
 def _opened(
@@ -30,21 +30,27 @@ def _opened(
     max_batch_size: int = 4,
 ) -> tuple[Checkpoint, Any, ModelArgs]:
     """A folder, its tokenizer and its parameters."""
-    ckpt = find_checkpoint(folder)
+    ckpt = find_checkpoint(hub.local_folder(folder))
     if max_seq_len is None:
         max_seq_len = min(512, ckpt.context or 512)
     path = tokenizer_path or str(ckpt.tokenizer_path)
-    tokenizer = load_tokenizer(path, llama31=ckpt.is_llama31)
+    tokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
     return ckpt, tokenizer, ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size)
+
+
+def _path(given: str | Path) -> Path:
+    return Path(os.path.expanduser(given))
 
 
 def _family(args: ModelArgs) -> str:
     if args.use_scaled_rope:
-        is_llama32 = args.rope_scaling_factor == LLAMA32_SCALING
+        is_llama32 = args.rope_scaling_factor == LLAMA32_FACTOR
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
     if args.rope_theta == 1e6 and args.vocab_size in (32000, 32016):
         return "Code Llama"
-    return {10000.0: "Llama 2", 500000.0: "Llama 3"}.get(args.rope_theta, "unknown")
+    return {LLAMA2_ROPE_THETA: "Llama 2", LLAMA3_ROPE_THETA: "Llama 3"}.get(
+        args.rope_theta, "unknown"
+    )
 
 
 def _count(number: float) -> str:
@@ -66,7 +72,7 @@ def info(
     """Show the model in a folder and the memory it needs, without reading the weights.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
         mp: number of ranks to plan for; default: the number of shards in the folder.
         max_seq_len: maximum length of prompt plus generation, in tokens; default 512.
@@ -111,11 +117,12 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
     """Check a folder: checksums, archives, and the key, shape, dtype and values of every tensor.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
-    faults = verification.verify(ckpt, args, progress=True)
+    path = _path(tokenizer_path or ckpt.tokenizer_path)
+    faults = verification.verify(ckpt, args, path, progress=True)
     for fault in faults:
         print(fault)
     if faults:
@@ -136,7 +143,7 @@ def convert_folder(
     """Write a folder in another layout, for another number of ranks, or with another dtype.
 
     Args:
-        src: checkpoint folder.
+        src: checkpoint folder, or hub id (owner/name).
         dst: folder to write; it appears once it is complete.
         mp: number of shards in a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
@@ -149,17 +156,15 @@ def convert_folder(
     if format == "hf" and mp is not None:
         raise ValueError("Hugging Face's layout isn't split for ranks: leave --mp out")
     ckpt, tokenizer, args = _opened(src, tokenizer_path)
-    dst = os.path.expanduser(dst)
     convert.convert(
         ckpt,
         args,
-        Path(dst),
+        _path(dst),
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
-        tokenizer_path=Path(os.path.expanduser(tokenizer_path or ckpt.tokenizer_path)),
-        bos_token=tokenizer.bos_id,
-        stop_tokens=tokenizer.stop_tokens | ckpt.stop_tokens,
+        tokenizer=tokenizer,
+        tokenizer_path=_path(tokenizer_path or ckpt.tokenizer_path),
         force=force,
         progress=True,
     )
@@ -202,7 +207,7 @@ def complete(
     """Continue a text and show it as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the text.
         tokenizer_path: tokenizer file; default: the one in the folder.
         temperature: divides the logits; 0 is greedy.
@@ -238,7 +243,7 @@ def chat(
     """Answer a message and show the answer as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder.
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the message.
         system: the system message, if any.
         tokenizer_path: tokenizer file; default: the one in the folder.

@@ -4,12 +4,14 @@ import dataclasses
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from llama import memory
 from llama.accel import accelerate
+from llama.checkpoint import hub
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.reader import load
 from llama.device import default_dtype, parse_dtype, resolve_device
@@ -17,8 +19,7 @@ from llama.distributed import collectives, groups
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.distributed.watchdog import MIN_TIMEOUT
 from llama.model import Transformer
-from llama.tokenizer import Tokenizer, load_tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer, Tokenizer
 
 
 def build_model(
@@ -35,7 +36,7 @@ def build_model(
     compile: bool,
     rank_timeout: float,
     max_prefill_tokens: int,
-) -> tuple[Transformer, Tokenizer | SentencePieceTokenizer]:
+) -> tuple[Transformer, AnyTokenizer]:
     """The model and the tokenizer; see ``Llama.build`` for arguments and errors."""
     start = time.time()
     torch_device = resolve_device(device)
@@ -50,13 +51,14 @@ def build_model(
     is_first_process = not dist.is_initialized() or dist.get_rank() == 0
     if quiet_ranks and not is_first_process:
         _silence_stdout()
+    folder = _local_folder(ckpt_dir)
     with raise_on_all_ranks():
-        ckpt = find_checkpoint(ckpt_dir)
-        tokenizer = load_tokenizer(
-            tokenizer_path or str(ckpt.tokenizer_path), llama31=ckpt.is_llama31
-        )
+        ckpt = find_checkpoint(folder)
+        path = tokenizer_path or str(ckpt.tokenizer_path)
+        tokenizer: AnyTokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
         tokenizer.stop_tokens |= ckpt.stop_tokens
         args = ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
+        tokenizer.n_padding = args.vocab_size - tokenizer.n_words
         shards = f" ({ckpt.n_shards} shards)" if ckpt.layout == "native" else ""
         best = min(args.valid_tp_sizes, key=lambda n: abs(n - ckpt.n_shards))
         args.check_tp_size(
@@ -93,6 +95,23 @@ def build_model(
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")
     return model, tokenizer
+
+
+def _local_folder(ckpt_dir: str) -> str:
+    """``hub.local_folder``, called by one rank of each machine before the others.
+
+    All ranks at once would download everything several times where the file system of the cache has
+    no locks. Waiting ranks send heartbeats, and the collective has no timeout.
+    """
+    folder = ckpt_dir
+    for turn in (True, False):
+        with raise_on_all_ranks():
+            if groups.is_first_on_machine() is turn:
+                folder = hub.local_folder(ckpt_dir)
+    # machines may have different commits in their caches, and the hub may get a new one meanwhile
+    commit = None if folder == ckpt_dir else Path(folder).name
+    check_same_on_all_ranks("Llama.build", {"the hub's commit": commit}, collectives.world)
+    return folder
 
 
 def _silence_stdout() -> None:

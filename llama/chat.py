@@ -7,21 +7,23 @@ is rejected.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from llama.dialog import Dialog, Message, Role, normalize_dialog, normalize_message
 
-__all__ = ["ChatFormat", "Dialog", "Llama2ChatFormat", "Message", "Role", "chat_format"]
+__all__ = ["ChatFormat", "Dialog", "Llama2ChatFormat", "Message", "Role"]
 
 
 class ChatTokenizer(Protocol):
     """The part of a tokenizer that a chat format uses."""
 
     bos_id: int
+    eos_id: int
     special_tokens: dict[str, int]
     control_ids: set[int]
 
-    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]: ...
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]: ...
 
     def decode(self, t: Sequence[int]) -> str: ...
 
@@ -69,9 +71,8 @@ class ChatFormat:
         Raises:
             ValueError: the dialog is empty, or one of its messages isn't valid.
         """
-        tools = self.tool_call_id is not None
         ids = [self.tokenizer.bos_id]
-        for message in normalize_dialog(dialog, continue_final_message, tools=tools):
+        for message in normalize_dialog(dialog, continue_final_message, self._normalized):
             ids += self._message(message)
         return ids[:-1] if continue_final_message else ids + self._header("assistant")
 
@@ -79,8 +80,8 @@ class ChatFormat:
         """Whether a new text starts after these ids, so that its leading space is dropped."""
         return False
 
-    def _normalized(self, message: Message) -> Message:
-        return normalize_message(message, "the message", tools=self.tool_call_id is not None)
+    def _normalized(self, message: Message, where: str = "the message") -> Message:
+        return normalize_message(message, where, tools=self.tool_call_id is not None)
 
     def _message(self, message: Message) -> list[int]:
         special = self.tokenizer.special_tokens
@@ -137,18 +138,22 @@ class Llama2ChatFormat:
             ValueError: a message isn't valid or contains a tag of this format, or the messages
                 don't alternate between user and assistant, after an optional system message.
         """
-        messages = normalize_dialog(dialog, continue_final_message, tools=False)
+        normalize = partial(normalize_message, tools=False)
+        messages = normalize_dialog(dialog, continue_final_message, normalize)
         for i, message in enumerate(messages):
             self._refuse_tags(message["content"], i)
         turns = _turns(messages[:-1] if continue_final_message else messages)
         ids: list[int] = []
         for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
             text = f"[INST] {question.strip()} [/INST] {answer.strip()} "
-            ids += self.tokenizer.encode(text, bos=True, eos=True)
+            ids += [*self._begin(text), self.tokenizer.eos_id]
         text = f"[INST] {turns[-1].strip()} [/INST]"
         if continue_final_message:
             text += f" {messages[-1]['content'].strip()}"
-        return ids + self.tokenizer.encode(text, bos=True, eos=False)
+        return ids + self._begin(text)
+
+    def _begin(self, text: str) -> list[int]:
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text, bos=False, eos=False)]
 
     def _refuse_tags(self, content: str, index: int) -> None:
         """Also check the decoded ids: the vocabulary may normalize other characters to a tag."""
@@ -200,10 +205,3 @@ def _turns(dialog: Dialog) -> list[str]:
     if system is not None:
         turns[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0]}"
     return turns
-
-
-def chat_format(tokenizer: ChatTokenizer) -> ChatFormat | Llama2ChatFormat:
-    """The chat format for this tokenizer, chosen by its special tokens."""
-    if "<|start_header_id|>" in tokenizer.special_tokens:
-        return ChatFormat(tokenizer)
-    return Llama2ChatFormat(tokenizer)

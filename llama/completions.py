@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 import torch
 
 from llama import memory
-from llama.chat import ChatFormat, Llama2ChatFormat, Message
+from llama.chat import Message
+from llama.chat_template import AnyChatFormat
 from llama.distributed import collectives
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.engine import Engine
@@ -61,7 +62,7 @@ class Completion:
             found["top_logprobs"] = self.top_logprobs
         return found
 
-    def answer(self, formatter: ChatFormat | Llama2ChatFormat) -> Message:
+    def answer(self, formatter: AnyChatFormat) -> Message:
         """The assistant's message. Also removes the tool call's tag from ``pieces``."""
         message = Message(role="assistant", content="".join(self.pieces))
         tool_call = formatter.tool_call_id

@@ -1,10 +1,27 @@
 """ModelArgs: a model's hyperparameters, named as in params.json, and the size of its KV cache."""
 
 import dataclasses
+from typing import Literal, NamedTuple
 
-# Llama 3.1's RoPE scaling; only the factor differs between models.
-ORIGINAL_CONTEXT = 8192
-LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0
+# Llama 2's files don't have rope_theta; those of Llama 3 do, and have a larger vocabulary.
+LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA = 10000.0, 500000.0
+LLAMA3_VOCABULARY = 128000
+# Files don't record the RoPE scaling factor: 8, but 32 for Llama 3.2, recognized by its shape.
+LLAMA31_FACTOR, LLAMA32_FACTOR = 8.0, 32.0
+LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
+
+
+class RopeScaling(NamedTuple):
+    """How RoPE's wavelengths are scaled to extend the context (``model.precompute_freqs_cis``).
+
+    With an ``original_context`` of 1 all are, which is linear scaling (position interpolation,
+    Chen et al., 2023).
+    """
+
+    scaling_factor: float = LLAMA31_FACTOR
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
 
 
 @dataclasses.dataclass
@@ -23,16 +40,31 @@ class ModelArgs:
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
-    rope_theta: float = 500000
+    rope_theta: float = -1  # -1: Llama 2's, or with a larger vocabulary Llama 3's
     max_batch_size: int = 32
     max_seq_len: int = 2048
     use_scaled_rope: bool = False
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = -1  # -1: 32 for Llama 3.2, else 8
+    rope_low_freq_factor: float = RopeScaling().low_freq_factor
+    rope_high_freq_factor: float = RopeScaling().high_freq_factor
+    rope_original_context: int = RopeScaling().original_context  # 1: linear scaling
+    head_dim: int = -1  # -1: dim / n_heads
 
     def __post_init__(self) -> None:
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Check the fields, and replace values of -1 by those that follow from other fields.
+
+        Transformer does it again: scripts assign ``vocab_size``, on which ``rope_theta`` depends,
+        after construction.
+        """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None and field.default is None:
+                continue
+            if value in (None, -1) and field.default == -1:
+                setattr(self, field.name, self._default(field.name))
                 continue
             if field.name == "use_scaled_rope":
                 valid, expected = isinstance(value, bool), "true or false"
@@ -40,17 +72,22 @@ class ModelArgs:
                 limit = 2**12 if field.name == "n_layers" else 2**24
                 valid = type(value) is int and 0 < value < limit
                 expected = f"a positive integer below {limit}"
-                if field.name == "vocab_size":
-                    valid, expected = valid or value == -1, f"{expected}, or -1"
+                if field.default == -1:
+                    expected += ", or -1"
             else:
                 valid = type(value) in (int, float) and 0 < value < 1e12
                 expected = "a positive number below 1e12"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r:.40}, expected {expected}")
-        if self.dim % (2 * self.n_heads):
+        if self.head_dim % 2:
             raise ValueError(
-                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
-                "2 * n_heads: each head is dim / n_heads wide, and RoPE rotates pairs of elements"
+                f"head_dim is {self.head_dim} (dim {self.dim}, n_heads {self.n_heads}), expected "
+                "an even number: RoPE rotates pairs of elements"
+            )
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_high_freq_factor is {self.rope_high_freq_factor}, expected more than "
+                f"rope_low_freq_factor ({self.rope_low_freq_factor})"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
@@ -62,13 +99,29 @@ class ModelArgs:
                 f"layer {self.ffn_hidden_dim} wide, expected less than {2**24}"
             )
 
+    def _default(self, name: str) -> float:
+        if name == "rope_theta" and self.vocab_size != -1:
+            is_llama3 = self.vocab_size >= LLAMA3_VOCABULARY
+            return LLAMA3_ROPE_THETA if is_llama3 else LLAMA2_ROPE_THETA
+        if name == "rope_scaling_factor":
+            is_llama32 = (self.dim, self.n_layers) in LLAMA32_SHAPES
+            return LLAMA32_FACTOR if is_llama32 else LLAMA31_FACTOR
+        if name == "head_dim" and self.dim % self.n_heads:
+            raise ValueError(
+                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
+                "n_heads, or head_dim to be given"
+            )
+        return self.dim // self.n_heads if name == "head_dim" else -1
+
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def rope_scaling(self) -> RopeScaling | Literal[False]:
+        if not self.use_scaled_rope:
+            return False
+        return RopeScaling(*(getattr(self, f"rope_{name}") for name in RopeScaling._fields))
 
     @property
     def ffn_hidden_dim(self) -> int:

@@ -1,6 +1,6 @@
 """Dialogs: messages as users write them, checked and normalized for the chat formats."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast, get_args
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
@@ -50,8 +50,11 @@ def check_dialogs(dialogs: Sequence[Dialog]) -> None:
         raise TypeError("dialogs is one dialog, expected a list of them: write [dialog]")
 
 
-def normalize_dialog(dialog: Dialog, continue_final_message: bool, *, tools: bool) -> list[Message]:
-    """The messages of a dialog, each as ``normalize_message`` returns it.
+def normalize_dialog(
+    dialog: Dialog, continue_final_message: bool, normalize: Callable[[Any, str], Message]
+) -> list[Message]:
+    """The messages of a dialog, each as ``normalize`` returns it (``normalize_message``, or one of
+    another format); it gets the message and what names it in errors, as in "message 2".
 
     Raises:
         ValueError: the dialog is empty, or a message isn't valid; with ``continue_final_message``,
@@ -61,14 +64,14 @@ def normalize_dialog(dialog: Dialog, continue_final_message: bool, *, tools: boo
         raise ValueError(
             f"the dialog is {dialog!r:.60}, expected a list of messages: write [message]"
         )
-    messages = [normalize_message(m, f"message {i}", tools=tools) for i, m in enumerate(dialog)]
+    messages = [normalize(message, f"message {i}") for i, message in enumerate(dialog)]
     if not messages:
         raise ValueError("the dialog is empty, expected at least one message")
     where, last = f"message {len(messages) - 1}, the last,", messages[-1]
     if continue_final_message and last["role"] != "assistant":
         raise ValueError(
-            f"continue_final_message is set, but {where} has the role {last['role']!r}, expected "
-            "'assistant'"
+            f"continue_final_message is set, but {where} has the role {last['role']!r:.40}, "
+            "expected 'assistant'"
         )
     if continue_final_message and last.get("eom"):
         raise ValueError(
@@ -78,24 +81,17 @@ def normalize_dialog(dialog: Dialog, continue_final_message: bool, *, tools: boo
 
 
 def normalize_message(message: Any, where: str, *, tools: bool) -> Message:
-    """The message with a string as content, the role ``ipython`` for ``tool``, and no other keys
-    than those of ``Message``.
-
-    Text parts, ``[{"type": "text", "text": "hi"}]``, are joined without a separator. Unknown keys
-    are ignored, as in the published code.
+    """A message of Llama's formats: a string as content, the role ``ipython`` for ``tool``, and no
+    other keys than those of ``Message``. Unknown keys are ignored, as in the published code.
 
     Args:
-        where: names the message in errors, as in ``message 2``.
+        where: names the message in errors.
         tools: the model supports tool calls (Llama 3.1 and later).
 
     Raises:
         ValueError: the message isn't valid, or has a key or part that would change its meaning.
     """
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        more = ", and optionally 'tool_call' and 'eom'" if tools else ""
-        raise ValueError(
-            f"{where} is {message!r:.200}, expected a dict of 'role' and 'content'{more}"
-        )
+    content = text_of(message, where)
     for key, remedy in _UNSUPPORTED_KEYS.items():
         if message.get(key):  # other libraries write None for a key that isn't used
             raise ValueError(f"{where} has {key!r}, which the chat format can't express: {remedy}")
@@ -110,7 +106,7 @@ def normalize_message(message: Any, where: str, *, tools: bool) -> Message:
     roles = [name for name in get_args(Role) if tools or name not in ("ipython", "tool")]
     if role not in roles:
         raise ValueError(f"{where} has the role {role!r}, expected one of {', '.join(roles)}")
-    normal = {"role": "ipython" if role == "tool" else role, "content": _text(message, where)}
+    normal = {"role": "ipython" if role == "tool" else role, "content": content}
     for key, kind in _TOOL_KEYS.items():
         if key not in message:
             continue
@@ -127,8 +123,15 @@ def normalize_message(message: Any, where: str, *, tools: bool) -> Message:
     return cast(Message, normal)
 
 
-def _text(message: Mapping[str, Any], where: str) -> str:
-    """The content of a message."""
+def text_of(message: Any, where: str) -> str:
+    """The content of a message as one string: text parts, ``[{"type": "text", "text": "hi"}]``, are
+    joined without a separator.
+
+    Raises:
+        ValueError: the message has no role or content, or holds more than text.
+    """
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"{where} is {message!r:.200}, expected a dict of 'role' and 'content'")
     content = message["content"]
     if isinstance(content, str):
         return content

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from llama.cache import Decode, Prefill
-from llama.chat import ChatFormat, Llama2ChatFormat
+from llama.chat_template import AnyChatFormat
 from llama.distributed.collectives import fail_fast
 from llama.model import Transformer
 from llama.request import Group, Request, TokenEvent, new_request
 from llama.sampling import SamplingParams
 from llama.scoring import SCORING_LOGITS, score_prompt, top_logprobs
 from llama.slots import Slots
-from llama.tokenizer import Tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer
 
 MAX_PREFILL_TOKENS = 2048
 
@@ -49,8 +48,8 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | SentencePieceTokenizer,
-        formatter: ChatFormat | Llama2ChatFormat,
+        tokenizer: AnyTokenizer,
+        formatter: AnyChatFormat,
         sample: SampleFunction,
         *,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,

@@ -97,12 +97,17 @@ def parse_json(data: bytes) -> Any:
     Raises:
         ValueError: it isn't valid JSON, is nested too deeply, or has millions of values.
     """
-    if data.count(b"{") + data.count(b"[") + data.count(b",") > _MOST_VALUES:
-        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+    check_values(data)
     try:
         return json.loads(data.decode())
     except RecursionError as error:
         raise ValueError(str(error)) from None
+
+
+def check_values(data: bytes) -> None:
+    """Raise ValueError for JSON of millions of values."""
+    if data.count(b"{") + data.count(b"[") + data.count(b",") > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
 
 
 def md5(path: Path, read: Callable[[int], Any] = lambda _: None) -> str:

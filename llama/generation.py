@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import ChatFormat, Llama2ChatFormat, chat_format
+from llama.chat_template import AnyChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
     Completion,
@@ -21,8 +21,7 @@ from llama.hooks import hidden_states
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
-from llama.tokenizer import Tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
 
@@ -60,6 +59,7 @@ class Llama:
         Under torchrun each rank loads its part; the number of ranks needn't match that of shards.
 
         Args:
+            ckpt_dir: the folder, or the id owner/name of a model on the Hugging Face hub.
             tokenizer_path: tokenizer file; default: in ``ckpt_dir`` or its parent (Llama 2).
             max_seq_len: maximum length of prompt plus generation, in tokens.
             max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
@@ -87,6 +87,7 @@ class Llama:
         Raises:
             FileNotFoundError: a file or the folder is missing.
             ImportError: the files need a package that isn't installed; the message names it.
+            OSError: a download failed; the message has the remedy. PermissionError: it is gated.
             MemoryError: the model doesn't fit; the message lists sizes that would.
             ValueError: a file is damaged or doesn't match the others, or an argument is invalid;
                 the message has the value found and the remedy.
@@ -117,7 +118,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | SentencePieceTokenizer,
+        tokenizer: AnyTokenizer,
         *,
         seed: int = 1,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
@@ -125,7 +126,7 @@ class Llama:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter: ChatFormat | Llama2ChatFormat = chat_format(tokenizer)
+        self.formatter: AnyChatFormat = chat_format(tokenizer)
         self.engine = Engine(
             model,
             tokenizer,

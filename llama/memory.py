@@ -106,7 +106,7 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_to
     are alive there; then the logits and sampling tensors of a batch, or of a prompt being scored.
     """
     n_tokens = min(max_prefill_tokens, args.max_batch_size * args.max_seq_len)
-    heads = args.dim // n_ranks
+    heads = args.n_heads * args.head_dim // n_ranks
     ffn = args.ffn_hidden_dim // n_ranks
     kv = args.n_local_kv_heads(n_ranks) * args.head_dim
     size, single = dtype.itemsize, 4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llama.attention import attention
 from llama.cache import Batch, CacheLock, Decode, KVCache, Prefill, next_tokens
-from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
+from llama.config import ModelArgs, RopeScaling
 from llama.distributed.collectives import fail_fast
 from llama.distributed.groups import current_groups
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(
-    dim: int, end: int, theta: float = 10000.0, scaling_factor: float | None = None
+    dim: int, end: int, theta: float = 10000.0, use_scaled: bool | RopeScaling = False
 ) -> Tensor:
     """RoPE rotations e^(i m f_j) for positions m < ``end``, with f_j = theta^(-2j / dim).
 
@@ -44,27 +44,25 @@ def precompute_freqs_cis(
     are the same on every device.
 
     Args:
-        scaling_factor: Llama 3.1's context extension, see ``_scale_frequencies``.
+        use_scaled: multiply wavelengths longer than the original context by a factor; those shorter
+            than a quarter of it stay. True: with Llama 3.1's values.
 
     Returns:
         complex64 [end, dim / 2].
     """
+    if not isinstance(use_scaled, bool | RopeScaling):
+        raise ValueError(f"use_scaled is {use_scaled!r}, expected a bool or a RopeScaling")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     frequencies = 1.0 / theta**exponents  # [dim / 2]
-    if scaling_factor is not None:
-        frequencies = _scale_frequencies(frequencies, scaling_factor)
+    if use_scaled:
+        scaling = use_scaled if isinstance(use_scaled, RopeScaling) else RopeScaling()
+        factor, low, high, context = scaling
+        n_periods = context * frequencies / (2 * math.pi)
+        kept = ((n_periods - low) / (high - low)).clamp(0, 1)  # interpolated in between
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
     positions = torch.arange(end, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, frequencies)  # [end, dim / 2]
     return torch.polar(torch.ones_like(angles), angles)
-
-
-def _scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
-    """Llama 3.1's RoPE scaling: wavelengths longer than the original context are multiplied by
-    ``factor``, those shorter than a quarter of it are unchanged."""
-    n_periods = ORIGINAL_CONTEXT * frequencies / (2 * math.pi)  # in the original context
-    low, high = LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR
-    kept = ((n_periods - low) / (high - low)).clamp(0, 1)  # interpolated in between
-    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -96,11 +94,12 @@ class Attention(nn.Module):
         tp_size = current_groups().size
         self.n_local_heads = args.n_heads // tp_size
         self.n_local_kv_heads = args.n_local_kv_heads(tp_size)
+        q_dim = args.n_heads * args.head_dim
         kv_dim = self.n_local_kv_heads * tp_size * args.head_dim
-        self.wq = ColumnParallelLinear(args.dim, args.dim)
+        self.wq = ColumnParallelLinear(args.dim, q_dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
-        self.wo = RowParallelLinear(args.dim, args.dim)
+        self.wo = RowParallelLinear(q_dim, args.dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, cache: KVCache, batch: Batch) -> Tensor:
         """x: [T, dim] or [B, S, dim], the tokens of ``batch``, in order."""
@@ -161,6 +160,7 @@ class Transformer(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
+        args.resolve()
         self.params = args
         self.groups = current_groups()
         args.check_tp_size(self.groups.size)
@@ -170,10 +170,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(args.dim, args.vocab_size, gather_output=True)
         # a plain attribute, not a buffer: model.to(torch.bfloat16) must not round the angles
         self.freqs_cis = precompute_freqs_cis(
-            args.head_dim,
-            args.max_seq_len,
-            args.rope_theta,
-            args.rope_scaling_factor if args.use_scaled_rope else None,
+            args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling
         )
         self.cache: list[KVCache] | None = None
         self.cache_user: object = None  # the engine that tracks the cache's content, if any

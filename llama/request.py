@@ -8,12 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.chat import ChatFormat, Llama2ChatFormat
+from llama.chat_template import AnyChatFormat
 from llama.config import ModelArgs
 from llama.detokenizer import Detokenizer
 from llama.sampling import SamplingParams
-from llama.tokenizer import Tokenizer
-from llama.vocab.sentencepiece import SentencePieceTokenizer
+from llama.tokenizer import AnyTokenizer
 
 
 class TokenEvent(NamedTuple):
@@ -121,8 +120,8 @@ def new_request(
     row: int,
     truncate: bool,
     args: ModelArgs,
-    tokenizer: Tokenizer | SentencePieceTokenizer,
-    formatter: ChatFormat | Llama2ChatFormat,
+    tokenizer: AnyTokenizer,
+    formatter: AnyChatFormat,
 ) -> Request:
     """Create a request to continue a prompt.
 

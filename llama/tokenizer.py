@@ -1,22 +1,22 @@
-"""Text to token ids and back: Llama 3's tokenizer, and ``load_tokenizer`` for either family.
+"""Text to token ids and back: ``Tokenizer`` opens every kind of vocabulary.
 
 The chat formats (chat.py) are re-exported here, as in the published package.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal
+from typing import Any, Literal
 
 import tiktoken
 
 from llama.chat import ChatFormat, Dialog, Message, Role
-from llama.vocab.file import check_ids, check_text, is_sentencepiece, read_vocabulary
-from llama.vocab.huggingface import parse_tokenizer_json
+from llama.vocab.file import check_text, is_sentencepiece, known_ids, read_vocabulary
+from llama.vocab.huggingface import HuggingFaceTokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 from llama.vocab.tiktoken_file import SPLIT_PATTERN, parse_tiktoken
 
-__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer", "load_tokenizer"]
+__all__ = ["AnyTokenizer", "ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
 N_SPECIAL_TOKENS = 256
 # Offsets from the end of the BPE vocabulary; the ids in between are reserved.
@@ -55,69 +55,52 @@ def special_tokens(n_base: int, llama31: bool = False) -> dict[str, int]:
     }
 
 
-def _check_added_tokens(
-    added: Mapping[str, int], special: Mapping[str, int], names: Collection[str], path: str
-) -> None:
-    """Check that added tokens are in the range of special tokens, and ``names`` at their ids."""
-    first, last = min(special.values()), max(special.values())
-    for name, token_id in added.items():
-        if type(token_id) is not int or not first <= token_id <= last:
-            raise ValueError(
-                f"{path!r} gives the added token {name!r:.80} the id {token_id!r}, expected one of "
-                f"{first} to {last}, Llama 3's {N_SPECIAL_TOKENS} special tokens"
-            )
-    for name in names:
-        if added.get(name) != special[name]:
-            found = f"gives {name} the id {added[name]}" if name in added else f"has no {name}"
-            raise ValueError(
-                f"{path!r} {found}, expected id {special[name]}: give the tokenizer that belongs "
-                "to the weights (Llama 3 and 3.1 name different tokens)"
-            )
-
-
 class Tokenizer:
-    """Llama 3's BPE tokenizer, from a tiktoken vocabulary or Hugging Face's tokenizer.json.
+    """Llama 3's BPE tokenizer.
+
+    ``Tokenizer(path)`` opens every kind of vocabulary, detected by content: for SentencePiece's
+    (Llama 2) it returns a SentencePieceTokenizer, for Hugging Face's tokenizer.json a
+    HuggingFaceTokenizer.
 
     Args:
-        llama31: name the special tokens as Llama 3.1 and later do.
+        llama31: name the special tokens as Llama 3.1 and later do. The other kinds contain their
+            own names.
 
     Attributes:
         model: the underlying ``tiktoken.Encoding``.
         n_words: vocabulary size, special tokens included.
+        n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
         bos_id, eos_id: ids of ``<|begin_of_text|>`` and ``<|end_of_text|>``.
         pad_id: -1; padding isn't used.
         stop_tokens: ids that end a generation: end of text, end of turn and, with ``llama31``, end
             of message.
-        special_tokens: ids of all special tokens by name. A tokenizer.json's names for reserved
-            ones are ignored.
+        special_tokens: ids of all special tokens by name.
         control_ids: ids that text must never encode to.
         drops_first_space: False: ids decode to exactly their bytes.
+        chat_template: None; Meta's files have none.
 
     Raises:
         FileNotFoundError: the file doesn't exist.
-        ValueError: the file is damaged, or not a vocabulary of this kind.
+        ImportError: the vocabulary needs a package that isn't installed; the message names it.
+        ValueError: the file is damaged, or not a vocabulary.
     """
 
     drops_first_space = False
+    chat_template: str | None = None
+
+    def __new__(cls, model_path: str = "", *, llama31: bool = False) -> Any:
+        if cls is not Tokenizer or not model_path:  # copy and pickle give no path
+            return super().__new__(cls)
+        start = read_vocabulary(model_path, 16)
+        if is_sentencepiece(start):
+            return SentencePieceTokenizer(model_path)
+        if start.lstrip()[:1] == b"{":
+            return HuggingFaceTokenizer(model_path)
+        return super().__new__(cls)
 
     def __init__(self, model_path: str, *, llama31: bool = False) -> None:
-        data = read_vocabulary(model_path)
-        if is_sentencepiece(data):
-            raise ValueError(
-                f"{model_path!r} "
-                "is a SentencePiece vocabulary (Llama 2), expected a tiktoken vocabulary "
-                "(Llama 3): open it with llama.tokenizer.load_tokenizer or Llama.build, which take "
-                "either, or give the tokenizer.model that belongs to the weights"
-            )
-        if data.lstrip()[:1] == b"{":
-            ranks, added = parse_tokenizer_json(data, model_path)
-            self.special_tokens = special_tokens(len(ranks), llama31)
-            names = _LLAMA31_NAMES if llama31 else _LLAMA3_NAMES
-            needed = [name for name in names.values() if name != "<|finetune_right_pad_id|>"]
-            _check_added_tokens(added, self.special_tokens, needed, model_path)
-        else:
-            ranks = parse_tiktoken(data, model_path)
-            self.special_tokens = special_tokens(len(ranks), llama31)
+        ranks = parse_tiktoken(read_vocabulary(model_path), model_path)
+        self.special_tokens = special_tokens(len(ranks), llama31)
         self.model = tiktoken.Encoding(
             name=model_path,
             pat_str=SPLIT_PATTERN,
@@ -125,6 +108,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
         self.n_words: int = self.model.n_vocab
+        self.n_padding = 0
         self.control_ids = set(self.special_tokens.values())
         self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
         self.eos_id: int = self.special_tokens["<|end_of_text|>"]
@@ -136,9 +120,9 @@ class Tokenizer:
     def encode(
         self,
         s: str,
-        *,
         bos: bool,
         eos: bool,
+        *,
         allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
@@ -161,7 +145,7 @@ class Tokenizer:
             )
         return [*ids, self.eos_id] if eos else ids
 
-    def decode(self, t: Sequence[int]) -> str:
+    def decode(self, t: Sequence[int] | int) -> str:
         """Decode ids to text; invalid UTF-8 becomes U+FFFD.
 
         Raises:
@@ -169,10 +153,12 @@ class Tokenizer:
         """
         return self.decode_bytes(t).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, t: Sequence[int]) -> bytes:
+    def decode_bytes(self, t: Sequence[int] | int) -> bytes:
         """Bytes of the ids: a character may span several of them."""
-        check_ids(t, self.n_words)
-        return self.model.decode_bytes(list(t))
+        return self.model.decode_bytes(known_ids(t, self.n_words, self.n_padding))
+
+
+AnyTokenizer = Tokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def _bounded_pieces(s: str) -> Iterator[str]:
@@ -187,18 +173,3 @@ def _bounded_pieces(s: str) -> Iterator[str]:
                 piece_start = run.start()
             previous = is_space
         yield chunk[piece_start:]
-
-
-def load_tokenizer(path: str, *, llama31: bool = False) -> Tokenizer | SentencePieceTokenizer:
-    """Load the tokenizer of a vocabulary file, detecting its type by content.
-
-    Args:
-        llama31: name the special tokens of a Llama 3 vocabulary as Llama 3.1 does; SentencePiece
-            files contain their own names.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as the tokenizers do.
-    """
-    if is_sentencepiece(read_vocabulary(path, 16)):
-        return SentencePieceTokenizer(path)
-    return Tokenizer(path, llama31=llama31)

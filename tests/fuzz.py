@@ -107,19 +107,29 @@ def tokenizer_json_folder(folder: Path) -> None:
 
 
 def tokenizer_json() -> dict[str, Any]:
+    """Of a vocabulary of the 256 single bytes."""
     from llama.tokenizer import special_tokens
-    from llama.vocab.huggingface import _BYTE_OF_LETTER
+    from llama.vocab.huggingface import BYTE_OF_LETTER
     from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
-    letters = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
+    letters = {byte[0]: letter for letter, byte in BYTE_OF_LETTER.items()}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated"}
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     cut = [{**split, "invert": False}, {**bytelevel, "use_regex": False}]
-    added = [{"id": i, "content": name, "special": True} for name, i in special_tokens(256).items()]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": name, "special": True, **flags}
+        for name, i in special_tokens(256).items()
+    ]
     return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut},
+        "post_processor": None,
+        "decoder": {**bytelevel, "use_regex": True},
         "model": {
             "type": "BPE",
             "ignore_merges": True,
@@ -149,7 +159,8 @@ def build(folder: Path) -> None:
 
 def verify_folder(folder: Path) -> None:
     found = find_checkpoint(str(folder))
-    for fault in verify.verify(found, found.args(512, 16, 1), progress=False):
+    args = found.args(512, 16, 1)
+    for fault in verify.verify(found, args, folder / "tokenizer.model", progress=False):
         assert fault
 
 

@@ -23,13 +23,14 @@ import torch
 from conftest import DEMO, PARAMS, ROOT, random_weights, run, write_checkpoint
 from reference import relative_error
 from safetensors.torch import load_file
-from test_tokenizer import hf_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llama import Llama, ModelArgs, Tokenizer, __main__
+from llama.chat_template import TemplateChatFormat
 from llama.checkpoint import convert
 from llama.checkpoint.folder import find_checkpoint
+from llama.vocab.tokenizer_json import tokenizer_json
 
 
 def cli(*arguments: str | Path, code: int = 0, **kwargs: Any) -> str:
@@ -150,7 +151,7 @@ def test_converted_shards_can_be_mapped_and_are_deterministic(tmp_path: Path, fo
 
 
 def test_large_huggingface_folders_have_an_index(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "_SAFETENSORS_BYTES", 300_000)
     found = find_checkpoint(str(folder))
@@ -161,9 +162,8 @@ def test_large_huggingface_folders_have_an_index(
         layout="hf",
         n_shards=1,
         dtype=None,
+        tokenizer=tokenizer,
         tokenizer_path=found.tokenizer_path,
-        bos_token=768,
-        stop_tokens={1},
         force=False,
         progress=False,
     )
@@ -359,7 +359,7 @@ def test_the_tokenizer_file_is_named_by_its_format(
     shutil.copytree(folder, source)
     (source / "tokenizer.model").rename(tmp_path / "words")
     cli("convert", source, tmp_path / "a", "--tokenizer_path", tmp_path / "words")
-    (source / "tokenizer.json").write_text(json.dumps(hf_config(tokenizer)))
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
     cli("convert", source, tmp_path / "b")
     for name, file in (("a", "tokenizer.model"), ("b", "tokenizer.json")):
         assert (tmp_path / name / file).is_file()
@@ -636,6 +636,17 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "no faults found" in cli("verify", "~/new")
     with pytest.raises(FileNotFoundError, match=f"no checkpoint folder at '{tmp_path}/none'"):
         Llama.build("~/none")
+
+
+def test_files_next_to_the_tokenizer_are_found_in_the_home_folder(
+    tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(stories / "hf" / "tokenizer.model", tmp_path)
+    template = json.dumps({"chat_template": "{{ messages[0]['content'] }}"})
+    (tmp_path / "tokenizer_config.json").write_text(template)
+    llm = Llama.build(str(stories / "hf"), "~/tokenizer.model", max_seq_len=64, device="cpu")
+    assert isinstance(llm.formatter, TemplateChatFormat)
 
 
 def test_one_prompt_from_the_command_line(stories: Path) -> None:

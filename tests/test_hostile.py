@@ -501,14 +501,14 @@ def test_a_flipped_bit_in_weights_is_found(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         members = file.infolist()
     found = find_checkpoint(str(tmp_path))
-    args = found.args(512, 16, 1)
-    assert verify.verify(found, args, progress=False) == []
+    args, vocabulary = found.args(512, 16, 1), tmp_path / "tokenizer.model"
+    assert verify.verify(found, args, vocabulary, progress=False) == []
     for info in members:
         head = data[info.header_offset :]
         start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
         for at in (start, start + info.file_size // 2, start + info.file_size - 1):
             path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
-            assert verify.verify(found, args, progress=False), (info.filename, at)
+            assert verify.verify(found, args, vocabulary, progress=False), (info.filename, at)
 
 
 # --- Texts --------------------------------------------------------------------------------------

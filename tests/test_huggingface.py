@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, PARAMS
+from reference import relative_error
 from safetensors.torch import load_file, save_file
-from test_tokenizer import hf_config
+from test_convert import cli
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, ModelArgs, Tokenizer, __main__
 from llama.checkpoint import huggingface
+from llama.vocab.tokenizer_json import tokenizer_json
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -113,11 +116,20 @@ def test_inv_freq_buffers_are_ignored(folder: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', .* expected 'silu'"),
         ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"head_dim": 16}, "head_dim 16, .* = 8"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window 4096"),
+        ({"rope_interleaved": True}, "rope_interleaved True"),
+        ({"head_dim": 16}, r"q_proj|wq.* \(128, 128\), expected \(256, 128\)"),
+        ({"head_dim": 7}, "head_dim is 7 .*expected an even number"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
-        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor 2.0"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor None"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "linear rope_scaling without factor"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling_factor is -2"),
+        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "rope_high_freq_factor is 4"),
+        (
+            {"rope_scaling": {"rope_type": "llama3"}},
+            "llama3 rope_scaling without factor, high_freq_factor, low_freq_factor, original_max",
+        ),
         ({"rope_scaling": "llama3"}, "rope_scaling 'llama3', expected a JSON object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"intermediate_size": "384"}, "intermediate_size '384'"),
@@ -131,7 +143,7 @@ def test_inv_freq_buffers_are_ignored(folder: Path) -> None:
         ({"max_position_embeddings": -1}, "max_position_embeddings -1"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
         ({"eos_token_id": "2"}, "eos_token_id '2', expected an id or a list"),
-        ({"vocab_size": 1000}, "trained on 1000 tokens, but the tokenizer has 1024"),
+        ({"vocab_size": 1000}, "holds 1000 tokens, but the tokenizer has 1024"),
         ({"num_hidden_layers": 3}, r"lacks 'layers\.2\."),
         (
             {"intermediate_size": 400},
@@ -154,8 +166,58 @@ def test_irrelevant_config_fields_are_accepted(folder: Path) -> None:
         pretraining_tp=2,
         use_cache=False,
         torch_dtype="bfloat16",
+        hidden_act="swish",
+        sliding_window=4096,
+        use_sliding_window=False,
+        quantization_config={},
+        eos_token_id=-1,
+        rope_interleaved=False,
     )
-    build(folder)
+    assert (
+        build(folder).tokenizer.stop_tokens == Tokenizer(str(DEMO / "tokenizer.model")).stop_tokens
+    )
+    for kind in ("type", "rope_type"):
+        change(folder, rope_scaling={kind: "linear", "factor": 1.0})
+        assert not build(folder).model.params.use_scaled_rope
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_dim": 16},
+        {"head_dim": 4, "num_key_value_heads": 4},
+        {"hidden_size": 120, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 10000.0}},
+        {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 32, "factor": 3.0}},
+        {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 2.0, "high_freq_factor": 3.0}},
+    ],
+    ids=str,
+)
+def test_architecture_variants_match_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """As saved by transformers; the same after conversion to Meta's layout and back."""
+    rope = {"rope_theta": 500000.0} | fields.get("rope_parameters", {"rope_type": "default"})
+    config = LlamaConfig(**(CONFIG | fields | {"rope_parameters": rope, "rope_theta": None}))
+    torch.manual_seed(1)
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copy(DEMO / "tokenizer.model", tmp_path / "hf")
+    cli("convert", tmp_path / "hf", tmp_path / "native")
+    cli("convert", tmp_path / "native", tmp_path / "back", "--format", "hf")
+    tokens = torch.randint(0, 1024, (2, 48))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "back").eval()(tokens).logits
+    assert relative_error(again, expected) < 1e-5
+    for name in ("hf", "native", "back"):
+        assert relative_error(build(tmp_path / name).model(tokens, 0), expected) < 1e-5
+
+
+def test_linear_scaling_extends_the_context(folder: Path) -> None:
+    change(folder, max_position_embeddings=32, rope_scaling={"type": "linear", "factor": 4.0})
+    build(folder, max_seq_len=128)
+    with pytest.raises(ValueError, match="at most 128 tokens"):
+        build(folder, max_seq_len=129)
 
 
 def test_max_seq_len_is_limited_to_max_position_embeddings(folder: Path) -> None:
@@ -196,7 +258,7 @@ def test_tokenizer_locations(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
     assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
     (folder / "original" / "tokenizer.model").unlink()
-    (folder / "tokenizer.json").write_text(json.dumps(hf_config(tokenizer)))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
     assert build(folder).tokenizer.encode(text, bos=True, eos=True) == expected
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*give tokenizer_path"):

@@ -1,6 +1,5 @@
 """SentencePiece ids and the [INST] format, compared with sentencepiece called directly."""
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -13,9 +12,10 @@ from conftest import DEMO, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.chat import Llama2ChatFormat, chat_format
+from llama.chat import Llama2ChatFormat
+from llama.chat_template import chat_format
 from llama.detokenizer import Detokenizer
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer, load_tokenizer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 VOCABULARIES = {
@@ -274,7 +274,7 @@ def test_tags_that_the_vocabulary_normalizes_are_refused(tmp_path: Path, tag: st
 def test_contents_that_become_control_tokens_are_refused(
     llama2: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama2, "encode", lambda s, *, bos, eos: [llama2.eos_id])
+    monkeypatch.setattr(llama2, "encode", lambda s, bos, eos: [llama2.eos_id])
     with pytest.raises(ValueError, match="message 0 is encoded to the control token 2"):
         Llama2ChatFormat(llama2).encode_dialog_prompt([{"role": "user", "content": "a"}])
 
@@ -285,7 +285,7 @@ def test_contents_that_become_control_tokens_are_refused(
 def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePieceTokenizer) -> None:
     path = tmp_path / "tokenizer.json"  # a misleading name
     path.write_bytes(VOCABULARIES["llama2"].read_bytes())
-    opened = load_tokenizer(str(path), llama31=True)
+    opened = Tokenizer(str(path), llama31=True)
     assert isinstance(opened, SentencePieceTokenizer)
     formatter = chat_format(opened)
     assert isinstance(formatter, Llama2ChatFormat)
@@ -295,7 +295,7 @@ def test_the_tokenizer_is_chosen_by_content(tmp_path: Path, llama2: SentencePiec
 def test_tiktoken_files_give_llama3_tokenizers() -> None:
     path = str(DEMO / "tokenizer.model")
     for llama31 in (False, True):
-        opened = load_tokenizer(path, llama31=llama31)
+        opened = Tokenizer(path, llama31=llama31)
         assert isinstance(opened, Tokenizer)
         assert ("<|python_tag|>" in opened.special_tokens) is llama31
         formatter = chat_format(opened)
@@ -304,7 +304,7 @@ def test_tiktoken_files_give_llama3_tokenizers() -> None:
 
 
 def test_missing_and_wrong_files(tmp_path: Path) -> None:
-    for read in (load_tokenizer, SentencePieceTokenizer):
+    for read in (Tokenizer, SentencePieceTokenizer):
         with pytest.raises(FileNotFoundError, match="give tokenizer_path"):
             read(str(tmp_path / "tokenizer.model"))
     path = str(DEMO / "tokenizer.model")
@@ -341,14 +341,6 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match="needs the package sentencepiece: pip install sentence"):
         SentencePieceTokenizer("tokenizer.model")
-
-
-def test_llama2s_tokenizer_json_is_refused_and_the_right_file_named(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0}, "merges": []}
-    path.write_text(json.dumps({"normalizer": {"type": "Sequence"}, "model": model}))
-    with pytest.raises(ValueError, match=r"SentencePiece's own file, tokenizer\.model"):
-        load_tokenizer(str(path))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama import ModelArgs, Transformer
 from llama.cache import Decode, Prefill
+from llama.config import RopeScaling
 from llama.model import RMSNorm, apply_rotary_emb, precompute_freqs_cis
 
 TOKENS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -55,6 +56,10 @@ def model(weights: dict[str, Tensor]) -> Transformer:
         ("max_seq_len", 1.5),
         ("use_scaled_rope", 1),
         ("rope_scaling_factor", -8.0),
+        ("head_dim", 0),
+        ("head_dim", 33),
+        ("rope_high_freq_factor", 1.0),
+        ("rope_original_context", 8192.0),
     ],
 )
 def test_impossible_values_name_the_field(field: str, value: Any) -> None:
@@ -104,6 +109,47 @@ def test_rope_rotates_interleaved_pairs() -> None:
         fast, slow = torch.tensor(position * 1.0), torch.tensor(position * 0.01)
         expected = torch.stack([fast.cos(), fast.sin(), slow.cos(), slow.sin()])
         torch.testing.assert_close(turned[0, position, 0], expected)
+
+
+def test_use_scaled_is_a_bool_as_published() -> None:
+    """precompute_freqs_cis(dim, end, theta, use_scaled)."""
+    plain = precompute_freqs_cis(16, 200, 500000.0)
+    assert torch.equal(precompute_freqs_cis(16, 200, 500000.0, False), plain)
+    for scaling, factor in ((True, 8.0), (RopeScaling(32.0), 32.0)):
+        scaled = precompute_freqs_cis(16, 200, 500000.0, scaling)
+        # theta^(-14/16) turns once in 600,000 tokens, theta^0 once in 6
+        torch.testing.assert_close(scaled[:, -1].angle(), plain[:, -1].angle() / factor)
+        assert torch.equal(scaled[:, 0], plain[:, 0])
+    with pytest.raises(ValueError, match=r"use_scaled is 8\.0, expected a bool"):
+        precompute_freqs_cis(16, 200, 500000.0, 8.0)  # type: ignore[arg-type]
+
+
+def test_published_params_need_no_completion() -> None:
+    """ModelArgs(**params), with vocab_size assigned later, gets the values that build takes."""
+    llama2: dict[str, Any] = {
+        "dim": 64,
+        "n_layers": 1,
+        "n_heads": 4,
+        "multiple_of": 32,
+        "vocab_size": -1,
+    }
+    for n_tokens, theta in ((32000, 10000.0), (128256, 500000.0)):
+        args = ModelArgs(**llama2, max_seq_len=16, max_batch_size=1)
+        args.vocab_size = n_tokens
+        with torch.device("meta"):
+            model = Transformer(args)
+        assert model.params is args
+        assert args.rope_theta == theta
+        assert torch.equal(model.freqs_cis, precompute_freqs_cis(16, 16, theta))
+    llama32: dict[str, Any] = {
+        "dim": 2048,
+        "n_layers": 16,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+    }
+    assert ModelArgs(**llama32, use_scaled_rope=True).rope_scaling_factor == 32
+    assert ModelArgs(**llama32 | {"n_layers": 32}, use_scaled_rope=True).rope_scaling_factor == 8
 
 
 def test_rope_is_relative_and_keeps_the_dtype() -> None:

@@ -25,7 +25,7 @@ ORDER = [
     {"checkpoint.sharding"},
     {"vocab"},
     {"detokenizer", "dialog", "sampling"},
-    {"chat"},
+    {"chat", "chat_template"},
     {"tokenizer"},
     {"request"},
     {"scoring", "slots"},

@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
 from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.pth_writer import PthWriter
 from llama.checkpoint.reader import Weights, chunks
 from llama.checkpoint.sharding import n_bytes
-from llama.config import ModelArgs
+from llama.config import ModelArgs, RopeScaling
 from llama.files import listed, md5
+from llama.tokenizer import AnyTokenizer
 from llama.vocab.file import read_vocabulary
+from llama.vocab.tokenizer_json import tokenizer_config, tokenizer_json
 
 _CPU = torch.device("cpu")
+_ROPE_FIELDS = {f"rope_{name}" for name in RopeScaling._fields}
 # The tensors of one safetensors file are in memory together.
 _SAFETENSORS_BYTES = 2 * 2**30
 
@@ -42,9 +46,8 @@ def convert(
     layout: Literal["native", "hf"],
     n_shards: int,
     dtype: torch.dtype | None,
+    tokenizer: AnyTokenizer,
     tokenizer_path: Path,
-    bos_token: int,
-    stop_tokens: set[int],
     force: bool,
     progress: bool,
 ) -> None:
@@ -53,7 +56,8 @@ def convert(
     Args:
         n_shards: for a native folder; ignored for a Hugging Face folder.
         dtype: None keeps every tensor's own.
-        bos_token, stop_tokens: for the configs of a Hugging Face folder.
+        tokenizer_path: the file of ``tokenizer``, which is copied with the files beside it that
+            Hugging Face's tokenizers read. For a Hugging Face folder, those missing are written.
         force: replace ``target`` if it is an empty folder, or a checkpoint folder that contains
             nothing else and none of the source's files.
 
@@ -85,14 +89,12 @@ def convert(
             unit_scale=True,
             disable=not progress,
         ) as bar:
-            # named by its content, whatever the source is called
-            is_json = read_vocabulary(str(tokenizer_path), 1) == b"{"
-            name = "tokenizer.json" if is_json else "tokenizer.model"
-            shutil.copyfile(tokenizer_path, part / name)
+            _copy_tokenizer(tokenizer_path, part)
             if layout == "native":
                 _write_native(weights, part, n_shards, dtype, bar.update)
             else:
-                _write_huggingface(weights, keys, part, dtype, bos_token, stop_tokens, bar.update)
+                _write_tokenizer(tokenizer, part)
+                _write_huggingface(weights, keys, part, dtype, tokenizer, bar.update)
         for path in part.iterdir():
             with path.open("rb+") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
@@ -132,6 +134,40 @@ def _check_room(
             f"{str(target)!r} needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB "
             "free: make room, or give another folder"
         )
+
+
+# --- Tokenizer ----------------------------------------------------------------------------------
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def _copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copy a vocabulary, named by its content, and the files beside it."""
+    is_json = read_vocabulary(str(path), 16).lstrip()[:1] == b"{"
+    shutil.copyfile(path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
+    for name in _TOKENIZER_FILES:
+        source = path.parent / name
+        if source.is_file() and not (folder / name).exists():
+            shutil.copyfile(source, folder / name)
+
+
+def _write_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
+    """Write Hugging Face's files of a tokenizer, unless they were copied."""
+    if not (folder / "tokenizer.json").exists():
+        text = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False, indent=1)
+        (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    if not (folder / "tokenizer_config.json").exists():
+        is_llama2 = tokenizer.drops_first_space
+        template = LLAMA2_TEMPLATE if is_llama2 else LLAMA3_TEMPLATE
+        text = json.dumps(tokenizer_config(tokenizer, template), indent=1)
+        (folder / "tokenizer_config.json").write_text(text + "\n")
 
 
 # --- The target ---------------------------------------------------------------------------------
@@ -228,8 +264,13 @@ def resolved_params(args: ModelArgs) -> dict[str, Any]:
     dropped = {"max_seq_len", "max_batch_size"}
     if args.ffn_dim_multiplier is None:
         dropped.add("ffn_dim_multiplier")
+    # published code doesn't know the other fields: they are written only where they matter
+    if args.head_dim * args.n_heads == args.dim:
+        dropped.add("head_dim")
     if not args.use_scaled_rope:
-        dropped |= {"use_scaled_rope", "rope_scaling_factor"}
+        dropped |= {"use_scaled_rope", *_ROPE_FIELDS}
+    elif args.rope_scaling == RopeScaling(args.rope_scaling_factor):
+        dropped |= _ROPE_FIELDS - {"rope_scaling_factor"}
     return {key: value for key, value in params.items() if key not in dropped}
 
 
@@ -289,8 +330,7 @@ def _write_huggingface(
     keys: list[str],
     folder: Path,
     dtype: torch.dtype | None,
-    bos_token: int,
-    stop_tokens: set[int],
+    tokenizer: AnyTokenizer,
     wrote: Callable[[int], Any],
 ) -> None:
     safetensors = huggingface.import_safetensors()
@@ -326,7 +366,8 @@ def _write_huggingface(
     if len(groups) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": files}
         (folder / huggingface.INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    ids = {"bos_token_id": bos_token, "eos_token_id": sorted(stop_tokens)}
+    stop_tokens = sorted(tokenizer.stop_tokens | weights.ckpt.stop_tokens)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_tokens}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
     tied = "output.weight" not in keys

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.checkpoint import huggingface
-from llama.config import ModelArgs
+from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, ModelArgs
 from llama.files import listed, read_json
 
-# Llama 2 was trained with 10000; its params.json has no rope_theta.
-LLAMA2_ROPE_THETA = 10000.0
 # Longest context that each generation was trained for, by rope_theta.
 LLAMA31_CONTEXT = 131072
-CONTEXTS = {10000.0: 4096, 500000.0: 8192}
-# Native folders don't record the RoPE scaling factor: 8, but 32 for Llama 3.2, detected by shape.
-LLAMA32_SCALING = 32.0
-LLAMA32_SHAPES = ((2048, 16), (3072, 28))  # dim, n_layers
+CONTEXTS = {LLAMA2_ROPE_THETA: 4096, LLAMA3_ROPE_THETA: 8192}
+# Fields of the published params.json that don't describe the text model.
+_OTHER_FIELDS = {"max_seq_len", "max_batch_size", "vision_max_num_chunks"}
+_SWITCHED_OFF: tuple[Any, ...] = (None, False, -1, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +52,18 @@ class Checkpoint:
     @property
     def is_llama31(self) -> bool:
         """Whether this is Llama 3.1 or later, which have scaled RoPE."""
-        return self.params.get("use_scaled_rope") is True
+        is_linear = self.params.get("rope_original_context") == 1
+        return self.params.get("use_scaled_rope") is True and not is_linear
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer's file. Llama 2's is in the parent folder.
+        """The tokenizer's file. Llama 2's is in the parent folder. Only tokenizer.json has the
+        tokens that a fine-tune added or renamed.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        names = ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
+        names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
         candidates = [self.folder / name for name in names]
         if self.layout == "native":
             candidates.append(self.folder.resolve().parent / "tokenizer.model")
@@ -102,7 +102,8 @@ class Checkpoint:
             args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         except ValueError as error:
             raise ValueError(f"{str(self.folder)!r} or an argument of build: {error}") from None
-        if args.vocab_size != n_words:
+        # weights are often padded, to a multiple of up to 128, or of more for large vocabularies
+        if not 0 <= args.vocab_size - n_words < max(128, n_words // 20):
             raise ValueError(wrong_tokenizer(self.folder, args.vocab_size, n_words))
         if self.context is not None and max_seq_len > self.context:
             raise ValueError(
@@ -124,7 +125,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
     if not path.is_dir():
         raise FileNotFoundError(
             f"no checkpoint folder at {folder!r}: give ckpt_dir, the folder that holds the weights "
-            "(consolidated.00.pth and params.json, or config.json and safetensors files)"
+            "(consolidated.00.pth and params.json, or config.json and safetensors files), or the "
+            "id owner/name of a model on the Hugging Face hub, to download it"
         )
     if files := sorted(path.glob("consolidated.*.pth")):
         _check_shard_names(folder, files)
@@ -198,33 +200,35 @@ def _check_shard_names(folder: str, shards: list[Path]) -> None:
 
 def _read_params(path: Path) -> dict[str, Any]:
     found = read_json(path)
-    known = ModelArgs.__dataclass_fields__.keys() - {"max_seq_len", "max_batch_size"}
-    if "quantization_args" in found:
+    known = ModelArgs.__dataclass_fields__.keys() - _OTHER_FIELDS
+    params = {key: found[key] for key in found.keys() & known if found[key] is not None}
+    unknown = {
+        key: value
+        for key, value in found.items()
+        if key not in known | _OTHER_FIELDS and value not in _SWITCHED_OFF
+    }
+    if unknown.keys() & {"quantization_args", "lora_args"}:
         raise ValueError(
-            f"{str(path)!r} describes quantized weights (quantization_args), which are not "
-            "supported: download the bfloat16 version"
+            f"{str(path)!r} describes quantized weights (quantization_args, lora_args), which are "
+            "not supported: download the bfloat16 version"
         )
-    if unknown := sorted(found.keys() - known):
+    if unknown:
         raise ValueError(
-            f"{str(path)!r} has the unknown parameter(s) {listed(unknown)}, expected some of "
-            f"{', '.join(sorted(known))}"
+            f"{str(path)!r} has the unknown parameter(s) {listed(sorted(unknown))}, expected some "
+            f"of {', '.join(sorted(known))}"
         )
-    params = {"rope_theta": LLAMA2_ROPE_THETA} | found
-    is_llama32 = (params.get("dim"), params.get("n_layers")) in LLAMA32_SHAPES
-    if params.get("use_scaled_rope") is True and is_llama32:
-        params = {"rope_scaling_factor": LLAMA32_SCALING} | params
     return params
 
 
 def _native_context(params: Mapping[str, Any]) -> int | None:
     if params.get("use_scaled_rope") is True:
-        return LLAMA31_CONTEXT
-    theta = params["rope_theta"]
+        return LLAMA31_CONTEXT if params.get("rope_original_context", 8192) == 8192 else None
+    theta = params.get("rope_theta", LLAMA2_ROPE_THETA)
     return CONTEXTS.get(theta) if isinstance(theta, int | float) else None
 
 
 def wrong_tokenizer(folder: Path, n_weights: int, n_words: int) -> str:
     return (
-        f"{str(folder)!r} was trained on {n_weights} tokens, but the tokenizer has {n_words}: "
+        f"{str(folder)!r} holds {n_weights} tokens, but the tokenizer has {n_words}: "
         "give the tokenizer.model that was downloaded with these weights"
     )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
+from llama.config import LLAMA2_ROPE_THETA, ModelArgs
 from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
 
 INDEX = "model.safetensors.index.json"
@@ -42,16 +42,19 @@ _NATIVE_NAMES = {theirs: ours for ours, theirs in (_LAYER_NAMES | _NAMES).items(
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "quantization_config": (None,),
+    "hidden_act": ("silu", "swish", None),
+    "quantization_config": (None, {}),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
     "is_encoder_decoder": (False, None),
 }
-_LLAMA3_ROPE = {
-    "low_freq_factor": LOW_FREQ_FACTOR,
-    "high_freq_factor": HIGH_FREQ_FACTOR,
-    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+# Fields of a llama3 rope_scaling, by those of ModelArgs.
+_ROPE_FIELDS = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_context": "original_max_position_embeddings",
 }
 # multiple_of and ffn_dim_multiplier of the published models; the width tells them apart.
 _FFN_SHAPES: tuple[tuple[int, float | None], ...] = (
@@ -151,6 +154,8 @@ def read_config(path: Path) -> Config:
             "expected 'llama'"
         )
     for name, neutral in _UNSUPPORTED.items():
+        if name == "sliding_window" and config.get("use_sliding_window") is False:
+            continue
         if config.get(name) not in neutral:
             raise ValueError(
                 f"{str(path)!r} has {name} {config[name]!r:.60}, which is not supported: expected "
@@ -168,6 +173,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}: download it again")
     params = {ours: config[theirs] for ours, theirs in needed.items()}
     params["n_kv_heads"] = config.get("num_key_value_heads")
+    if config.get("head_dim") is not None:
+        params["head_dim"] = config["head_dim"]
     if params["vocab_size"] == -1:
         raise ValueError(f"{str(path)!r} has vocab_size -1, expected a positive number")
     params |= _rope_params(config, path)
@@ -175,11 +182,6 @@ def read_config(path: Path) -> Config:
         args = ModelArgs(**params)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
-    if config.get("head_dim") not in (None, args.head_dim):
-        raise ValueError(
-            f"{str(path)!r} has head_dim {config['head_dim']!r:.40}, which is not supported: "
-            f"expected hidden_size / num_attention_heads = {args.head_dim}"
-        )
     width = config[width_name]
     if type(width) is not int or not 0 < width < 2**24:
         raise ValueError(
@@ -192,6 +194,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(
             f"{str(path)!r} has max_position_embeddings {context!r:.40}, expected a positive number"
         )
+    if context is not None and _is_linear(params):
+        context = int(context * args.rope_scaling_factor)
     if not isinstance(tied, bool):
         raise ValueError(f"{str(path)!r} has tie_word_embeddings {tied!r:.40}, expected a boolean")
     return Config(params, context, tied)
@@ -206,7 +210,9 @@ def write_config(
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
-        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **_LLAMA3_ROPE}
+        # also for linear scaling, whose original context of 1 scales all wavelengths there too
+        rope |= {theirs: getattr(args, ours) for ours, theirs in _ROPE_FIELDS.items()}
+        rope["rope_type"] = "llama3"
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -243,11 +249,11 @@ def stop_tokens(folder: Path) -> set[int]:
         if found is None or found == []:
             continue
         ids = found if isinstance(found, list) else [found]
-        if not all(type(i) is int and i >= 0 for i in ids):
+        if not all(type(i) is int and i >= -1 for i in ids):
             raise ValueError(
                 f"{str(path)!r} has eos_token_id {found!r:.60}, expected an id or a list of them"
             )
-        return set(ids)
+        return set(ids) - {-1}
     return set()
 
 
@@ -328,26 +334,32 @@ def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
                     f"{name}, {found[key]!r:.40}: leave one of them out"
                 )
         rope |= found
-    params = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    params = {"rope_theta": rope.get("rope_theta", LLAMA2_ROPE_THETA)}
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
+    if kind not in ("default", "llama3", "linear"):
         raise ValueError(
             f"{str(path)!r} has the rope_type {kind!r:.40}, which is not supported: expected "
-            "'default' or 'llama3'"
+            "'default', 'linear' or 'llama3'"
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{str(path)!r} has a partial_rotary_factor, which is not supported")
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return params
-    for name, value in _LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise ValueError(
-                f"{str(path)!r} has {name} {rope.get(name)!r:.40} in its rotary scaling, which is "
-                f"not supported: expected {value}"
-            )
-    if "factor" not in rope:
-        raise ValueError(f"{str(path)!r} has rotary scaling without a factor: download it again")
-    return params | {"use_scaled_rope": True, "rope_scaling_factor": rope["factor"]}
+    needed = _ROPE_FIELDS if kind == "llama3" else {"rope_scaling_factor": "factor"}
+    if missing := sorted(name for name in needed.values() if rope.get(name) is None):
+        raise ValueError(
+            f"{str(path)!r} has a {kind} rope_scaling without {', '.join(missing)}: download it "
+            "again"
+        )
+    params |= {ours: rope[theirs] for ours, theirs in needed.items()}
+    if kind == "linear":
+        params["rope_original_context"] = 1
+    return params | {"use_scaled_rope": True}
+
+
+def _is_linear(params: Mapping[str, Any]) -> bool:
+    """Whether the scaling is linear: max_position_embeddings is then the context before it."""
+    return "rope_scaling_factor" in params and "rope_low_freq_factor" not in params
 
 
 def _ffn_params(dim: int, width: int, first: tuple[Any, Any]) -> dict[str, Any]:

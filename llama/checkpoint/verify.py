@@ -23,25 +23,30 @@ _CHECKLIST_LINE = re.compile(
 )
 
 
-def verify(ckpt: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
+def verify(ckpt: Checkpoint, args: ModelArgs, tokenizer_path: Path, *, progress: bool) -> list[str]:
     """Faults of a folder: files whose checksums differ, damaged archives, tensors that are missing,
     unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
     faults = []
-    listed = read_checklist(ckpt.folder / "checklist.chk")
+    # Llama 2's tokenizer is in the parent folder, with a list of its own
+    lists = [ckpt.folder / "checklist.chk", ckpt.folder / "tokenizer_checklist.chk"]
+    if tokenizer_path.parent != ckpt.folder:
+        lists.append(tokenizer_path.parent / "tokenizer_checklist.chk")
+    listed = [
+        (path.parent / name, digest, path.name)
+        for path in lists
+        for name, digest in read_checklist(path).items()
+    ]
     archives = ckpt.files if ckpt.layout == "native" else []
-    paths = [ckpt.folder / name for name in listed] + archives
+    paths = [path for path, _, _ in listed] + archives
     total = sum(path.stat().st_size for path in paths if path.is_file())
     with tqdm(
         total=total, desc=ckpt.folder.name, unit="B", unit_scale=True, disable=not progress
     ) as bar:
-        for name, digest in listed.items():
-            path = ckpt.folder / name
+        for path, digest, name in listed:
             if not path.is_file():
-                faults.append(f"{str(path)!r} is missing, but checklist.chk lists it")
+                faults.append(f"{str(path)!r} is missing, but {name} lists it")
             elif (got := md5(path, bar.update)) != digest:
-                faults.append(
-                    f"{str(path)!r} has the MD5 sum {got}, but checklist.chk lists {digest}"
-                )
+                faults.append(f"{str(path)!r} has the MD5 sum {got}, but {name} lists {digest}")
         for path in archives:
             faults += _archive_faults(path, bar.update)
     weights = Weights(ckpt, args)

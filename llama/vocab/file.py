@@ -1,7 +1,10 @@
 """Read vocabulary files with a size limit, and validate texts and ids."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Literal
 
 import blobfile
 
@@ -74,8 +77,39 @@ def check_text(s: str) -> None:
         ) from None
 
 
-def check_ids(ids: Sequence[int], n_words: int) -> None:
-    """Raise ValueError for an id outside a vocabulary of ``n_words``."""
+def known_ids(t: Sequence[int] | int, n_words: int, n_padding: int) -> list[int]:
+    """The ids, or the only one, without those that only pad the weights.
+
+    Raises:
+        ValueError: an id is outside a vocabulary of ``n_words`` and its padding.
+    """
+    ids = [t] if isinstance(t, int) else list(t)
     for token in ids:
-        if not 0 <= token < n_words:
+        if not 0 <= token < n_words + n_padding:
             raise ValueError(f"token id {token} is outside the vocabulary (0 to {n_words - 1})")
+    return [token for token in ids if token < n_words] if n_padding else ids
+
+
+def check_special(
+    s: str,
+    special: Collection[str],
+    allowed: Literal["all"] | AbstractSet[str],
+    disallowed: Literal["all"] | Collection[str],
+) -> None:
+    """Raise ValueError if ``s`` holds the name of a disallowed special token."""
+    if allowed == "all":
+        allowed = set(special)
+    names = set(special) - allowed if disallowed == "all" else disallowed
+    if found := [name for name in names if name in s]:
+        raise ValueError(
+            f"the text holds the special token {found[0]!r}: remove it, give it in "
+            "allowed_special, or leave disallowed_special out to encode it as text"
+        )
+
+
+def split_special(s: str, names: Collection[str]) -> list[str]:
+    """Split a text into the special tokens in it and the texts between them."""
+    if not names:
+        return [s]
+    longest_first = sorted(names, key=len, reverse=True)
+    return [p for p in re.split(f"({'|'.join(map(re.escape, longest_first))})", s) if p]

@@ -1,203 +1,275 @@
-"""Hugging Face's tokenizer.json, read as tiktoken ranks.
+"""Hugging Face's tokenizer.json, read with their library, and the files beside it."""
 
-A rank is both a token's id and its merge priority.
-"""
+import json
+import re
+import threading
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+from llama.files import LARGEST_INDEX, check_values, read_bounded, read_json, summary
+from llama.vocab.file import (
+    check_size,
+    check_special,
+    check_text,
+    known_ids,
+    read_vocabulary,
+    split_special,
+)
 
-from llama.files import parse_json
-from llama.vocab.file import check_single_bytes, check_size
-from llama.vocab.tiktoken_file import SPLIT_PATTERN
+_BOS_NAMES = ("<|begin_of_text|>", "<s>")  # Llama's own: always added, whatever the file says
+_EOS_NAMES = ("<|end_of_text|>", "</s>")
+_STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+# Often added as ordinary tokens, but chat templates use them as control tokens.
+_LOOKS_LIKE_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_LOCK = threading.Lock()  # encode_special_tokens is a switch of the whole model
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
-_MOST_STEPS = 2**25  # to re-merge all tokens; Llama 3 takes 8 million
+
+class TokenizerConfig(NamedTuple):
+    """What the files beside a vocabulary say about it.
+
+    Attributes:
+        bos, eos: names of the tokens that begin and end a text.
+        adds_bos: whether texts begin with ``bos``; None if not given.
+        added: ids of the tokens in added_tokens.json, by name.
+        chat_template: a jinja template.
+    """
+
+    bos: str | None
+    eos: str | None
+    adds_bos: bool | None
+    added: dict[str, int]
+    chat_template: str | None
 
 
-def _byte_alphabet() -> dict[str, int]:
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Read tokenizer_config.json, special_tokens_map.json, added_tokens.json and
+    chat_template.jinja, if they are there.
+
+    Raises:
+        ValueError: one can't be read.
+    """
+    folder = folder.expanduser()
+
+    def read(name: str) -> dict[str, Any]:
+        path = folder / name
+        return read_json(path, LARGEST_INDEX) if path.is_file() else {}
+
+    config = read("special_tokens_map.json") | read("tokenizer_config.json")
+    added = read("added_tokens.json")
+    if not all(type(i) is int and 0 <= i < 2**24 for i in added.values()):
+        raise ValueError(
+            f"{str(folder / 'added_tokens.json')!r} isn't an object of names and ids: download it "
+            "again"
+        )
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default")
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        template = read_bounded(jinja, LARGEST_INDEX).decode()
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{str(folder / 'tokenizer_config.json')!r} has the chat_template {template!r:.60}, "
+            "expected a jinja template"
+        )
+    adds_bos = config.get("add_bos_token")
+    return TokenizerConfig(
+        _name(config.get("bos_token")),
+        _name(config.get("eos_token")),
+        adds_bos if isinstance(adds_bos, bool) else None,
+        added,
+        template,
+    )
+
+
+def _name(token: Any) -> str | None:
+    """A token's name, which may be written as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face folder, with the same interface as ``Tokenizer``.
+
+    Added tokens that are special, or named like ``<|im_end|>``, are control tokens: text never
+    encodes to them. Other added tokens are found in text, as Hugging Face does.
+
+    Attributes:
+        model: the underlying ``tokenizers.Tokenizer``.
+        n_words: vocabulary size, added tokens included.
+        n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
+        bos_id, eos_id: ids from tokenizer_config.json, else Llama's own names; -1 if there is none.
+        pad_id: -1; padding isn't used.
+        stop_tokens: ids that end a generation: ``eos_id`` and Llama 3's end of text, turn and
+            message.
+        special_tokens, control_ids: the control tokens.
+        drops_first_space: whether the vocabulary adds a space before the first word of a text.
+        chat_template: the folder's jinja template, or None.
+
+    Raises:
+        ImportError: the package tokenizers is not installed.
+        FileNotFoundError: the file doesn't exist.
+        ValueError: the file is damaged, or can't be decoded to bytes.
+    """
+
+    def __init__(self, model_path: str) -> None:
+        tokenizers = import_tokenizers()
+        data = read_vocabulary(model_path)
+        try:
+            check_values(data)
+            self.model: Any = tokenizers.Tokenizer.from_str(data.decode())
+        except BaseException as error:  # a damaged file can make the library panic
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+            raise ValueError(
+                f"{model_path!r} is damaged: it begins like JSON, but isn't a tokenizer.json "
+                f"({summary(error)}); download the file again"
+            ) from None
+        self.model.no_padding()
+        self.model.no_truncation()
+        check_size(self.model.get_vocab_size(), model_path)
+        self._is_byte_level, self.drops_first_space = _decoder_kind(self.model, model_path)
+        config = read_tokenizer_config(Path(model_path).parent)
+        self.chat_template = config.chat_template
+        self.bos_id = self._first_id(config.bos, *_BOS_NAMES)
+        self.eos_id = self._first_id(config.eos, *_EOS_NAMES)
+        self.pad_id: int = -1
+        self._added: dict[int, Any] = self.model.get_added_tokens_decoder()
+        for i, token in self._added.items():
+            if i in (self.bos_id, self.eos_id) or _LOOKS_LIKE_CONTROL.fullmatch(token.content):
+                token.special = True
+        self.model.add_special_tokens([t for t in self._added.values() if t.special])
+        self.special_tokens = {t.content: i for i, t in self._added.items() if t.special}
+        self.control_ids = set(self.special_tokens.values())
+        self.stop_tokens: set[int] = {
+            *(self.special_tokens[name] for name in _STOP_NAMES if name in self.special_tokens),
+            *([self.eos_id] if self.eos_id >= 0 else []),
+        }
+        self.n_words: int = 1 + max(self.model.get_vocab().values(), default=-1)
+        self.n_padding = 0
+        begins = self.model.encode("").ids[:1] == [self.bos_id]
+        self._adds_bos = config.adds_bos
+        if self._adds_bos is None:
+            self._adds_bos = begins or self.model.id_to_token(max(0, self.bos_id)) in _BOS_NAMES
+        self._bytes: dict[int, bytes] = {}
+
+    def _first_id(self, *names: str | None) -> int:
+        """The id of the first of these names that is in the vocabulary; -1 if none is."""
+        ids = (self.model.token_to_id(name) for name in names if name is not None)
+        return next((i for i in ids if i is not None), -1)
+
+    @property
+    def added_names(self) -> list[str]:
+        """Names of all added tokens, control tokens included."""
+        return [token.content for token in self._added.values()]
+
+    def encode(
+        self,
+        s: str,
+        bos: bool,
+        eos: bool,
+        *,
+        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Encode a text, optionally with ``bos_id`` before and ``eos_id`` after it. ``bos_id`` is
+        added only if the folder's tokenizer does.
+
+        For the arguments and errors, see ``Tokenizer.encode``.
+        """
+        check_text(s)
+        check_special(s, self.special_tokens, allowed_special, disallowed_special)
+        ids = [self.bos_id] if bos and self._adds_bos and self.bos_id >= 0 else []
+        if allowed_special == "all":
+            ids += self._ids(s, special=True)
+        else:
+            for piece in split_special(s, allowed_special & self.special_tokens.keys()):
+                ids += self._ids(piece, special=piece in allowed_special)
+        return [*ids, self.eos_id] if eos and self.eos_id >= 0 else ids
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        with _LOCK:
+            self.model.encode_special_tokens = not special
+            ids: list[int] = self.model.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, t: Sequence[int] | int) -> str:
+        """Decode ids to text; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        data = self.decode_bytes(t)
+        if self.drops_first_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+    def decode_bytes(self, t: Sequence[int] | int) -> bytes:
+        """Bytes of the ids: the space before the first word is kept, and a character may span
+        several tokens."""
+        return b"".join([self._piece(i) for i in known_ids(t, self.n_words, self.n_padding)])
+
+    def _piece(self, token: int) -> bytes:
+        if token not in self._bytes:
+            self._bytes[token] = self._piece_bytes(token)
+        return self._bytes[token]
+
+    def _piece_bytes(self, token: int) -> bytes:
+        piece: str = self.model.id_to_token(token) or ""
+        if token in self._added:
+            # as sentencepiece and tiktoken do
+            is_hidden = token in self.control_ids and not self._is_byte_level
+            return b"" if is_hidden else piece.encode()
+        if self._is_byte_level:
+            return b"".join([BYTE_OF_LETTER.get(letter, letter.encode()) for letter in piece])
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+
+def _decoder_kind(model: Any, path: str) -> tuple[bool, bool]:
+    """Whether pieces are in the byte-level alphabet (else SentencePiece's), and whether the decoder
+    drops the first space."""
+    state = json.loads(model.decoder.__getstate__()) if model.decoder else {}
+    steps = state.get("decoders", [state])
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        return True, False
+    if "Metaspace" in kinds:
+        return False, any(step.get("prepend_scheme", "always") != "never" for step in steps)
+    if {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "} in steps:
+        return False, any(step.get("type") == "Strip" and step.get("start") for step in steps)
+    raise ValueError(
+        f"{path!r} has the decoder {str(state)[:80]}, expected a byte-level one (Llama 3), or "
+        "SentencePiece's (Llama 2)"
+    )
+
+
+def import_tokenizers() -> ModuleType:
+    """The package; an ImportError gives the command that installs it."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face's tokenizer.json needs the package tokenizers: pip install tokenizers"
+        ) from error
+    return tokenizers
+
+
+def _byte_alphabet() -> dict[str, bytes]:
     """GPT-2's byte-level alphabet: a printable byte is its own Latin-1 character, the n-th of the
     others is U+0100 + n."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + n): byte for n, byte in enumerate(others)
-    }
+    letters = {chr(byte): byte for byte in printable}
+    letters |= {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
 
 
-_BYTE_OF_LETTER = _byte_alphabet()
-_MAX_TOKEN_BYTES = 1024  # Llama 3's longest has 128
-
-
-def parse_tokenizer_json(data: bytes, path: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Parse Hugging Face's ``tokenizer.json`` into ranks, and ids of the added tokens by name.
-
-    Only files that yield the same ids with tiktoken are accepted. Hugging Face merges the pair
-    listed first, tiktoken the pair whose union has the lowest id. In both, merges within a token's
-    bytes don't depend on its context, so tiktoken forms a token from exactly one pair: the last
-    merge when the token's own bytes are encoded. The two agree if these pairs are listed in the
-    order of the resulting ids; other pairs never occur. A token that no merge produces can only
-    match a whole word: tiktoken always looks up whole words, Hugging Face only with
-    ``ignore_merges``.
-
-    Raises:
-        ValueError: the file is damaged, or would yield other ids; the message gives the reason.
-    """
-    try:
-        config = parse_json(data)
-    except ValueError as error:
-        raise ValueError(
-            f"{path!r} is damaged: it begins like JSON, but {error}; download the file again"
-        ) from None
-    model = config.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        kind = model.get("type") if isinstance(model, dict) else model
-        raise ValueError(f"{path!r} has a model of type {kind!r:.80}, expected 'BPE'")
-    if model.get("byte_fallback"):
-        raise ValueError(
-            f"{path!r} is the tokenizer.json of a SentencePiece vocabulary (Llama 2: byte_fallback "
-            "is true), expected a byte-level one (Llama 3): give SentencePiece's own file, "
-            "tokenizer.model"
-        )
-    _check_split(config, path)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise ValueError(f"{path!r} sets {name} to {model[name]!r:.80}, expected none")
-    ranks = _parse_vocab(model.get("vocab"), path)
-    check_single_bytes(ranks, path)
-    _check_merges(model.get("merges"), bool(model.get("ignore_merges")), ranks, path)
-    try:
-        added = {token["content"]: token["id"] for token in config.get("added_tokens", [])}
-    except (TypeError, KeyError):
-        raise ValueError(
-            f"{path!r} is damaged: added_tokens is {config['added_tokens']!r:.80}, expected a list "
-            "of objects with 'content' and 'id'; download the file again"
-        ) from None
-    return ranks, added
-
-
-def _check_split(config: Mapping[str, Any], path: str) -> None:
-    """Check that the normalizer and pre_tokenizer split text like SPLIT_PATTERN."""
-    if config.get("normalizer") is not None:
-        raise ValueError(
-            f"{path!r} has the normalizer {config['normalizer']!r:.80}, expected none (Llama 3): "
-            "normalizing would change the text"
-        )
-    pre_tokenizer: Any = config.get("pre_tokenizer")
-    try:
-        split, byte_level = pre_tokenizer["pretokenizers"]
-        pattern = split["pattern"]["Regex"]
-        found = [
-            split["type"],
-            {key: split[key] for key in ("behavior", "invert")},
-            byte_level["type"],
-            {key: byte_level[key] for key in ("add_prefix_space", "use_regex")},
-        ]
-    except (TypeError, KeyError, ValueError):
-        found, pattern = [pre_tokenizer], None
-    expected: list[Any] = ["Split", {"behavior": "Isolated", "invert": False}]
-    expected += ["ByteLevel", {"add_prefix_space": False, "use_regex": False}]
-    if found != expected:
-        raise ValueError(
-            f"{path!r} has the pre_tokenizer {str(found)[:200]}, expected Llama 3's, {expected}"
-        )
-    if pattern != SPLIT_PATTERN:
-        raise ValueError(f"{path!r} splits text by {pattern!r}, expected {SPLIT_PATTERN!r}")
-
-
-def _bytes_of_letters(text: Any, path: str) -> bytes:
-    letters = text if isinstance(text, str) else ""
-    token = bytes([_BYTE_OF_LETTER[letter] for letter in letters if letter in _BYTE_OF_LETTER])
-    if not 0 < len(token) == len(letters) <= _MAX_TOKEN_BYTES:
-        raise ValueError(
-            f"{path!r} holds the token {text!r:.80}, expected 1 to {_MAX_TOKEN_BYTES} letters of "
-            "the byte-level alphabet"
-        )
-    return token
-
-
-def _parse_vocab(vocab: Any, path: str) -> dict[bytes, int]:
-    if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError(
-            f"{path!r} is damaged: its vocab isn't an object of tokens and ids; download the file "
-            "again"
-        )
-    check_size(len(vocab), path)
-    if sum(len(text) ** 2 for text in vocab) > _MOST_STEPS:
-        raise ValueError(f"{path!r} has too many long tokens for a Llama vocabulary")
-    in_order = sorted(vocab.items(), key=lambda item: item[1])
-    for expected, (text, token_id) in enumerate(in_order):
-        if token_id != expected:
-            raise ValueError(
-                f"{path!r} gives the token {text!r:.80} the id {token_id}, expected {expected}: "
-                f"the ids of {len(vocab)} tokens are 0 to {len(vocab) - 1}"
-            )
-    return {_bytes_of_letters(text, path): token_id for text, token_id in in_order}
-
-
-def _check_merges(merges: Any, ignore_merges: bool, ranks: Mapping[bytes, int], path: str) -> None:
-    """Check that the merges yield the same ids as tiktoken (see ``parse_tokenizer_json``)."""
-    if not isinstance(merges, list):
-        raise ValueError(
-            f"{path!r} is damaged: its merges are {merges!r:.80}, expected a list of pairs; "
-            "download the file again"
-        )
-    position: dict[tuple[bytes, bytes], int] = {}
-    for i, merge in enumerate(merges):
-        # written as "a b" by older versions, as ["a", "b"] by newer ones
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(
-                f"{path!r} is damaged: merge {i} is {merge!r:.80}, expected a pair of tokens; "
-                "download the file again"
-            )
-        position[_bytes_of_letters(pair[0], path), _bytes_of_letters(pair[1], path)] = i
-    for (left, right), i in position.items():
-        for token in (left, right, left + right):
-            if token not in ranks:
-                raise ValueError(
-                    f"{path!r} is damaged: merge {i} joins {left!r} and {right!r}, but its vocab "
-                    f"has no {token!r}; download the file again"
-                )
-    before = -1
-    for token, rank in ranks.items():
-        if len(token) == 1:
-            continue
-        made_from = _last_merge(token, ranks)
-        if made_from is None:
-            if ignore_merges:
-                continue
-            raise ValueError(
-                f"{path!r} has the token {token!r} (id {rank}), which no merge makes, and does not "
-                "set ignore_merges: its ids would differ from Llama 3's; give tokenizer.model, or "
-                "a newer tokenizer.json"
-            )
-        if made_from not in position:
-            raise ValueError(
-                f"{path!r} lists no merge of {made_from[0]!r} and {made_from[1]!r}, which make the "
-                f"token {token!r} (id {rank}); download the file again"
-            )
-        if position[made_from] < before:
-            raise ValueError(
-                f"{path!r} lists merge {position[made_from]}, which makes the token {token!r} (id "
-                f"{rank}), before that of a lower id, expected merges in the order of the ids"
-            )
-        before = position[made_from]
-
-
-def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The last pair merged to form ``token`` from its bytes, by rank; None if merges can't."""
-    none = len(ranks)
-    parts = [token[i : i + 1] for i in range(len(token))]
-    joined = [ranks.get(a + b, none) for a, b in pairwise(parts)]
-    while len(parts) > 2:
-        lowest = min(joined)
-        if lowest == none:
-            return None
-        i = joined.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del joined[i]
-        if i > 0:
-            joined[i - 1] = ranks.get(parts[i - 1] + parts[i], none)
-        if i < len(joined):
-            joined[i] = ranks.get(parts[i] + parts[i + 1], none)
-    return parts[0], parts[1]
+BYTE_OF_LETTER = _byte_alphabet()

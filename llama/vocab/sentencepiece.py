@@ -1,25 +1,33 @@
 """Llama 2's tokenizer (SentencePiece)."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Literal
 
 from llama.files import summary
 from llama.vocab.file import (
     LARGEST_VOCABULARY,
-    check_ids,
     check_size,
+    check_special,
     check_text,
     is_sentencepiece,
+    known_ids,
     read_vocabulary,
+    split_special,
 )
+from llama.vocab.huggingface import read_tokenizer_config
 
 
 class SentencePieceTokenizer:
     """Llama 2's tokenizer, with the same interface as ``Tokenizer``.
 
+    In a Hugging Face folder, the tokens of its added_tokens.json are control tokens.
+
     Attributes:
-        model: the underlying ``sentencepiece.SentencePieceProcessor``.
+        model, sp_model: the underlying ``sentencepiece.SentencePieceProcessor``.
         n_words: vocabulary size, control tokens included.
+        n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
         bos_id, eos_id: ids of ``<s>`` and ``</s>``.
         pad_id: -1; there is no padding token.
         stop_tokens: ids that end a generation: ``eos_id`` alone.
@@ -27,6 +35,7 @@ class SentencePieceTokenizer:
         control_ids: ids that text must never encode to.
         drops_first_space: True: SentencePiece adds a space before the first word of a text, and
             ``decode`` strips it from the start. ``decode_bytes`` keeps it.
+        chat_template: the folder's jinja template, or None.
 
     Raises:
         ImportError: sentencepiece is not installed.
@@ -54,8 +63,8 @@ class SentencePieceTokenizer:
         check_size(_count_pieces(data), model_path)
         try:
             self.model: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
-            self.n_words: int = self.model.vocab_size()
-            self._bytes = [self._piece_bytes(i) for i in range(self.n_words)]
+            n_pieces: int = self.model.vocab_size()
+            self._bytes = {i: self._piece_bytes(i) for i in range(n_pieces)}
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{model_path!r} is damaged: sentencepiece can't read it ({summary(error)}); "
@@ -66,46 +75,61 @@ class SentencePieceTokenizer:
         self.pad_id: int = -1
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(
-                f"{model_path!r} has {self.n_words} pieces and bos id {self.bos_id}, eos id "
+                f"{model_path!r} has {n_pieces} pieces and bos id {self.bos_id}, eos id "
                 f"{self.eos_id}, expected a vocabulary with <s> and </s>; give the tokenizer.model "
                 "that belongs to the weights"
             )
+        config = read_tokenizer_config(Path(model_path).parent)
+        self.chat_template = config.chat_template
+        added = {name: i for name, i in config.added.items() if i >= n_pieces}
+        check_size(n_pieces + len(added), model_path)
+        self.sp_model = self.model
+        self.n_words: int = 1 + max([n_pieces - 1, *added.values()])
+        self.n_padding = 0
         self.stop_tokens: set[int] = {self.eos_id}
-        self.control_ids = {self.bos_id, self.eos_id} | {
-            i for i in range(self.n_words) if self.model.is_control(i)
-        }
-        self.special_tokens: dict[str, int] = {
-            self.model.id_to_piece(i): i
-            for i in range(self.n_words)
-            if self.model.is_control(i) or self.model.is_unknown(i)
-        }
+        controls = [i for i in range(n_pieces) if self.model.is_control(i)]
+        self.control_ids = {self.bos_id, self.eos_id, *controls, *added.values()}
+        unknown = [i for i in range(n_pieces) if self.model.is_unknown(i)]
+        named = sorted({*controls, *unknown})
+        self.special_tokens: dict[str, int] = {self.model.id_to_piece(i): i for i in named} | added
 
-    def encode(self, s: str, *, bos: bool, eos: bool) -> list[int]:
+    def encode(
+        self,
+        s: str,
+        bos: bool,
+        eos: bool,
+        *,
+        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
         """Encode a text, optionally with ``bos_id`` before and ``eos_id`` after it.
 
-        Raises:
-            TypeError: ``s`` is not a string.
-            ValueError: ``s`` contains a lone surrogate.
+        For the arguments and errors, see ``Tokenizer.encode``.
         """
         check_text(s)
-        ids: list[int] = self.model.encode(s)
+        check_special(s, self.special_tokens, allowed_special, disallowed_special)
+        special = self.special_tokens
+        names = special.keys() if allowed_special == "all" else special.keys() & allowed_special
+        ids: list[int] = []
+        for piece in split_special(s, names):
+            ids += [special[piece]] if piece in names else self.model.encode(piece)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, t: Sequence[int]) -> str:
+    def decode(self, t: Sequence[int] | int) -> str:
         """Decode ids to text, without the space that SentencePiece adds before the first word.
 
         Raises:
             ValueError: an id is outside the vocabulary.
         """
-        check_ids(t, self.n_words)
-        text: str = self.model.decode(list(t))
+        ids = known_ids(t, self.n_words, self.n_padding)
+        text: str = self.model.decode([i for i in ids if i in self._bytes])
         return text
 
-    def decode_bytes(self, t: Sequence[int]) -> bytes:
+    def decode_bytes(self, t: Sequence[int] | int) -> bytes:
         """Bytes of the pieces: the space before the first word is kept, control tokens are empty,
         and a character may span several byte pieces."""
-        check_ids(t, self.n_words)
-        return b"".join([self._bytes[token] for token in t])
+        ids = known_ids(t, self.n_words, self.n_padding)
+        return b"".join([self._bytes.get(i, b"") for i in ids])
 
     def _piece_bytes(self, token: int) -> bytes:
         if self.model.is_control(token):
