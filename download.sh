@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #
-# Download Llama 2 and Llama 3 weights with the signed link that Meta sends by e-mail.
+# Download the weights of Llama 2 to 3.3 with the signed link that Meta sends by e-mail.
 # "./download.sh --help" explains how. Runs on bash 3.2 (macOS) and later.
 
 set -efuo pipefail # -f: no pathname expansion
@@ -9,15 +9,16 @@ export LC_ALL=C    # the tools' output must not depend on the locale
 # If the caller has exported a variable of the same name, ours would be exported too, even a local
 # one, and leak the link into the environment of every tool. A test keeps this list complete.
 set +a
-unset -v ANSWER CHILD FETCHED FETCHER FOLDER FOLDERS LOCK MD5 OTHER_KIB PAUSE PREFIX PRESENT REMOTE \
-  RESULT SHARDS SHARD_KIB STALL STATUS SUM TRIES TYPE URL_HEAD URL_TAIL USAGE all args dir file \
-  folder found good had have_models here host i key kib lines list models name out page part path pid \
-  policy rc rest resumed script seconds shard start sum sums try url value
+unset -v ANSWER CHILD FETCHED FETCHER FOLDER FOLDERS LOCK MD5 OTHER_KIB PAUSE PIECE PREFIX PRESENT \
+  REMOTE RESULT SHARDS SHARD_KIB STALL STATUS SUM TRIES TYPE URL_HEAD URL_TAIL USAGE all args dir \
+  file folder found good had have_models here host i key kib lines list models more name out page \
+  part path pid policy range rc rest resumed script seconds shard start sum sums try url value
 
 TRIES=5                          # requests per file before giving up
 PAUSE=${LLAMA_DOWNLOAD_PAUSE:-2}  # seconds before the 2nd request; grows with each one
 STALL=${LLAMA_DOWNLOAD_STALL:-60} # seconds below 1 KiB/s, or without data, that end a request
-SHARD_KIB=$((40 * 1024 * 1024))   # larger than any shard: limit for a server that never stops
+PIECE=$((25 * 1024 * 1024 * 1024)) # bytes per request of a shard that Meta's server refuses whole
+SHARD_KIB=$((100 * 1024 * 1024))  # larger than any shard: limit for a server that never stops
 OTHER_KIB=$((100 * 1024))         # larger than any other file
 FETCHED=0 PRESENT=0
 LOCK='' CHILD=''
@@ -29,7 +30,8 @@ help() {
   cat <<'TEXT'
 
 Downloads Llama weights with a signed link, and prompts for missing options.
-Run it again after an interruption: it resumes where it stopped.
+Run it again after an interruption: it resumes where it stopped. Meta's e-mail has
+a link for each family (Llama 2, 3, 3.1 ...): run it once per family.
 
   --url URL        the link from Meta's e-mail, including the *. Leave it out and
                    paste it when prompted, to keep it out of the shell's history.
@@ -50,12 +52,48 @@ a download is aborted (default 60); a small file may take ten times as long in t
 TEXT
 }
 
+# The models: folder (the published name), number of shards, path on the server if it differs, and
+# short name. Weights that the library refuses (quantized, or with image input) are left out.
+models() {
+  cat <<'TABLE'
+Llama-3.3-70B-Instruct        8
+Llama-3.2-1B                  1
+Llama-3.2-1B-Instruct         1
+Llama-3.2-3B                  1
+Llama-3.2-3B-Instruct         1
+Llama-3.1-8B                  1
+Llama-3.1-8B-Instruct         1
+Llama-3.1-70B                 8
+Llama-3.1-70B-Instruct        8
+Llama-3.1-405B-MP8            8
+Llama-3.1-405B-MP16           16
+Llama-3.1-405B-Instruct-MP8   8
+Llama-3.1-405B-Instruct-MP16  16
+Meta-Llama-3-8B               1   8b_pre_trained          8B
+Meta-Llama-3-8B-Instruct      1   8b_instruction_tuned    8B-instruct
+Meta-Llama-3-70B              8   70b_pre_trained         70B
+Meta-Llama-3-70B-Instruct     8   70b_instruction_tuned   70B-instruct
+llama-2-7b                    1   llama-2-7b              7B
+llama-2-7b-chat               1   llama-2-7b-chat         7B-chat
+llama-2-13b                   2   llama-2-13b             13B
+llama-2-13b-chat              2   llama-2-13b-chat        13B-chat
+llama-2-70b                   8   llama-2-70b             llama-2-70B
+llama-2-70b-chat              8   llama-2-70b-chat        70B-chat
+TABLE
+}
+
 model_names() {
+  say "Models (upper or lower case; folder names such as Meta-Llama-3-8B work too):"
+  models | awk '
+    { name = NF > 3 ? $4 : $1; sub(/^Meta-/, "", $1); split($1, part, "-") }
+    NR > 1 && part[2] != last { print line }
+    part[2] != last { last = part[2]; line = "  Llama " last ": " name; next }
+    length(line name) > 75 { print line ","; line = "    " name; next }
+    { line = line ", " name }
+    END { print line }'
   cat <<'TEXT'
-Models (upper or lower case; full folder names such as Meta-Llama-3-8B work too):
-  Llama 3: 8B, 8B-instruct, 70B, 70B-instruct
-  Llama 2: 7B, 13B, llama-2-70B, 7B-chat, 13B-chat, 70B-chat
 "70B" alone is Llama 3; any Llama 2 name may be written with llama-2- in front.
+MP8 and MP16 are the same weights in 8 and 16 shards.
 TEXT
 }
 
@@ -64,24 +102,21 @@ warn() { printf '%s\n' "download.sh: $*" >&2; }
 die() { warn "$*"; exit 1; }
 bad_usage() { warn "$*"; say "$USAGE (--help for more)" >&2; exit 2; }
 
-# find_model NAME: set FOLDER (published name), REMOTE (path on the server) and SHARDS.
+# find_model NAME: set FOLDER (published name), SHARDS and REMOTE (path on the server). Meta's own
+# tool also writes Llama3.1 for Llama-3.1, and its older releases Meta-Llama-3.1.
 find_model() {
-  local name
-  name=$(printf '%s' "$1" | tr '[:upper:]' '[:lower:]')
-  name=${name#meta-}
-  case $name in 7b | 7b-chat | 13b | 13b-chat | 70b-chat) name=llama-2-$name ;; esac
-  name=${name#llama-3-}
-  FOLDER=$name REMOTE=$name SHARDS=1
-  case $name in
-    8b) FOLDER=Meta-Llama-3-8B REMOTE=8b_pre_trained ;;
-    8b-instruct) FOLDER=Meta-Llama-3-8B-Instruct REMOTE=8b_instruction_tuned ;;
-    70b) FOLDER=Meta-Llama-3-70B REMOTE=70b_pre_trained SHARDS=8 ;;
-    70b-instruct) FOLDER=Meta-Llama-3-70B-Instruct REMOTE=70b_instruction_tuned SHARDS=8 ;;
-    llama-2-7b | llama-2-7b-chat) ;;
-    llama-2-13b | llama-2-13b-chat) SHARDS=2 ;;
-    llama-2-70b | llama-2-70b-chat) SHARDS=8 ;;
-    *) return 1 ;;
-  esac
+  read -r FOLDER SHARDS REMOTE < <(models | awk -v name="$1" '
+    function key(name) {
+      name = tolower(name)
+      sub(/^meta-/, "", name)
+      sub(/^llama3\./, "llama-3.", name)
+      sub(/^llama-3-/, "", name)
+      return name
+    }
+    key(name) == key($1) || (NF > 3 && key(name) == key($4)) {
+      print $1, $2, (NF > 2 ? $3 : $1)
+      exit
+    }')
 }
 
 # choose_models LIST: set FOLDERS, without repeats.
@@ -142,11 +177,12 @@ has_sum() {
 }
 
 # read_list CHECKLIST: print "md5 name" lines; fail if anything in it is not such a line.
-# The list is untrusted: a name must not escape the folder or look like an option.
+# The list is untrusted: a name must not escape the folder or look like an option. Llama 3.2's
+# lists put ./ in front of the names.
 read_list() {
   awk '{ sub(/\r$/, "") }
     NF == 0 { next }
-    { name = $2; sub(/^\*/, "", name) }
+    { name = $2; sub(/^\*/, "", name); sub(/^\.\//, "", name) }
     NF != 2 || length($1) != 32 || $1 ~ /[^0-9A-Fa-f]/ { bad = 1; exit }
     name == "" || name ~ /[^A-Za-z0-9._-]/ || name ~ /^[-.]/ || name ~ /\.\./ { bad = 1; exit }
     { print tolower($1), name; lines++ }
@@ -158,6 +194,16 @@ find_sum() {
   local lines=$'\n'$1$'\n'
   lines=${lines%%" $2"$'\n'*}
   SUM=${lines##*$'\n'}
+}
+
+size() { # FILE: print its size, 0 if there is none
+  if [[ -e $1 ]]; then wc -c <"$1"; else echo 0; fi
+}
+
+# in_pieces PATH: whether to request PATH in pieces. The server answers a request for more than
+# 50 GiB with HTTP 400; Meta's own tool takes all shards of the 405B in pieces.
+in_pieces() {
+  [[ $1 == *-405B-*.pth ]]
 }
 
 is_page() { # whether the file starts like a web page or an XML error message
@@ -174,14 +220,16 @@ is_right() {
   case $2 in *checklist.chk) read_list "$1" >/dev/null ;; esac
 }
 
-# request PATH PART: one request, which resumes PART if it exists. Sets STATUS (HTTP, 000 if
-# none came), TYPE (content type) and RESULT (done, norange, disk, toolong, or the tool's error).
+# request PATH PART START: one request, which resumes PART at START, its size. Sets STATUS (HTTP,
+# 000 if none came), TYPE (content type) and RESULT (done, norange, disk, toolong, or the tool's
+# error).
 # The link is passed on standard input, through a pipe: arguments show in "ps", and a
 # here-document would be a temporary file. Redirects are not followed: the link is signed for one
 # server. The user's own settings of the tools (~/.curlrc, ~/.wgetrc) are ignored, since they may
 # follow redirects, log the link, or write other files; proxies from the environment are used.
 request() {
   local args key value rest rc=0 url=$URL_HEAD$1$URL_TAIL kib=$OTHER_KIB seconds=$((10 * STALL))
+  local range="Range: bytes=$3-$(($3 + PIECE - 1))"
   if [[ $1 == *.pth ]]; then kib=$SHARD_KIB seconds=0; fi # 0: no limit
   STATUS='' TYPE='' RESULT=''
   if [[ $FETCHER == curl ]]; then
@@ -190,6 +238,7 @@ request() {
       --speed-limit 1024 --speed-time "$STALL" --continue-at - --output "$2"
       --write-out '%{http_code} %{content_type}' --config -)
     if [[ -t 2 ]]; then args+=(--progress-bar); else args+=(--silent --show-error); fi
+    if in_pieces "$1"; then args+=(--header "$range"); fi
     fetch "$kib" "url = \"$url\"" "${args[@]}" || rc=$?
     read -r STATUS TYPE <"$LOCK/answer" || :
     case $rc in 23) RESULT=disk ;; 33) RESULT=norange ;; esac
@@ -198,6 +247,7 @@ request() {
       --output-file=/dev/stdout --tries=1 --timeout="$STALL" --max-redirect=0 --continue
       --output-document="$2" --input-file=-)
     if [[ -t 2 ]]; then args+=(--show-progress --progress=bar:force:noscroll); fi
+    if in_pieces "$1"; then args+=(--header="$range"); fi
     # wget has no limit for the whole request; not every system has timeout
     if command -v timeout >/dev/null; then args=(timeout "$seconds" "${args[@]}"); fi
     fetch "$kib" "$url" "${args[@]}" || rc=$?
@@ -212,8 +262,7 @@ request() {
   [[ $STATUS == [0-9][0-9][0-9] ]] || STATUS=000 # it is printed, and may be anything
   [[ -n $RESULT ]] || RESULT="$FETCHER error $rc"
   [[ $rc != 0 ]] || RESULT='done'
-  [[ $RESULT != disk || $(wc -c <"$2" 2>/dev/null || echo 0) -lt $((kib * 1024)) ]] ||
-    RESULT=toolong
+  [[ $RESULT != disk || $(size "$2") -lt $((kib * 1024)) ]] || RESULT=toolong
   [[ -s $2 ]] || rm -f "$2"
 }
 
@@ -294,12 +343,14 @@ die_wrong() { # PATH PART SUM: remove a file that was downloaded completely, but
 # transfer PATH PART SUM: download PART, with a limited number of requests. Returns when the server
 # has nothing more to send; the caller checks PART.
 transfer() {
-  local path=$1 part=$2 sum=$3 try=1 had
+  local path=$1 part=$2 sum=$3 try=1 more=no start had
   while :; do
     # Without a checksum, nothing would tell whether the two halves belong together
-    [[ -n $sum ]] || rm -f "$part"
-    had=no; [[ ! -s $part ]] || had=yes
-    request "$path" "$part"
+    [[ -n $sum || $more == yes ]] || rm -f "$part"
+    more=no
+    start=$(size "$part")
+    had=no; [[ $start -eq 0 ]] || had=yes
+    request "$path" "$part" "$start"
     [[ $RESULT != disk ]] || die "cannot write $part: the disk is full (or writing is not" \
       "allowed there). Free some space and run this again; it resumes where it stopped"
     if [[ $RESULT == toolong ]]; then
@@ -312,13 +363,19 @@ transfer() {
           [[ $had == yes ]] || rm -f "$part" # keep the data of an earlier run
           die_page "$path"
         fi
-        [[ $RESULT != 'done' ]] || return 0
+        if [[ $RESULT == 'done' ]]; then
+          # A full piece: ask for the next one, which is shorter or missing (416) at the end
+          [[ $STATUS == 206 && $(size "$part") -eq $((start + PIECE)) ]] && in_pieces "$path" ||
+            return 0
+          more=yes try=1
+          continue
+        fi
         # No range support: start over rather than append a whole file to a partial one
         [[ $RESULT != norange ]] || rm -f "$part" ;;
       30?) die "the server redirects to another address for $path (HTTP $STATUS), which is not" \
         "followed: check the link, or ask Meta for a new one" ;;
-      401 | 403) die "access refused for $path (HTTP $STATUS): the link has expired (after 24" \
-        "hours) or is for another model. Ask Meta for a new one and run this again" ;;
+      401 | 403) die "access refused for $path (HTTP $STATUS): the link has expired (after a" \
+        "day or two) or is for another model. Ask Meta for a new one and run this again" ;;
       404 | 410) die "the server has no $path (HTTP $STATUS): the link is probably for another" \
         "model. Check the models, or ask Meta for a link for this one" ;;
       416)
@@ -371,16 +428,21 @@ get() {
 }
 
 get_model() { # FOLDER
-  local dir=$PREFIX$1 list=$PREFIX$1/checklist.chk policy=USE_POLICY sums i shard
+  local dir=$PREFIX$1 list=$PREFIX$1/checklist.chk policy=USE_POLICY.md sums i shard
   find_model "$1"
   say "$1:"
   if ! mkdir -p "$dir" || [[ ! -w $dir ]]; then
     die "cannot create the folder $dir or write to it: choose another folder with --dir"
   fi
-  case $1 in llama-2-*) policy=USE_POLICY.md ;; esac
   # Next to the weights, so that they do not overwrite those of a project in the parent folder
-  get LICENSE "$dir/LICENSE"
-  get "$policy" "$dir/$policy"
+  case $1 in
+    Meta-Llama-3-*) policy=USE_POLICY ;;
+    Llama-3.[23]-*) policy='' ;; # no published tool requests them from the server
+  esac
+  if [[ -n $policy ]]; then
+    get LICENSE "$dir/LICENSE"
+    get "$policy" "$dir/$policy"
+  fi
   get "$REMOTE/checklist.chk" "$list"
   sums=$(read_list "$list")
   get "$REMOTE/params.json" "$dir/params.json" "$sums"
@@ -408,7 +470,7 @@ summary() {
   for folder in "${FOLDERS[@]}"; do
     find_model "$folder"
     case $folder in
-      *-Instruct | *-chat) script=example_chat_completion.py ;;
+      *-Instruct* | *-chat) script=example_chat_completion.py ;;
       *) script=example_text_completion.py ;;
     esac
     printf '  torchrun --nproc_per_node %s %s --ckpt_dir %q\n' "$SHARDS" "$script" "$PREFIX$folder"
@@ -429,6 +491,8 @@ verify() {
       "delete it and run the download again"
     while read -r sum name; do
       file=$PREFIX$name
+      # Llama 3.2 3B Instruct's list has this file, which Meta's own tool does not download either
+      if [[ $name == orig_params.json && ! -e $file ]]; then continue; fi
       all=$((all + 1))
       if [[ ! -f $file ]]; then warn "$file: missing"
       elif ! has_sum "$file" "$sum"; then warn "$file: wrong checksum"

@@ -575,6 +575,16 @@ def test_verify_reports_a_bad_checklist(tmp_path: Path, folder: Path) -> None:
     assert "absent.pth' is missing, but checklist.chk lists it" in cli("verify", copy, code=1)
 
 
+def test_verify_of_a_list_with_orig_params(tmp_path: Path, folder: Path) -> None:
+    """Llama 3.2 3B Instruct's list has orig_params.json, which isn't downloaded."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "checklist.chk").write_text("0" * 32 + "  ./orig_params.json\n")
+    assert "no faults found" in cli("verify", copy)
+    (copy / "orig_params.json").write_text("{}")
+    assert "orig_params.json' has the MD5 sum" in cli("verify", copy, code=1)
+
+
 def test_verify_of_a_huggingface_folder(tmp_path: Path, stories: Path) -> None:
     assert "no faults found" in cli("verify", stories / "hf-tied")
     copy = tmp_path / "copy"

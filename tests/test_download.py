@@ -23,6 +23,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from llama_models.sku_list import (
+    llama3_1_family,
+    llama3_2_family,
+    llama3_3_family,
+    llama_meta_net_info,
+)
+from llama_models.sku_types import CheckpointQuantizationFormat, is_multimodal
 
 SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
 TOOLS = ("awk", "bash", "cat", "head", "mkdir", "mv", "rm", "sleep", "tr", "wc")
@@ -44,9 +51,25 @@ MODELS = {
     "llama-2-7b-chat": ("llama-2-7b-chat", 1),
     "llama-2-13b-chat": ("llama-2-13b-chat", 2),
     "llama-2-70b-chat": ("llama-2-70b-chat", 8),
+    "Llama-3.1-8B": ("Llama-3.1-8B", 1),
+    "Llama-3.1-8B-Instruct": ("Llama-3.1-8B-Instruct", 1),
+    "Llama-3.1-70B": ("Llama-3.1-70B", 8),
+    "Llama-3.1-70B-Instruct": ("Llama-3.1-70B-Instruct", 8),
+    "Llama-3.1-405B-MP8": ("Llama-3.1-405B-MP8", 8),
+    "Llama-3.1-405B-MP16": ("Llama-3.1-405B-MP16", 16),
+    "Llama-3.1-405B-Instruct-MP8": ("Llama-3.1-405B-Instruct-MP8", 8),
+    "Llama-3.1-405B-Instruct-MP16": ("Llama-3.1-405B-Instruct-MP16", 16),
+    "Llama-3.2-1B": ("Llama-3.2-1B", 1),
+    "Llama-3.2-1B-Instruct": ("Llama-3.2-1B-Instruct", 1),
+    "Llama-3.2-3B": ("Llama-3.2-3B", 1),
+    "Llama-3.2-3B-Instruct": ("Llama-3.2-3B-Instruct", 1),
+    "Llama-3.3-70B-Instruct": ("Llama-3.3-70B-Instruct", 8),
 }
 LLAMA_3 = [folder for folder in MODELS if folder.startswith("Meta")]
 SHARD = "8b_pre_trained/consolidated.00.pth"
+HUGE = "Llama-3.1-405B-MP8/consolidated.00.pth"
+# The server's limit for the body of a response, which only the shards of the 405B exceed
+LIMIT = 50 * 2**30
 
 
 def content(path: str, size: int) -> bytes:
@@ -54,10 +77,17 @@ def content(path: str, size: int) -> bytes:
     return bytes(random.Random(path).choices(range(128, 256), k=size))
 
 
-def checklist(files: dict[str, bytes]) -> bytes:
+def checklist(files: dict[str, bytes], prefix: str = "") -> bytes:
     """The checklist for these files."""
-    lines = (f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
+    lines = (f"{hashlib.md5(data).hexdigest()}  {prefix}{name}\n" for name, data in files.items())
     return "".join(lines).encode()
+
+
+def policies(folder: str) -> list[str]:
+    """The license and the policy, as Meta's download scripts request them."""
+    if folder.startswith(("Llama-3.2", "Llama-3.3")):  # there is no such script
+        return []
+    return ["LICENSE", "USE_POLICY" if folder in LLAMA_3 else "USE_POLICY.md"]
 
 
 def publish() -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
@@ -71,14 +101,15 @@ def publish() -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
         for number in range(shards):
             name = f"consolidated.{number:02d}.pth"
             files[name] = content(path + name, 3000 + number)
-        if folder in LLAMA_3:
+        if not folder.startswith("llama-2"):
             files["tokenizer.model"] = content(path, 700)
-        files["checklist.chk"] = checklist(files)
+        prefix = "./" if folder.startswith("Llama-3.2") else ""
+        unpublished = {"orig_params.json": b"{}"} if folder == "Llama-3.2-3B-Instruct" else {}
+        files["checklist.chk"] = checklist(files | unpublished, prefix)
         remote |= {f"{path}/{name}": data for name, data in files.items()}
         places[folder] = {f"{folder}/{name}": f"{path}/{name}" for name in files}
-        policy = "USE_POLICY" if folder in LLAMA_3 else "USE_POLICY.md"
-        places[folder] |= {f"{folder}/{name}": name for name in ("LICENSE", policy)}
-        if folder not in LLAMA_3:
+        places[folder] |= {f"{folder}/{name}": name for name in policies(folder)}
+        if folder.startswith("llama-2"):
             places[folder] |= {
                 name: name for name in ("tokenizer.model", "tokenizer_checklist.chk")
             }
@@ -180,11 +211,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "corrupt":
             data = data[:-1] + bytes([data[-1] ^ 1])
         start, status, total = 0, 200, ""
-        if wanted and fault != "no range":
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        first, _, last = (wanted or "").removeprefix("bytes=").partition("-")
+        is_huge = "-405B-" in path and path.endswith(".pth")
+        if is_huge and (not last or int(last) - int(first) >= LIMIT):
+            return self.answer(400, b"<html>too large</html>", "text/html")
+        if first and fault != "no range":
+            start = int(first)
             if start >= len(data):
                 return self.answer(416, b"<html>no</html>", "text/html", f"*/{len(data)}")
-            status, total = 206, f"{start}-{len(data) - 1}/{len(data)}"
+            total = f"{start}-{min(int(last or len(data)), len(data) - 1)}/{len(data)}"
+            data = data[: int(last) + 1] if last else data
+            status = 206
         sent = CUT_AT if fault in ("cut", "stall") else -1
         if fault == "cut short":
             sent = 3
@@ -219,7 +256,7 @@ class Box:
 
     def __init__(self, folder: Path, server: Server, fetcher: str) -> None:
         self.server = server
-        self.top = folder
+        self.top, self.script = folder, SCRIPT
         self.bin, self.home, self.target = folder / "bin", folder / "home", folder / "target"
         for made in (self.bin, self.home, self.target):
             made.mkdir()
@@ -244,7 +281,7 @@ class Box:
         self, *args: str, stdin: str = "", before: str = ""
     ) -> "subprocess.CompletedProcess[str]":
         """Run download.sh in the target folder, ``before`` being shell commands to run first."""
-        command = ["bash", str(SCRIPT), *args]
+        command = ["bash", str(self.script), *args]
         if before:
             command = ["bash", "-c", f'{before}\nexec "$@"', "-", *command]
         result = subprocess.run(
@@ -376,6 +413,59 @@ def test_llama_2_model(box: Box) -> None:
     assert "Other numbers that divide the model work" in summary
 
 
+@pytest.mark.parametrize("folder", MODELS)
+def test_every_model(any_box: Box, folder: str) -> None:
+    """Every published name gets the files of that model, and requests nothing else."""
+    result = any_box.get(folder)
+    succeeded(result)
+    assert result.stderr == ""
+    assert any_box.files() == LOCAL[folder]
+    assert sorted(any_box.server.paths()) == sorted(PLACES[folder].values())
+    kind = "chat" if folder.lower().endswith("chat") or "-Instruct" in folder else "text"
+    assert (
+        f"torchrun --nproc_per_node {MODELS[folder][1]} example_{kind}_completion.py"
+        f" --ckpt_dir {folder}\n" in result.stdout
+    )
+
+
+def test_the_models_are_those_of_metas_tool() -> None:
+    """From Llama 3.1 on; of Llama 2 and 3 it has other paths than Meta's scripts."""
+    published = {}
+    for model in [*llama3_1_family(), *llama3_2_family(), *llama3_3_family()]:
+        info = llama_meta_net_info(model)
+        is_plain = model.quantization_format is CheckpointQuantizationFormat.bf16
+        if is_plain and not is_multimodal(model.core_model_id):
+            published[info.folder] = {f"{info.folder}/{name}" for name in info.files}
+    assert published == {
+        folder: set(PLACES[folder].values()) - {"LICENSE", "USE_POLICY.md"}
+        for folder in MODELS
+        if folder.startswith("Llama-3.")
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "405B",
+        "Llama-3.1-405B",  # FP8
+        "Llama-3.1-405B-FP8",
+        "Llama-3.2-1B-Instruct-QLORA_INT4_EO8",
+        "Llama-3.2-3B-Instruct-SpinQuant_INT4_EO8",
+        "Llama-3.2-11B-Vision",
+        "Llama-Guard-3-8B",
+        "Llama-3.3-70B",
+        "llama-2-8B",
+        "meta-",
+        "llama-3-",
+        "Llama-3x1-8B",
+    ],
+)
+def test_other_models(any_box: Box, name: str) -> None:
+    """Quantized, vision and guard models aren't offered, and names aren't guessed."""
+    failed(any_box.get(f"8B {name}"), f"unknown model: {name}", code=2)
+    assert any_box.server.requests == []
+
+
 def test_questions_and_enter(box: Box) -> None:
     """Prompts for the link and the models; Enter selects the four Llama 3 models."""
     result = box.run(stdin=f"  {box.server.url} \n\n")
@@ -405,6 +495,8 @@ def test_question_answered(any_box: Box) -> None:
         (" 7b ,, 13B\n7B-chat ", ["llama-2-7b", "llama-2-13b", "llama-2-7b-chat"]),
         ("llama-2-7b-chat,llama-2-13b-chat", ["llama-2-7b-chat", "llama-2-13b-chat"]),
         ("8B,8b Meta-Llama-3-8B", ["Meta-Llama-3-8B"]),
+        ("Llama3.2-1B llama-3.2-1b", ["Llama-3.2-1B"]),  # by name of Meta's tool
+        ("Meta-Llama-3.1-8B-Instruct", ["Llama-3.1-8B-Instruct"]),  # its name at first
     ],
 )
 def test_names(any_box: Box, names: str, folders: list[str]) -> None:
@@ -412,7 +504,7 @@ def test_names(any_box: Box, names: str, folders: list[str]) -> None:
     result = any_box.get(names)
     succeeded(result)
     summary = result.stdout.split("To run:\n")[1]
-    assert re.findall(r"(?:Meta-Llama|llama-2)-[\w-]+", summary) == folders
+    assert re.findall(r"--ckpt_dir (.*)", summary) == folders
     assert summary.count("pip install") == any(name.startswith("llama-2") for name in folders)
     chats = re.findall(r"example_chat_completion.py --ckpt_dir (.*)", summary)
     assert chats == [name for name in folders if name.lower().endswith(("instruct", "chat"))]
@@ -621,6 +713,70 @@ def test_interrupt(box: Box) -> None:
     assert box.files() == LOCAL["Meta-Llama-3-8B"]
 
 
+@pytest.fixture
+def pieces(box: Box) -> Box:
+    """Requests shards of the 405B in pieces of 1000 bytes."""
+    box.script = box.top / "download.sh"
+    text, n_changed = re.subn(r"(?m)^PIECE=\S+( \S+)*\)\)", "PIECE=1000", SCRIPT.read_text())
+    assert n_changed == 1
+    box.script.write_text(text)
+    return box
+
+
+def piece(start: int) -> str:
+    """The Range header for a piece."""
+    return f"bytes={start}-{start + 999}"
+
+
+def test_pieces(pieces: Box) -> None:
+    """A shard that exceeds the server's limit is requested in pieces, other files aren't."""
+    succeeded(pieces.get("Llama-3.1-405B-MP8"))
+    assert pieces.files() == LOCAL["Llama-3.1-405B-MP8"]
+    for number in range(8):  # the first has 3000 bytes, the second 3001 ...
+        path = HUGE.replace(".00.", f".{number:02d}.")
+        assert pieces.server.ranges(path) == [piece(start) for start in (0, 1000, 2000, 3000)]
+    assert pieces.server.ranges("Llama-3.1-405B-MP8/tokenizer.model") == [None]
+
+
+def test_resuming_a_piece(pieces: Box) -> None:
+    """An interrupted piece is resumed; each piece has all its attempts."""
+    pieces.put(f"{HUGE}.part", REMOTE[HUGE][:500])
+    cut = ["cut short"] * 4
+    pieces.server.faults[HUGE] = iter([*cut, "", *cut, "403"])
+    failed(pieces.get("Llama-3.1-405B-MP8"), "expired", HUGE)
+    assert (pieces.target / f"{HUGE}.part").read_bytes() == REMOTE[HUGE][:1524]
+    first = [piece(start) for start in (500, 503, 506, 509, 512, 1512, 1515, 1518, 1521, 1524)]
+    assert pieces.server.ranges(HUGE) == first
+    succeeded(pieces.get("Llama-3.1-405B-MP8"))
+    assert pieces.server.ranges(HUGE)[len(first) :] == [piece(1524), piece(2524)]
+    assert pieces.files() == LOCAL["Llama-3.1-405B-MP8"]
+
+
+def test_pieces_without_a_checksum(pieces: Box) -> None:
+    """Whole pieces are joined, but an interrupted one starts over."""
+    folder = "Llama-3.1-405B-MP8"
+    files = {"params.json": REMOTE[f"{folder}/params.json"]}
+    pieces.server.files[f"{folder}/checklist.chk"] = checklist(files)
+    pieces.server.faults[HUGE] = iter(["", "cut short"])
+    succeeded(pieces.get("Llama-3.1-405B-MP8"))
+    starts = (0, 1000, 0, 1000, 2000, 3000)
+    assert pieces.server.ranges(HUGE) == [piece(start) for start in starts]
+    assert pieces.files()[HUGE] == REMOTE[HUGE]
+
+
+@pytest.mark.parametrize("size", [1000, 3000])
+def test_pieces_if_ranges_are_ignored(pieces: Box, size: int) -> None:
+    """The whole file is taken, even if it is as long as a piece."""
+    names = ("params.json", "tokenizer.model", "consolidated.00.pth")
+    files = {name: REMOTE[f"Llama-3.1-405B-MP8/{name}"][:size] for name in names}
+    pieces.server.files |= {f"Llama-3.1-405B-MP8/{name}": data for name, data in files.items()}
+    pieces.server.files["Llama-3.1-405B-MP8/checklist.chk"] = checklist(files)
+    pieces.server.faults[HUGE] = repeat("no range")
+    succeeded(pieces.get("Llama-3.1-405B-MP8"))
+    assert pieces.server.ranges(HUGE) == [piece(0)]
+    assert pieces.files()[HUGE] == files["consolidated.00.pth"]
+
+
 # Failures
 
 
@@ -787,8 +943,14 @@ def test_bad_arguments(any_box: Box, args: list[str], words: str) -> None:
 
 
 def test_unknown_model_lists_the_known_names(any_box: Box) -> None:
-    """The error lists the known names."""
-    failed(any_box.get("405B"), "unknown model: 405B", "8B-instruct", "13B-chat", code=2)
+    """The error lists the known names, each once."""
+    result = any_box.get("405B")
+    failed(result, "unknown model: 405B", code=2)
+    table = result.stderr.partition('"70B" alone')[0]
+    rows = re.findall(r"(?m)^  (?:Llama [\d.]+:|  )(.*)$", table)
+    listed = re.findall(r"[\w.-]+", " ".join(rows))
+    assert len(listed) == len(set(listed)) == len(MODELS)
+    assert {"8B-instruct", "13B-chat", "Llama-3.1-405B-MP16", "Llama-3.2-3B"} <= set(listed)
 
 
 def test_help(any_box: Box) -> None:
@@ -856,6 +1018,15 @@ def test_verify_tokenizer_checklist(checked: Box) -> None:
     assert "All 4 files" in checked.run("--verify", "llama-2-13b").stdout
     (checked.target / "llama-2-13b/tokenizer.model").write_bytes(b"wrong")
     failed(checked.run("--verify", "llama-2-13b"), "tokenizer.model: wrong checksum")
+
+
+def test_verify_of_a_list_with_orig_params(any_box: Box) -> None:
+    """Llama 3.2 3B Instruct's list has orig_params.json, which isn't downloaded."""
+    succeeded(any_box.get("Llama-3.2-3B-Instruct"))
+    assert "All 3 files" in any_box.run("--verify", "Llama-3.2-3B-Instruct").stdout
+    (any_box.target / "Llama-3.2-3B-Instruct/orig_params.json").write_text("wrong")
+    result = any_box.run("--verify", "Llama-3.2-3B-Instruct")
+    failed(result, "orig_params.json: wrong checksum", "1 of 4 files")
 
 
 @pytest.mark.parametrize("kind", BAD_LISTS)

@@ -174,7 +174,8 @@ def test_one_kind_of_weights_is_downloaded_and_then_comes_from_the_cache(
     ids = (MODEL, "owner/old", "owner/native")
     model, old, native = folders(*ids, env=server.env(tmp_path))
     config = ["config.json", "generation_config.json"]
-    assert model == [*config, "model.safetensors", "tokenizer.model"]
+    vocabulary = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert model == [*config, "model.safetensors", *vocabulary]
     shards = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
     assert old == ["config.json", *shards, "pytorch_model.bin.index.json"]
     assert re.fullmatch(

@@ -17,9 +17,9 @@ from llama.config import ModelArgs
 from llama.files import LARGEST_CONFIG, md5, read_bounded
 
 _READ_BYTES = 16 * 2**20
-# A name must not escape the folder or look like an option.
+# A name must not escape the folder or look like an option. Llama 3.2's lists put ./ in front.
 _CHECKLIST_LINE = re.compile(
-    rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
+    rb"[ \t]*([0-9A-Fa-f]{32})[ \t]+\*?(?:\./)?([A-Za-z0-9_][A-Za-z0-9._-]*)[ \t]*\r?"
 )
 
 
@@ -35,6 +35,8 @@ def verify(ckpt: Checkpoint, args: ModelArgs, tokenizer_path: Path, *, progress:
         (path.parent / name, digest, path.name)
         for path in lists
         for name, digest in read_checklist(path).items()
+        # Llama 3.2 3B Instruct's list has this file, which Meta's own tool doesn't download either
+        if name != "orig_params.json" or (path.parent / name).exists()
     ]
     archives = ckpt.files if ckpt.layout == "native" else []
     paths = [path for path, _, _ in listed] + archives

@@ -1,0 +1,242 @@
+"""A folder's own chat template, and Meta's, which our formats replace."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEMO
+from test_convert import cli
+from test_tokenizer_json import DIALOGS, LLAMA2, added, opened
+from transformers import AutoTokenizer
+
+from llama import ChatFormat, Llama
+from llama.chat import Llama2ChatFormat
+from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, TemplateChatFormat, chat_format
+from llama.vocab.tokenizer_json import tokenizer_json
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# with a block per role and whitespace control, as Zephyr's
+ROLES = """
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+<|user|>
+{{ message.content }}{{ eos_token }}
+    {%- elif message.role == 'system' %}
+<|system|>
+{{ message.content }}{{ eos_token }}
+    {%- else %}
+<|assistant|>
+{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+    {%- endif %}
+    {%- if loop.last and add_generation_prompt %}
+<|assistant|>
+    {%- endif %}
+{%- endfor %}
+"""
+# as DeepSeek's distills: full-width bars, reasoning is dropped from answers
+THINKS = (
+    "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] %}{% endif %}"
+    "{% endfor %}{{ bos_token }}{{ ns.system }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<\uff5cUser\uff5c>' + message['content'] }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set text = message['content'] %}"
+    "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
+    "{{ '<\uff5cAssistant\uff5c>' + text + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "roles": ROLES, "thinks": THINKS}
+# What transformers' template of Llama 3.1 renders for dialogs without tools.
+DATES = (
+    "{{- bos_token }}{%- set date = strftime_now('%d %b %Y') if strftime_now is defined else '' %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{{- 'Cutting Knowledge Date: December 2023\n' + 'Today Date: ' + date + '\n\n' }}"
+    "{{- system + '<|eot_id|>' }}{%- for message in messages %}"
+    "{%- if message.role == 'tool' %}{{- raise_exception('no tools here') }}{%- endif %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The demo in Hugging Face's layout, with the control tokens of ``TEMPLATES``."""
+    target = tmp_path / "hf"
+    cli("convert", DEMO, target, "--format", "hf")
+    path = target / "tokenizer.json"
+    content = json.loads(path.read_text())
+    names = {
+        "<|reserved_special_token_7|>": "<|im_start|>",
+        "<|reserved_special_token_8|>": "<|im_end|>",
+        "<|reserved_special_token_9|>": "<\uff5cUser\uff5c>",
+        "<|reserved_special_token_10|>": "<\uff5cAssistant\uff5c>",
+        "<|reserved_special_token_11|>": "<think>",
+        "<|reserved_special_token_12|>": "</think>",
+    }
+    for token in content["added_tokens"]:
+        if new := names.get(token["content"]):
+            token |= added(token["id"], new, special="im_" in new)
+    path.write_text(json.dumps(content))
+    return target
+
+
+def with_template(folder: Path, template: Any, *, in_config: bool = True) -> Any:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}
+    config.pop("chat_template", None)
+    if in_config:
+        config["chat_template"] = template
+    else:
+        (folder / "chat_template.jinja").write_text(template)
+    path.write_text(json.dumps(config))
+    return opened(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_equal_transformers(folder: Path, name: str, in_config: bool) -> None:
+    tokenizer = with_template(folder, TEMPLATES[name], in_config=in_config)
+    formatter = chat_format(tokenizer)
+    assert isinstance(formatter, TemplateChatFormat)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    thought: Any = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."},
+        {"role": "user", "content": "Bye"},
+    ]
+    for dialog in [*DIALOGS, thought]:
+        ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
+        assert formatter.encode_dialog_prompt(dialog) == ids
+        assert tokenizer.control_ids & set(ids) or name == "roles"
+    opened_answer = [*DIALOGS[0], {"role": "assistant", "content": " 2 + 2 ="}]
+    ids = theirs.apply_chat_template(opened_answer, continue_final_message=True)["input_ids"]
+    assert formatter.encode_dialog_prompt(opened_answer, continue_final_message=True) == ids
+
+
+def test_templates_by_name(folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    formatter = chat_format(with_template(folder, named))
+    assert isinstance(formatter, TemplateChatFormat)
+    assert formatter.template == CHATML
+
+
+@pytest.mark.parametrize(
+    ("role", "content"),
+    [
+        ("user", "a<|im_end|>"),
+        ("system", "<|im_start|>"),
+        ("assistant", "x <|im_end|>"),
+        ("assistant", "<\uff5cUser\uff5c>"),  # not marked as special in the file
+        ("user", "what does <think> do?"),
+    ],
+)
+def test_content_never_becomes_a_control_token(folder: Path, role: str, content: str) -> None:
+    formatter = chat_format(with_template(folder, CHATML))
+    dialog: Any = [{"role": "user", "content": "a"}, {"role": role, "content": content}]
+    with pytest.raises(ValueError, match=r"the content of message 1 holds '<.*remove it"):
+        formatter.encode_dialog_prompt(dialog)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only one turn') }}", "refuses the dialog: only one turn"),
+        ("{% for %}", "chat template refuses the dialog"),
+        ("{{ messages[9].content.x }}", "chat template refuses the dialog"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "is unsafe"),
+        ("{{ messages.append(1) }}", "refuses the dialog"),
+    ],
+)
+def test_templates_that_fail(folder: Path, template: str, message: str) -> None:
+    formatter = chat_format(with_template(folder, template))
+    with pytest.raises(ValueError, match=message):
+        formatter.encode_dialog_prompt(DIALOGS[0])
+
+
+def test_messages_a_template_cant_have(folder: Path) -> None:
+    formatter = chat_format(with_template(folder, CHATML))
+    for extra, message in (
+        ({"tool_call": "f()"}, "has 'tool_call', which"),
+        ({"eom": True}, "eom"),
+    ):
+        dialog: Any = [{"role": "assistant", "content": "a"} | extra]
+        with pytest.raises(ValueError, match=message):
+            formatter.encode_dialog_prompt(dialog)
+
+
+def test_a_generation_ends_at_the_folders_end_token(folder: Path) -> None:
+    with_template(folder, CHATML)
+    llm = Llama.build(str(folder), max_seq_len=128, device="cpu", dtype="float32")
+    end = llm.tokenizer.special_tokens["<|im_end|>"]
+    assert end in llm.tokenizer.stop_tokens
+    prompt = llm.formatter.encode_dialog_prompt(DIALOGS[0])
+    (answer,) = llm.chat_completion([DIALOGS[0]], temperature=0, max_gen_len=10)
+    (tokens,), _ = llm.generate([prompt], max_gen_len=10, temperature=0)
+    assert answer["generation"]["content"] == llm.tokenizer.decode(tokens)
+
+
+def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path) -> None:
+    """With a vocabulary that adds one, as transformers does when it decodes an answer."""
+    content = tokenizer_json(opened(LLAMA2))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ROLES}))
+    tokenizer = opened(tmp_path / "tokenizer.json")
+    formatter = chat_format(tokenizer)
+    assert isinstance(formatter, TemplateChatFormat)
+    for dialog in DIALOGS:
+        ids = formatter.encode_dialog_prompt(dialog)
+        assert formatter.starts_answer(ids)
+        assert not formatter.starts_answer(ids[:-3])
+
+
+@pytest.mark.parametrize("template", [LLAMA3_TEMPLATE, DATES])
+def test_metas_template_of_llama3_gives_our_format(folder: Path, template: str) -> None:
+    formatter = chat_format(with_template(folder, template))
+    assert type(formatter) is ChatFormat
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for dialog in DIALOGS:
+        text = theirs.apply_chat_template(dialog, add_generation_prompt=True, tokenize=False)
+        if template == DATES:  # the only difference, which Meta's own format doesn't have
+            start = "<|start_header_id|>system<|end_header_id|>\n\n"
+            before, _, after = text.partition(start)
+            date, _, system = after.removeprefix(
+                "Cutting Knowledge Date: December 2023\n"
+            ).partition("\n\n")
+            assert date.startswith("Today Date: ")
+            text = before + (start if len(dialog) > 1 else "") + system
+            if len(dialog) == 1:
+                text = before + system.removeprefix("<|eot_id|>")
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert formatter.encode_dialog_prompt(dialog) == ids
+
+
+def test_metas_template_of_llama2_gives_our_format(tmp_path: Path) -> None:
+    original = opened(LLAMA2)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(original)))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": LLAMA2_TEMPLATE,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    formatter = chat_format(opened(tmp_path / "tokenizer.json"))
+    assert type(formatter) is Llama2ChatFormat
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for dialog in DIALOGS:
+        ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
+        assert formatter.encode_dialog_prompt(dialog) == ids
+        assert Llama2ChatFormat(original).encode_dialog_prompt(dialog) == ids
+
+
+def test_another_template_with_llama3s_headers_is_used(folder: Path) -> None:
+    """A fine-tune's default system message."""
+    template = LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}Be brief. ")
+    assert isinstance(chat_format(with_template(folder, template)), TemplateChatFormat)
