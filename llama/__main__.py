@@ -1,5 +1,6 @@
 """python -m llama: inspect, verify or convert a checkpoint folder, or run a prompt."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,10 +38,16 @@ def _opened(
     return ckpt, tokenizer, ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size)
 
 
+def _path(given: str | Path) -> Path:
+    return Path(os.path.expanduser(given))
+
+
 def _family(args: ModelArgs) -> str:
     if args.use_scaled_rope:
         is_llama32 = args.rope_scaling_factor == LLAMA32_FACTOR
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
+    if args.rope_theta == 1e6 and args.vocab_size in (32000, 32016):
+        return "Code Llama"
     return {LLAMA2_ROPE_THETA: "Llama 2", LLAMA3_ROPE_THETA: "Llama 3"}.get(
         args.rope_theta, "unknown"
     )
@@ -114,7 +121,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
-    path = Path(tokenizer_path or ckpt.tokenizer_path)
+    path = _path(tokenizer_path or ckpt.tokenizer_path)
     faults = verification.verify(ckpt, args, path, progress=True)
     for fault in faults:
         print(fault)
@@ -152,12 +159,12 @@ def convert_folder(
     convert.convert(
         ckpt,
         args,
-        Path(dst),
+        _path(dst),
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
         tokenizer=tokenizer,
-        tokenizer_path=Path(tokenizer_path or ckpt.tokenizer_path),
+        tokenizer_path=_path(tokenizer_path or ckpt.tokenizer_path),
         force=force,
         progress=True,
     )

@@ -194,5 +194,7 @@ def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
         shape = (n_slots, n_positions, n_heads, head_dim)
         return torch.zeros(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
     n_bytes = math.prod(shape) * like.element_size()
-    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Windows has neither the flags nor forks
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    pages = mmap.mmap(-1, n_bytes, **flags)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)

@@ -7,29 +7,12 @@ is rejected.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypedDict, get_args
+from functools import partial
+from typing import Protocol
 
-Role = Literal["system", "user", "assistant", "ipython"]
+from llama.dialog import Dialog, Message, Role, normalize_dialog, normalize_message
 
-
-class _RoleAndContent(TypedDict):
-    role: Role
-    content: str
-
-
-class Message(_RoleAndContent, total=False):
-    """One turn of a dialog. A tool's output has the role ``ipython``.
-
-    From Llama 3.1 on, assistant messages have two optional keys: ``tool_call``, the text after
-    ``<|python_tag|>``, and ``eom``, whether the message ends in ``<|eom_id|>`` (the assistant waits
-    for the tool) instead of ``<|eot_id|>`` (the turn is over).
-    """
-
-    tool_call: str
-    eom: bool
-
-
-Dialog = Sequence[Message]
+__all__ = ["ChatFormat", "Dialog", "Llama2ChatFormat", "Message", "Role"]
 
 
 class ChatTokenizer(Protocol):
@@ -67,16 +50,14 @@ class ChatFormat:
         """Encode the header of ``message``.
 
         Raises:
-            ValueError: the message isn't a dict of a known role and a string, or has keys that this
+            ValueError: the message isn't a dict of a known role and a text, or has keys that this
                 model doesn't support.
         """
-        self._check(message, "the message")
-        return self._header(message["role"])
+        return self._header(self._normalized(message)["role"])
 
     def encode_message(self, message: Message) -> list[int]:
         """Encode a whole message, including its ``<|eot_id|>`` or ``<|eom_id|>``."""
-        self._check(message, "the message")
-        return self._message(message)
+        return self._message(self._normalized(message))
 
     def encode_dialog_prompt(
         self, dialog: Dialog, *, continue_final_message: bool = False
@@ -90,10 +71,8 @@ class ChatFormat:
         Raises:
             ValueError: the dialog is empty, or one of its messages isn't valid.
         """
-        check_dialog(dialog, continue_final_message)
         ids = [self.tokenizer.bos_id]
-        for i, message in enumerate(dialog):
-            self._check(message, f"message {i}")
+        for message in normalize_dialog(dialog, continue_final_message, self._normalized):
             ids += self._message(message)
         return ids[:-1] if continue_final_message else ids + self._header("assistant")
 
@@ -101,8 +80,8 @@ class ChatFormat:
         """Whether a new text starts after these ids, so that its leading space is dropped."""
         return False
 
-    def _check(self, message: Message, where: str) -> None:
-        check_message(message, where, tools=self.tool_call_id is not None)
+    def _normalized(self, message: Message, where: str = "the message") -> Message:
+        return normalize_message(message, where, tools=self.tool_call_id is not None)
 
     def _message(self, message: Message) -> list[int]:
         special = self.tokenizer.special_tokens
@@ -121,64 +100,6 @@ class ChatFormat:
             special["<|end_header_id|>"],
             *self.tokenizer.encode("\n\n", bos=False, eos=False),
         ]
-
-
-def check_dialog(dialog: Dialog, continue_final_message: bool) -> None:
-    if not dialog:
-        raise ValueError("the dialog is empty, expected at least one message")
-    if continue_final_message and dialog[-1].get("role") != "assistant":
-        raise ValueError(
-            f"continue_final_message is set, but message {len(dialog) - 1}, the last, has the role "
-            f"{dialog[-1].get('role')!r:.40}, expected 'assistant'"
-        )
-    if continue_final_message and dialog[-1].get("eom"):
-        raise ValueError(
-            f"continue_final_message is set, but message {len(dialog) - 1}, the last, has 'eom', "
-            "which ends it: leave 'eom' out"
-        )
-
-
-_TOOL_KEYS = {"tool_call": str, "eom": bool}
-
-
-def check_message(message: Message, where: str, *, tools: bool) -> None:
-    """Raise ValueError unless the message is valid; ``where`` names it, as in ``message 2``.
-
-    Args:
-        tools: the model supports tool calls (Llama 3.1 and later).
-    """
-    keys = set(message) if isinstance(message, dict) else set()
-    if not {"role", "content"} <= keys or keys - {"role", "content", *_TOOL_KEYS}:
-        more = ", and optionally 'tool_call' and 'eom'" if tools else ""
-        raise ValueError(
-            f"{where} is {message!r:.200}, expected a dict of 'role' and 'content'{more}"
-        )
-    role = message["role"]
-    roles = [name for name in get_args(Role) if tools or name != "ipython"]
-    if not tools and (role == "ipython" or keys & set(_TOOL_KEYS)):
-        found = "the role 'ipython'" if role == "ipython" else f"{min(keys & set(_TOOL_KEYS))!r}"
-        raise ValueError(
-            f"{where} has {found}, which needs Llama 3.1 or later: for such a model, open the "
-            "tokenizer with llama31=True"
-        )
-    if role not in roles:
-        raise ValueError(f"{where} has the role {role!r}, expected one of {', '.join(roles)}")
-    if not isinstance(message["content"], str):
-        raise ValueError(
-            f"the content of {where} is a {type(message['content']).__name__}, expected a str"
-        )
-    for key, kind in _TOOL_KEYS.items():
-        if key not in keys:
-            continue
-        if role != "assistant":
-            raise ValueError(
-                f"{where} has {key!r} but the role {role!r}, expected it in assistant messages only"
-            )
-        value = dict(message)[key]
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"the {key} of {where} is a {type(value).__name__}, expected a {kind.__name__}"
-            )
 
 
 # --- Llama 2 ------------------------------------------------------------------------------------
@@ -218,18 +139,18 @@ class Llama2ChatFormat:
             ValueError: a message isn't valid or contains a tag of this format, or the messages
                 don't alternate between user and assistant, after an optional system message.
         """
-        check_dialog(dialog, continue_final_message)
-        for i, message in enumerate(dialog):
-            check_message(message, f"message {i}", tools=False)
+        normalize = partial(normalize_message, tools=False)
+        messages = normalize_dialog(dialog, continue_final_message, normalize)
+        for i, message in enumerate(messages):
             self._refuse_tags(message["content"], i)
-        turns = _turns(dialog[:-1] if continue_final_message else dialog)
+        turns = _turns(messages[:-1] if continue_final_message else messages)
         ids: list[int] = []
         for question, answer in zip(turns[:-1:2], turns[1::2], strict=True):
             text = f"{B_INST} {question.strip()} {E_INST} {answer.strip()} "
             ids += [*self._begin(text), self.tokenizer.eos_id]
         text = f"{B_INST} {turns[-1].strip()} {E_INST}"
         if continue_final_message:
-            text += f" {dialog[-1]['content'].strip()}"
+            text += f" {messages[-1]['content'].strip()}"
         return ids + self._begin(text)
 
     def _begin(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -16,7 +16,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from llama.chat import ChatFormat, ChatTokenizer, Dialog, Llama2ChatFormat, check_dialog
+from llama.chat import ChatFormat, ChatTokenizer, Llama2ChatFormat
+from llama.dialog import Dialog, Message, normalize_dialog, text_of
 
 # The formats of chat.py as templates: written by ``convert``, and compared with a folder's own.
 LLAMA3_TEMPLATE = (
@@ -86,13 +87,11 @@ class TemplateChatFormat:
             ValueError: a message isn't valid or holds the name of an added token, or the template
                 refuses the dialog.
         """
-        check_dialog(dialog, continue_final_message)
-        for i, message in enumerate(dialog):
-            self._check(message, f"message {i}")
-        messages = [dict(message) for message in dialog]
+        given = normalize_dialog(dialog, continue_final_message, self._normalized)
+        messages = [dict(message) for message in given]
         text = self.render(messages, add_generation_prompt=not continue_final_message)
         if continue_final_message:
-            content = dialog[-1]["content"].strip()
+            content = given[-1]["content"].strip()
             text = text[: text.rindex(content) + len(content)]
         return list(self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all"))
 
@@ -113,23 +112,24 @@ class TemplateChatFormat:
         """
         return render(self.template, self.tokenizer, messages, add_generation_prompt)
 
-    def _check(self, message: Any, where: str) -> None:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(
-                f"{where} is {message!r:.200}, expected a dict of 'role' and 'content', a str"
-            )
+    def _normalized(self, message: Any, where: str) -> Message:
+        """The message with its content as one string. Its other keys are the template's matter."""
+        content = text_of(message, where)
         if extra := sorted(message.keys() & {"tool_call", "eom"}):
             raise ValueError(
                 f"{where} has {extra[0]!r}, which this folder's chat template doesn't have: write "
                 "it into the content"
             )
-        is_answer = message.get("role") == "assistant"
-        for name in self._names:
-            if name in message["content"] and not (is_answer and _IS_TAG.fullmatch(name)):
-                raise ValueError(
-                    f"the content of {where} holds {name!r}, which is a control token of this "
-                    "folder's chat template: remove it, or ask the user to"
-                )
+        is_answer = message["role"] == "assistant"
+        for key, value in (message | {"content": content}).items():
+            text = value if isinstance(value, str) else _to_json(value)
+            for name in self._names:
+                if name in text and not (is_answer and _IS_TAG.fullmatch(name)):
+                    raise ValueError(
+                        f"the {key} of {where} holds {name!r}, which is a control token of this "
+                        "folder's chat template: remove it, or ask the user to"
+                    )
+        return cast(Message, message | {"content": content})
 
     def _find_answer_start(self) -> str:
         """The text after a dialog that begins an answer, without control tokens."""
@@ -232,7 +232,7 @@ def render(
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=str, **options)
 
 
 class _Generation(jinja2.ext.Extension):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama.build import build_model
-from llama.chat import B_INST, B_SYS, E_INST, E_SYS, Dialog, Role
+from llama.chat import B_INST, B_SYS, E_INST, E_SYS
 from llama.chat_template import AnyChatFormat, chat_format
 from llama.completions import (
     ChatPrediction,
@@ -16,6 +16,7 @@ from llama.completions import (
     complete,
     run,
 )
+from llama.dialog import Dialog, Role, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
 from llama.model import Transformer
@@ -260,6 +261,7 @@ class Llama:
 
         For other arguments and errors, see ``stream`` and ``ChatFormat``.
         """
+        check_dialogs(dialogs)
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs)
         tokens = [
             self.formatter.encode_dialog_prompt(
@@ -343,5 +345,5 @@ class Llama:
 
 def _repeat(prompts: list[list[int]], n: int) -> list[list[int]]:
     if type(n) is not int or n < 1:
-        raise ValueError(f"n is {n!r}, expected 1 or more")
+        raise ValueError(f"n is {n!r}, expected an integer of at least 1")
     return [prompt for prompt in prompts for _ in range(n)]

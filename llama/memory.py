@@ -143,8 +143,8 @@ def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:
 
 def _free_host_bytes() -> int | None:
     meminfo = _ROOT / "proc/meminfo"
-    if not meminfo.is_file():  # macOS reports the total only
-        names = os.sysconf_names
+    if not meminfo.is_file():  # macOS reports the total only, Windows has no sysconf
+        names = getattr(os, "sysconf_names", {})
         if "SC_PHYS_PAGES" not in names:
             return None
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -55,7 +55,8 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "max_gen_len" and value is None):
-                raise TypeError(f"{name} is {value!r}, expected a number")
+                expected = "an integer" if kind is numbers.Integral else "a number"
+                raise TypeError(f"{name} is {value!r}, expected {expected}")
         if self.max_gen_len is not None and self.max_gen_len < 0:
             raise ValueError(f"max_gen_len is {self.max_gen_len}, expected 0 or more")
         if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature < math.inf:

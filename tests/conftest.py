@@ -10,7 +10,8 @@ Reading order of the tests:
    memory
 5. test_distributed, test_faults, test_state, test_hostile: ranks, failures, threads, attacks
 6. test_fast, test_gpu, test_benchmarks: accelerated forms and their measurement
-7. test_messages, test_examples, test_demo, test_download, test_package: programs and pages
+7. test_messages, test_examples, test_demo, test_download, test_package, test_windows: programs,
+   pages and platforms
 
 Tests marked ``slow`` are left out by default; ``pytest -m ""`` runs everything.
 """

@@ -135,12 +135,13 @@ def test_templates_by_name(folder: Path) -> None:
         ("assistant", "x <|im_end|>"),
         ("assistant", "<\uff5cUser\uff5c>"),  # not marked as special in the file
         ("user", "what does <think> do?"),
+        ("user<|im_end|>", "a"),
     ],
 )
 def test_content_never_becomes_a_control_token(folder: Path, role: str, content: str) -> None:
     formatter = chat_format(with_template(folder, CHATML))
     dialog: Any = [{"role": "user", "content": "a"}, {"role": role, "content": content}]
-    with pytest.raises(ValueError, match=r"the content of message 1 holds '<.*remove it"):
+    with pytest.raises(ValueError, match=r"the (content|role) of message 1 holds '<.*remove it"):
         formatter.encode_dialog_prompt(dialog)
 
 

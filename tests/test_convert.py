@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llama import Llama, Tokenizer, __main__
+from llama import Llama, ModelArgs, Tokenizer, __main__
+from llama.chat_template import TemplateChatFormat
 from llama.checkpoint import convert
 from llama.checkpoint.folder import find_checkpoint
 from llama.vocab.tokenizer_json import tokenizer_json
@@ -616,6 +617,46 @@ def test_info(tmp_path: Path, stories: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "demo")
     (tmp_path / "demo" / "consolidated.00.pth").write_bytes(b"")
     assert "wrong:       " in cli("info", tmp_path / "demo", code=1)
+
+
+@pytest.mark.parametrize(
+    ("theta", "vocab_size", "family"),
+    [
+        (1e4, 32000, "Llama 2"),
+        (1e6, 32000, "Code Llama"),
+        (1e6, 32016, "Code Llama"),
+        (1e6, 512, "unknown"),
+    ],
+)
+def test_families_of_sentencepiece_models(theta: float, vocab_size: int, family: str) -> None:
+    assert __main__._family(ModelArgs(rope_theta=theta, vocab_size=vocab_size)) == family
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEMO, tmp_path / "models" / "demo")
+    folder, tokenizer = "~/models/demo", "~/models/tokenizer.model"
+    (tmp_path / folder[2:] / "tokenizer.model").rename(tmp_path / tokenizer[2:])
+    llm = Llama.build(folder, tokenizer, device="cpu")
+    assert llm.tokenizer.n_words == Tokenizer(tokenizer).n_words
+    assert "family: " in cli("info", folder, "--tokenizer_path", tokenizer)
+    cli("convert", folder, "~/new", "--tokenizer_path", tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "new"]
+    assert "no faults found" in cli("verify", "~/new")
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint folder at '{tmp_path}/none'"):
+        Llama.build("~/none")
+
+
+def test_files_next_to_the_tokenizer_are_found_in_the_home_folder(
+    tmp_path: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(stories / "hf" / "tokenizer.model", tmp_path)
+    template = json.dumps({"chat_template": "{{ messages[0]['content'] }}"})
+    (tmp_path / "tokenizer_config.json").write_text(template)
+    llm = Llama.build(str(stories / "hf"), "~/tokenizer.model", max_seq_len=64, device="cpu")
+    assert isinstance(llm.formatter, TemplateChatFormat)
 
 
 def test_one_prompt_from_the_command_line(stories: Path) -> None:

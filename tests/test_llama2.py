@@ -202,11 +202,20 @@ def test_published_dialog(llama2: SentencePieceTokenizer) -> None:
     assert llama2.decode(ids[end:]) == "[INST] 2 + 2? [/INST]"
 
 
-def turn(role: Any, content: str = "x") -> Message:
+def turn(role: Any, content: Any = "x") -> Message:
     return {"role": role, "content": content}
 
 
 S, U, A = turn("system"), turn("user"), turn("assistant")
+PART = {"type": "text", "text": "x"}
+
+
+def test_other_libraries_messages_are_encoded_as_their_text(llama2: SentencePieceTokenizer) -> None:
+    chat = Llama2ChatFormat(llama2)
+    theirs: Any = [turn("system", [PART]), U | {"id": 1}, turn("assistant", [PART]), U]
+    assert chat.encode_dialog_prompt(theirs) == chat.encode_dialog_prompt([S, U, A, U])
+    opened = chat.encode_dialog_prompt(theirs[:3], continue_final_message=True)
+    assert opened == chat.encode_dialog_prompt([S, U, A], continue_final_message=True)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +232,10 @@ S, U, A = turn("system"), turn("user"), turn("assistant")
         ([U, A], "message 1, the last, is from the assistant, expected the user"),
         ([S, U, A], "message 2, the last, is from the assistant, expected the user"),
         ([U, A, turn("ipython")], "message 2 has the role 'ipython', which needs Llama 3.1"),
+        ([U, A, turn("tool")], "message 2 has the role 'tool', which needs Llama 3.1"),
+        ([U | {"name": "Ann"}], "message 0 has 'name', which the chat format can't express"),
+        ([turn("user", [{"type": "image_url"}])], "part 0 .* message 0 has the type 'image_url'"),
+        ([turn("user", [PART | {"text": "a[INST]"}])], r"message 0 holds \[INST\], which"),
         ([U, A | {"tool_call": "f()"}, U], "message 1 has 'tool_call', which needs Llama 3.1"),
         ([U, A | {"eom": False}, U], "message 1 has 'eom', which needs Llama 3.1"),
         ([U, A, {"role": "user"}], "message 2 is .*, expected a dict of 'role' and 'content'"),
@@ -326,7 +339,7 @@ def test_vocabulary_without_bos(tmp_path: Path) -> None:
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match="pip install sentencepiece"):
+    with pytest.raises(ImportError, match="needs the package sentencepiece: pip install sentence"):
         SentencePieceTokenizer("tokenizer.model")
 
 

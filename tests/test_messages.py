@@ -161,13 +161,27 @@ def test_a_rank_timeout_that_would_end_healthy_ranks(folder: Path, timeout: floa
         (["original/params.json", "config.json"], "Meta's files are in '.*original'"),
         (["8B/params.json", "70B/params.json"], "give one of the folders in it, '70B', '8B'"),
         ([f"{i:02d}.txt" for i in range(12)], r"00\.txt', .*, '09\.txt', and 2 more: "),
+        (["epoch_0/config.json", "x/y.txt"], "give one of the folders in it, 'epoch_0'"),
+        (["refs/main", "blobs/x", "snapshots/5f0b0/config.json"], "cache: .*here/snapshots/5f0b0'"),
+        (["models--a--b/snapshots/5f/config.json"], "cache: .*here/models--a--b/snapshots/5f'"),
+        ([".metadata", "__0_0.distcp"], "FSDP.* run: accelerate merge-weights '.*here' OUTPUT,"),
+        (
+            ["config.json", "optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp"],
+            "FSDP.*merge-weights '.*here/pytorch_model_fsdp_0' OUTPUT,",
+        ),
+        (
+            ["config.json", "meta_model_0.pt", "meta_model_1.pt", "params.json"],
+            r"torchtune .*rename 'meta_model_0\.pt' or 'meta_model_1\.pt' to consolidated\.00\.pth",
+        ),
+        (["ft-model-00001-of-00001.bin", "params.json"], r"rename 'ft-model-.*' to consolidated\."),
+        (["config.json", "hf_model_0001_0.pt"], r"torchtune .* to pytorch_model-NUMBER\.bin"),
     ],
 )
 def test_a_folder_without_a_checkpoint(tmp_path: Path, names: list[str], advice: str) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     with pytest.raises(FileNotFoundError, match=rf"'{folder}' holds no consolidated.*{advice}"):
         Llama.build(str(folder))

@@ -188,9 +188,9 @@ def test_top_p_zero_takes_the_likeliest_token(llm: Llama) -> None:
         ({"stop": [""]}, "stop has '', expected strings"),
         ({"stop": [1.5]}, "stop has 1.5, expected strings"),
         ({"top_logprobs": -1}, "top_logprobs is -1, expected 0 or more"),
-        ({"top_logprobs": "x"}, "top_logprobs is 'x', expected a number"),
-        ({"n": 0}, "n is 0, expected 1 or more"),
-        ({"n": 1.5}, "n is 1.5, expected 1 or more"),
+        ({"top_logprobs": "x"}, "top_logprobs is 'x', expected an integer"),
+        ({"n": 0}, "n is 0, expected an integer of at least 1"),
+        ({"n": 1.0}, "n is 1.0, expected an integer of at least 1"),
     ],
 )
 def test_invalid_options_are_refused(llm: Llama, options: dict[str, Any], message: str) -> None:

@@ -24,7 +24,7 @@ ORDER = [
     {"device"},
     {"checkpoint.sharding"},
     {"vocab"},
-    {"detokenizer", "sampling"},
+    {"detokenizer", "dialog", "sampling"},
     {"chat", "chat_template"},
     {"tokenizer"},
     {"request"},

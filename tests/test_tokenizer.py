@@ -2,6 +2,7 @@
 
 import base64
 import codecs
+import copy
 import os
 import random
 from pathlib import Path
@@ -237,18 +238,69 @@ def test_content_is_stripped_as_published(tokenizer: Tokenizer) -> None:
     )
 
 
+def text_part(content: str) -> dict[str, str]:
+    """A text part, as in OpenAI's messages."""
+    return {"type": "text", "text": content}
+
+
+def test_other_libraries_messages_are_encoded_as_their_text(real31: Tokenizer) -> None:
+    chat = ChatFormat(real31)
+    theirs: Any = [
+        {"role": "system", "content": [text_part("Be "), text_part("brief.")]},
+        {"role": "user", "content": [text_part("hi") | {"cache_control": {}}], "timestamp": 5},
+        {"role": "assistant", "content": "Hello.", "id": "x", "refusal": None, "annotations": []}
+        | {"name": None, "tool_calls": None, "function_call": None},
+        {"role": "tool", "content": [], "tool_call_id": "call_1"},
+    ]
+    before = copy.deepcopy(theirs)
+    ours: Dialog = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "ipython", "content": ""},
+    ]
+    assert chat.encode_dialog_prompt(theirs) == chat.encode_dialog_prompt(ours)
+    assert theirs == before
+    for each, same in zip(theirs, ours, strict=True):
+        assert chat.encode_message(each) == chat.encode_message(same)
+        assert chat.encode_header(each) == chat.encode_header(same)
+
+
 @pytest.mark.parametrize(
     ("dialog", "message"),
     [
         ([], "the dialog is empty"),
         ([{"role": "narrator", "content": "x"}], "'narrator', expected one of system, user"),
         ([{"role": "user"}], "'role' and 'content'"),
-        ([{"role": "user", "content": "x", "name": "Ann"}], "'name'"),
-        ([{"role": "user", "content": 5}], "content of message 0 is a int"),
+        (
+            [{"role": "user", "content": "x", "name": "Ann"}],
+            "message 0 has 'name', .* leave it out",
+        ),
+        ([{"role": "user", "content": "x", "images": [b""]}], "'images', .*read text only"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+            "'tool_calls', .*'tool_call' ",
+        ),
+        (
+            [{"role": "assistant", "content": "", "function_call": {"name": "f"}}],
+            "'function_call',",
+        ),
+        ([{"role": "user", "content": 5}], "content of message 0 is a int, expected a str or a li"),
+        ([{"role": "assistant", "content": None}], "content of message 0 is a NoneType"),
+        (
+            [{"role": "user", "content": [text_part("a"), {"type": "image_url", "image_url": {}}]}],
+            "part 1 of the content of message 0 has the type 'image_url', .*read text only",
+        ),
+        ([{"role": "user", "content": ["a"]}], "part 0 .* is 'a', expected {'type': 'text'"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "part 0 .* is {'text': 'a'}, expected"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "part 0 .* is {'type': 'text'}, exp"),
         ([{"role": "ipython", "content": "4"}], "message 0 has the role 'ipython', .* Llama 3.1"),
+        ([{"role": "tool", "content": "4"}], "message 0 has the role 'tool', .* Llama 3.1"),
         ([{"role": "assistant", "content": "", "tool_call": "x"}], "'tool_call', .* Llama 3.1"),
         ([{"role": "assistant", "content": "", "eom": False}], "'eom', which needs Llama 3.1"),
         (["hello"], "expected a dict"),
+        ("hello", r"the dialog is 'hello', expected a list of messages: write \[message\]"),
+        ({"role": "user", "content": "x"}, r"the dialog is {'role': .*: write \[message\]"),
     ],
 )
 def test_invalid_dialogs(tokenizer: Tokenizer, dialog: Any, message: str) -> None:
@@ -259,8 +311,9 @@ def test_invalid_dialogs(tokenizer: Tokenizer, dialog: Any, message: str) -> Non
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ({"role": "narrator", "content": "x"}, "expected one of system, user, assistant, ipython"),
-        ({"role": "assistant", "content": "x", "name": "Ann"}, "'name'.*optionally 'tool_call'"),
+        ({"role": "narrator", "content": "x"}, "one of system, user, assistant, ipython, tool"),
+        ({"role": "assistant", "content": "x", "name": "Ann"}, "the message has 'name'"),
+        ({"role": "assistant"}, "the message is .*, expected a dict of 'role' and 'content'"),
         ({"role": "assistant", "content": "", "tool_call": None}, "tool_call of .* is a NoneType"),
         ({"role": "assistant", "content": "", "eom": 1}, "eom of the message is a int"),
         ({"role": "user", "content": "", "eom": True}, "'eom' but the role 'user'"),
@@ -268,6 +321,7 @@ def test_invalid_dialogs(tokenizer: Tokenizer, dialog: Any, message: str) -> Non
             {"role": "ipython", "content": "", "tool_call": "x"},
             "'tool_call' but the role 'ipython'",
         ),
+        ({"role": "tool", "content": "", "eom": True}, "'eom' but the role 'tool'"),
     ],
 )
 def test_invalid_messages_of_llama31(real31: Tokenizer, message: Any, error: str) -> None:

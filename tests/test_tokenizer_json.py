@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.chat import Llama2ChatFormat
-from llama.chat_template import NoChatFormat, chat_format
+from llama.chat_template import NoChatFormat, TemplateChatFormat, chat_format
 from llama.detokenizer import Detokenizer
 from llama.tokenizer import AnyTokenizer
 from llama.vocab.huggingface import HuggingFaceTokenizer
@@ -410,3 +410,23 @@ def test_no_chat_format(tmp_path: Path, demo_json: dict[str, Any]) -> None:
     assert tokenizer.encode("a", True, True) == tokenizer.encode("a", False, False)
     with pytest.raises(ValueError, match="this model has no chat format"):
         formatter.encode_dialog_prompt(DIALOGS[0])
+
+
+def test_a_template_gets_text_parts_as_text_and_other_keys_as_given(
+    tmp_path: Path, demo_json: dict[str, Any]
+) -> None:
+    template = "{% for m in messages %}({{ m.role }} {{ m.name }}: {{ m.content }}){% endfor %}"
+    formatter = chat_format(write(tmp_path, demo_json, chat_template=template))
+    assert isinstance(formatter, TemplateChatFormat)
+    part = {"type": "text", "text": "hi"}
+    dialog: Any = [{"role": "user", "content": [part, part], "name": "Ann"}]
+    dialog.append({"role": "tool", "content": "4", "name": "f"})
+    ids = formatter.encode_dialog_prompt(dialog)
+    assert formatter.tokenizer.decode(ids) == "(user Ann: hihi)(tool f: 4)"
+    dialog[0]["content"][0] = {"type": "image_url"}
+    with pytest.raises(ValueError, match="part 0 of the content of message 0 has the type 'image"):
+        formatter.encode_dialog_prompt(dialog)
+    with pytest.raises(ValueError, match="message 1, the last, has the role 'tool', expected"):
+        formatter.encode_dialog_prompt(
+            [{"role": "user", "content": "a"}, dialog[1]], continue_final_message=True
+        )

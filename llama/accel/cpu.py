@@ -150,6 +150,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this is glibc and it accepted the settings.
     """
+    if platform.system() != "Linux":  # on Windows, CDLL(None) raises TypeError
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

@@ -96,7 +96,7 @@ def convert(
                 _write_tokenizer(tokenizer, part)
                 _write_huggingface(weights, keys, part, dtype, tokenizer, bar.update)
         for path in part.iterdir():
-            with path.open("rb") as file:
+            with path.open("rb+") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
         replaced = _put_in_place(part, target, sources, force)
     except OSError as error:
@@ -294,7 +294,7 @@ def _write_native(
     sums["params.json"] = hashlib.md5(params.encode(), usedforsecurity=False).hexdigest()
     lines = (f"{digest}  {name}\n" for name, digest in sums.items())
     (folder / "checklist.chk").write_text("".join(lines))
-    (folder / "params.json").write_text(params)
+    (folder / "params.json").write_bytes(params.encode())  # write_text changes \n on Windows
 
 
 def _dtype(weights: Weights, key: str) -> torch.dtype:

@@ -6,6 +6,8 @@ counts as one shard.
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +120,7 @@ def find_checkpoint(folder: str) -> Checkpoint:
         FileNotFoundError: the folder, or a file in it, is missing.
         ValueError: params.json or config.json can't be read or describes another kind of model.
     """
+    folder = os.path.expanduser(folder)
     path = Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -142,6 +145,32 @@ def find_checkpoint(folder: str) -> Checkpoint:
 
 def _what_is_missing(folder: Path, present: list[str]) -> str:
     endings = {name.rpartition(".")[2] for name in present}
+    snapshots = [*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*")]
+    if snapshots:
+        found = " or ".join(sorted(repr(str(path)) for path in snapshots)[:10])
+        return f"this is Hugging Face's cache: give the folder of a model in it, {found}"
+    if parts := [*folder.glob("*.distcp"), *folder.glob("pytorch_model*/*.distcp")]:
+        return (
+            "these are parts of a torch.distributed.checkpoint (FSDP): have the training program "
+            "save the whole model, or, if it used transformers or accelerate, run: accelerate "
+            f"merge-weights {str(parts[0].parent)!r} OUTPUT, and copy the base model's config.json "
+            "and tokenizer to OUTPUT"
+        )
+    by_torchtune = [name for name in present if re.fullmatch(r"meta_model_\d+\.pt", name)]
+    if "params.json" in present and "config.json" not in present:  # its name since version 0.5
+        by_torchtune += [name for name in present if name.endswith("model-00001-of-00001.bin")]
+    if by_torchtune:
+        return (
+            "torchtune writes Meta's format under another name: rename "
+            f"{' or '.join(map(repr, by_torchtune))} to consolidated.00.pth, next to the base "
+            "model's params.json and tokenizer.model"
+        )
+    if any(re.fullmatch(r"hf_model_\d+_\d+\.pt", name) for name in present):  # before 0.5
+        return (
+            "torchtune wrote Hugging Face's format under another name: rename "
+            "hf_model_NUMBER_EPOCH.pt, for the numbers of one epoch, to pytorch_model-NUMBER.bin, "
+            "next to the base model's config.json and tokenizer"
+        )
     if "original" in present:
         return f"Meta's files are in {str(folder / 'original')!r}"
     if "config.json" in present and endings & {"bin", "pt", "h5", "msgpack"}:
@@ -152,7 +181,8 @@ def _what_is_missing(folder: Path, present: list[str]) -> str:
         return "download Hugging Face's config.json too"
     if "gguf" in endings:
         return "llama.cpp's GGUF is not supported: download Meta's or Hugging Face's files"
-    inner = [name for name in present if (folder / name / "params.json").is_file()]
+    configs = ("params.json", "config.json")
+    inner = [name for name in present if any((folder / name / c).is_file() for c in configs)]
     if inner:
         return f"give one of the folders in it, {listed(inner)}"
     return "expected a folder in Meta's native or in Hugging Face's layout"

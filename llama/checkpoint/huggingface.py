@@ -263,8 +263,7 @@ def import_safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "Hugging Face's files need the package safetensors: pip install 'llama[hf]', or "
-            "pip install -e '.[hf]' in a checkout"
+            "Hugging Face's files need the package safetensors: pip install safetensors"
         ) from error
     return safetensors
 

@@ -4,6 +4,7 @@ Rank and number of ranks are arguments, so nothing here needs a process group. F
 only tensors are unpickled, and every key, shape and dtype is checked.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -266,8 +267,10 @@ def _open(path: Path) -> dict[str, Any]:
         check_regular(path)
         with path.open("rb") as file:
             byte_order = pth_safety.check(file)
-            # by its descriptor: the path may name another file by now
+            # by its descriptor: the path may name another file by now. Windows has no /dev/fd, but
+            # doesn't let open files be replaced.
             opened = f"/dev/fd/{file.fileno()}"
+            opened = opened if os.path.exists(opened) else str(path)
             tensors = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise

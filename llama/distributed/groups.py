@@ -198,7 +198,8 @@ def _join(device: torch.device) -> None:
     if device.type == "mps" and n_processes() > 1:
         raise ValueError("MPS can't run several processes: give device='cpu', or start one process")
     options: dict[str, Any] = {"backend": "gloo"}
-    if device.type == "cuda":
+    # one process needs no NCCL, which torch for Windows lacks; resolve_device refuses several
+    if device.type == "cuda" and dist.is_nccl_available():
         options = {"backend": "nccl", "device_id": device}
     try:
         dist.init_process_group(**options, timeout=_FOREVER)
@@ -270,8 +271,9 @@ def _after_fork_in_child() -> None:
         collectives.watchdog = None
 
 
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

@@ -18,6 +18,7 @@ import math
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -57,7 +58,9 @@ class Watchdog:
         self._rank = rank
         # its own connection: on the process group's, it would queue behind blocking calls
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False)
+        # use_libuv chooses the server's implementation, but torch for Windows, which is built
+        # without libuv, refuses it in clients too
+        store = TCPStore(address, port, is_master=False, use_libuv=False)
         self._store = PrefixStore(f"llama/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         self._keys = [f"heartbeat/{r}" for r in range(n_ranks)]
         self._n_beats = 0
@@ -73,8 +76,9 @@ class Watchdog:
         self._launchers = [int(launcher) for launcher, _ in processes]
         self._pids = [int(pid) for _, pid in processes]
         self._forking = threading.local()  # the signal mask of a thread that forks
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_writer, False)
+        # sockets: on Windows, neither select nor set_wakeup_fd takes pipes
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
         self._handle_sigterm()
         self._previous_hook = sys.excepthook
         sys.excepthook = self._uncaught
@@ -127,7 +131,7 @@ class Watchdog:
             self._has_left = True
             with contextlib.suppress(RuntimeError):
                 self._store.set(self._keys[self._rank], _LEFT)
-        os.write(self._wake_writer, b"\0")
+        self._wake_writer.send(b"\0")
         self._thread.join()
 
     def before_fork(self) -> None:
@@ -139,15 +143,15 @@ class Watchdog:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def detach_child(self) -> None:
-        """In a forked process: remove the rank's signal handler, pipe and excepthook. Otherwise a
-        SIGTERM to the child would reach the rank through the shared pipe and end all ranks."""
+        """In a forked process: remove the rank's signal handler, sockets and excepthook. Otherwise
+        a SIGTERM to the child would reach the rank through the shared sockets and end all ranks."""
         if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             descriptor = signal.set_wakeup_fd(-1)
-            if descriptor not in (-1, self._wake_writer):  # an event loop's
+            if descriptor not in (-1, self._wake_writer.fileno()):  # an event loop's
                 signal.set_wakeup_fd(descriptor)
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        self._wake_reader.close()
+        self._wake_writer.close()
         if sys.excepthook == self._uncaught:
             sys.excepthook = self._previous_hook
         self.after_fork()
@@ -231,7 +235,7 @@ class Watchdog:
     def _run(self) -> None:
         while True:
             ready, _, _ = select.select([self._wake_reader], [], [], _INTERVAL)
-            terminated = ready and signal.SIGTERM in os.read(self._wake_reader, 4096)
+            terminated = ready and signal.SIGTERM in self._wake_reader.recv(4096)
             # the user's program may have installed its own handler since
             if terminated and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
                 self._terminated()
@@ -289,12 +293,12 @@ class Watchdog:
         if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
             return
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        other = signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+        other = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         if other != -1:  # an event loop's
             signal.set_wakeup_fd(other)
 
     def _on_sigterm(self, number: int, frame: object) -> None:
-        os.write(self._wake_writer, bytes([number]))
+        self._wake_writer.send(bytes([number]))
 
     def _terminated(self) -> NoReturn:
         with contextlib.suppress(RuntimeError):
@@ -306,6 +310,8 @@ class Watchdog:
 
 def _state(pid: int) -> str:
     """State of a process as Linux's letter: Z or X if it has exited, T if it is stopped."""
+    if sys.platform == "win32":  # os.kill(pid, 0) would send Ctrl+C; heartbeats have to do
+        return "R"
     try:
         os.kill(pid, 0)
         if sys.platform != "linux":

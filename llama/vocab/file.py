@@ -15,7 +15,8 @@ LARGEST_VOCABULARY = 2**20  # tokens
 
 
 def read_vocabulary(path: str, size: int = -1) -> bytes:
-    """The first ``size`` bytes of a vocabulary file, by default all of them.
+    """The first ``size`` bytes of a vocabulary file, by default all of them. ``~`` is the home
+    folder.
 
     ``tiktoken.load`` isn't used because it caches by path string: a relative ``tokenizer.model``
     could return another model's file.
@@ -24,12 +25,12 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
         FileNotFoundError: the file doesn't exist.
         ValueError: it is a failed download, or too large.
     """
+    path = os.path.expanduser(path)
     try:
-        if os.path.exists(path) and not os.path.isdir(
-            path
-        ):  # else it may be a cloud path of blobfile
+        if os.path.exists(path) and not os.path.isdir(path):
             check_regular(path)
-        with blobfile.BlobFile(path, "rb") as file:
+        # blobfile is for cloud paths; it takes the drive in C:\tokenizer.model for one
+        with (blobfile.BlobFile if "://" in path else open)(path, "rb") as file:
             data = bytes(file.read(min(size % 2**63, _LARGEST + 1)))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(

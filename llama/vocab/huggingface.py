@@ -52,6 +52,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     Raises:
         ValueError: one can't be read.
     """
+    folder = folder.expanduser()
 
     def read(name: str) -> dict[str, Any]:
         path = folder / name
