@@ -77,9 +77,16 @@ def huggingface_folder(folder: Path) -> None:
     config = huggingface.write_config(args, 8192, torch.float32)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (folder / huggingface.INDEX).write_text(json.dumps(index))
     (folder / "tokenizer.model").write_bytes(vocabulary())
+
+
+def indexed_folder(folder: Path) -> None:
+    """The same with an index, which is read only without a model.safetensors."""
+    huggingface_folder(folder)
+    name = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
 
 
 def sentencepiece_folder(folder: Path) -> None:
@@ -182,7 +189,7 @@ TARGETS: dict[str, Target] = {
     "sentencepiece": Target(sentencepiece_folder, "tokenizer.model"),
     "safetensors": Target(huggingface_folder, "model.safetensors"),
     "config.json": Target(huggingface_folder, "config.json"),
-    "index": Target(huggingface_folder, huggingface.INDEX),
+    "index": Target(indexed_folder, huggingface.INDEX),
     "tokenizer.json": Target(tokenizer_json_folder, "tokenizer.json"),
     "checklist.chk": Target(checklist_folder, "checklist.chk", verify_folder),
     "dialog": Target(dialog_folder, "content", ask),

@@ -238,7 +238,7 @@ def test_params_that_ask_for_too_much(
     ["../../etc/passwd", "/etc/passwd", "..", "a/../model.safetensors", "a" * 300 + ".safetensors"],
 )
 def test_an_index_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
-    fuzz.huggingface_folder(tmp_path)
+    fuzz.indexed_folder(tmp_path)
     index = {"weight_map": {"model.norm.weight": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="has no valid weight_map"):
@@ -251,15 +251,19 @@ NAMES = [
     ("native", "tokenizer.model"),
     ("hf", "config.json"),
     ("hf", "model.safetensors"),
-    ("hf", "model.safetensors.index.json"),
+    ("indexed", "model.safetensors.index.json"),
 ]
+MAKE = {
+    "native": fuzz.native_folder,
+    "hf": fuzz.huggingface_folder,
+    "indexed": fuzz.indexed_folder,
+}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
 @pytest.mark.parametrize(("layout", "name"), NAMES[:-1])  # without an index, files are listed
 def test_pipes_and_devices_are_not_read(tmp_path: Path, layout: str, name: str, kind: str) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     (tmp_path / name).unlink()
     if kind == "pipe":
         os.mkfifo(tmp_path / name)
@@ -408,8 +412,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160606
 def test_the_likely_cause_is_named(
     tmp_path: Path, layout: str, name: str, content: bytes, cause: str
 ) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"(?s){name}'.*{cause}"):
         Llama.build(str(tmp_path), device="cpu")
@@ -417,8 +420,7 @@ def test_the_likely_cause_is_named(
 
 @pytest.mark.parametrize(("layout", "name"), NAMES)
 def test_a_truncated_file_is_refused(tmp_path: Path, layout: str, name: str) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     size = (tmp_path / name).stat().st_size
     os.truncate(tmp_path / name, size // 2)
     if name == "tokenizer.model":  # truncated after a line, it is a smaller vocabulary

@@ -222,6 +222,25 @@ def test_sharded_files_and_their_index(folder: Path, weights: dict[str, Tensor])
             build(folder)
 
 
+def test_the_whole_file_comes_before_the_index_and_other_files(
+    folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """As in transformers: folders also hold a consolidated.safetensors, or a stale index."""
+    other = {key: tensor * 2 for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "consolidated.safetensors")
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    names = {"model.norm.weight": "model-00001-of-00009.safetensors"}
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    names = dict.fromkeys(other, "consolidated.safetensors")
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00009.safetensors")
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"] * 2)
+
+
 @pytest.mark.parametrize("damage", ["short", "empty", "garbage", "huge header"])
 def test_damaged_files(folder: Path, damage: str) -> None:
     path = folder / "model.safetensors"

@@ -18,7 +18,8 @@ from torch import Tensor
 from llama.config import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
 
-INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
 _LARGEST_HEADER = 2**20  # bytes; 405B's, if in one file, would have 0.15 million
 # Native module names to Hugging Face's, in a layer and outside.
 _LAYER_NAMES = {
@@ -97,7 +98,8 @@ def pairs_as_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; empty if it isn't in this layout.
+    """The weight files of a folder in transformers' order: the whole file, else those that the
+    index names; else any safetensors files. Empty if the folder isn't in this layout.
 
     Raises:
         FileNotFoundError: the index names a file that is missing.
@@ -105,22 +107,28 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not (folder / "config.json").is_file():
         return []
-    index = folder / INDEX
-    if not index.is_file():
-        # macOS adds a ._NAME to each file on non-Mac file systems
-        return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    if (folder / WHOLE).exists():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder / INDEX)
+    # macOS adds a ._NAME to each file on non-Mac file systems
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+
+
+def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", name)
         for name in weight_map.values()
     ):
         raise ValueError(f"{str(index)!r} has no valid weight_map: download it again")
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{str(folder)!r} lacks {', '.join(missing[:4])}, which {INDEX} names: download them"
+            f"{str(index.parent)!r} lacks {', '.join(missing[:4])}, which {index.name} names: "
+            "download them"
         )
-    return [folder / name for name in names]
+    return files
 
 
 class Config(NamedTuple):
