@@ -49,18 +49,19 @@ from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 @pytest.mark.parametrize("around", ["archive", "nothing"])
 @pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "pytorch_model.bin"])
 def test_a_pickle_runs_nothing(
-    tmp_path: Path, payload: str, around: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, payload: str, around: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz.native_folder(tmp_path)
-    path = tmp_path / "consolidated.00.pth"
+    (fuzz.native_folder if name.endswith(".pth") else fuzz.bin_folder)(tmp_path)
+    path = tmp_path / name
     if around == "archive":
         archive(path, PAYLOADS[payload])
     else:
         path.write_bytes(PAYLOADS[payload])
     monkeypatch.chdir(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    words = "consolidated.00.pth' was not loaded: it holds" if around == "archive" else "consolida"
+    words = f"{name}' was not loaded: it holds" if around == "archive" else f"{name}'"
     with pytest.raises(ValueError, match=words):
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
     assert not (tmp_path / "evil").exists()
@@ -251,11 +252,13 @@ NAMES = [
     ("native", "tokenizer.model"),
     ("hf", "config.json"),
     ("hf", "model.safetensors"),
+    ("bin", "pytorch_model.bin"),
     ("indexed", "model.safetensors.index.json"),
 ]
 MAKE = {
     "native": fuzz.native_folder,
     "hf": fuzz.huggingface_folder,
+    "bin": fuzz.bin_folder,
     "indexed": fuzz.indexed_folder,
 }
 
@@ -429,6 +432,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path, layout: str, name: str) -> 
         words = rf"{name}'.* it has {size // 2:,} bytes, which may be an interrupted download"
     with pytest.raises(ValueError, match=words):
         Llama.build(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("native", "consolidated.00.pth"), ("bin", "pytorch_model.bin")]
+)
+def test_files_of_former_torch_are_named(tmp_path: Path, layout: str, name: str) -> None:
+    """Tensors alone, but not in an archive."""
+    MAKE[layout](tmp_path)
+    tensors = torch.load(tmp_path / name, weights_only=True)
+    torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ValueError, match=rf"{name}' .*torch before 1\.6, .* save it again"
+    ) as error:
+        Llama.build(str(tmp_path), device="cpu")
+    assert "interrupted" not in str(error.value)
 
 
 # --- Random damage ------------------------------------------------------------------------------

@@ -275,8 +275,9 @@ def _read(weights: Weights, key: str, n_ranks: int, rank: int, dtype: torch.dtyp
                 finite = source.masked_fill(~source.isfinite(), 0)
                 if finite.to(tensor.dtype).isinf().any():
                     raise ValueError(
-                        f"{key} holds {finite.abs().max():g}, but the largest {tensor.dtype} is "
-                        f"{torch.finfo(tensor.dtype).max:g}: give --dtype bfloat16 or float32"
+                        f"{weights.stored_key(key)} holds {finite.abs().max():g}, but the largest "
+                        f"{tensor.dtype} is {torch.finfo(tensor.dtype).max:g}: give --dtype "
+                        "bfloat16 or float32"
                     )
     return tensor
 

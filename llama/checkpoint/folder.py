@@ -30,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         layout: "native", or "hf" for Hugging Face's.
-        files: the shards, or the safetensors files.
+        files: the shards, or Hugging Face's safetensors or pytorch_model*.bin files.
         params: fields of ModelArgs. vocab_size is -1 or missing if the tokenizer's is used.
         context: longest context the model was trained for, in tokens; None if not known.
         stop_tokens: ids that end a generation, in addition to the tokenizer's own.

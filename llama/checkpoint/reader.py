@@ -4,17 +4,15 @@ Rank and number of ranks are arguments, so nothing here needs a process group. F
 only tensors are unpickled, and every key, shape and dtype is checked.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import huggingface, pth_safety
+from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
 from llama.checkpoint.sharding import (
     ShardSpec,
@@ -25,8 +23,9 @@ from llama.checkpoint.sharding import (
     narrow,
     shard_specs,
 )
+from llama.checkpoint.tensor_files import open_file
 from llama.config import ModelArgs
-from llama.files import check_regular, listed, summary, what_to_do
+from llama.files import listed
 from llama.pages import release_pages
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
@@ -61,12 +60,13 @@ class Weights:
         """A shard's name and its content, unchecked."""
         ckpt = self.ckpt
         if ckpt.layout == "hf":
-            tensors: dict[str, Any] = huggingface.open_tensors(ckpt.files)
+            contents = ((path, open_file(path)) for path in ckpt.files)
+            tensors = huggingface.by_native_name(contents)
             if ckpt.tied and "tok_embeddings.weight" in tensors:
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
             name = str(ckpt.folder)
         else:
-            tensors, name = _open(ckpt.files[i]), str(ckpt.files[i])
+            tensors, name = open_file(ckpt.files[i]), str(ckpt.files[i])
         if self._stored_specs is None:
             self._stored_specs = self._specs_of(tensors)
         return name, tensors
@@ -142,6 +142,10 @@ class Weights:
         """Whether the rows of a tensor are stored in Hugging Face's order."""
         return self.ckpt.layout == "hf" and huggingface.is_rotated(key)
 
+    def stored_key(self, key: str) -> str:
+        """A tensor's name in the files, for messages."""
+        return huggingface.huggingface_key(key) if self.ckpt.layout == "hf" else key
+
     def release(self, source: Tensor) -> None:
         """Release the pages of a mapped piece, unless another tensor shares its storage."""
         if self._users[source.untyped_storage().data_ptr()] == 1:
@@ -163,10 +167,10 @@ class Weights:
         assert self._stored_specs is not None
         wanted = self._stored_specs
         if missing := wanted.keys() - tensors.keys():
-            keys = listed(sorted(missing))
+            keys = listed(map(self.stored_key, sorted(missing)))
             yield f"{name!r} lacks {keys}: is {self._config_name} of another model?"
         if unknown := tensors.keys() - wanted.keys() - IGNORED_KEYS:
-            keys = listed(sorted(unknown, key=str))
+            keys = listed(map(self.stored_key, sorted(unknown)))
             what = f"{name!r} has the unknown key(s) {keys}"
             yield f"{what}: is {self._config_name} of another model?"
         output = tensors.get("output.weight")
@@ -178,21 +182,21 @@ class Weights:
         for key, spec in wanted.items():
             if key not in tensors:
                 continue
-            tensor = tensors[key]
+            tensor, shown = tensors[key], self.stored_key(key)
             if not _is_plain(tensor):
-                yield f"{key} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
+                yield f"{shown} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
                 continue
             if (other := self._dtypes.setdefault(key, tensor.dtype)) != tensor.dtype:
-                yield f"{key} in {name!r} is {tensor.dtype}, but {other} in another shard"
+                yield f"{shown} in {name!r} is {tensor.dtype}, but {other} in another shard"
             if tensor.dtype not in FLOAT_DTYPES:
                 yield (
-                    f"{key} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 or "
-                    "float64: quantized checkpoints are not supported"
+                    f"{shown} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 "
+                    "or float64: quantized checkpoints are not supported"
                 )
             shape = tuple(b - a for a, b in local_slices(spec, self.ckpt.n_shards, shard))
             if tensor.shape != shape:
                 yield (
-                    f"{key} in {name!r} has the shape {tuple(tensor.shape)}, expected {shape}: "
+                    f"{shown} in {name!r} has the shape {tuple(tensor.shape)}, expected {shape}: "
                     f"is {self._config_name} of another model?"
                 )
 
@@ -259,34 +263,3 @@ def _is_plain(tensor: Any) -> bool:
         and not tensor.is_neg()
         and tensor.untyped_storage().nbytes() >= tensor.nbytes
     )
-
-
-def _open(path: Path) -> dict[str, Any]:
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            byte_order = pth_safety.check(file)
-            # by its descriptor: the path may name another file by now
-            opened = f"/dev/fd/{file.fileno()}"
-            tensors = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except pth_safety.UnsafeFileError as error:
-        raise ValueError(
-            f"{str(path)!r} was not loaded: {error}; expected a dict of dense tensors. Compare it "
-            "with checklist.chk, and ask where it came from"
-        ) from None
-    except MemoryError as error:
-        raise MemoryError(f"{str(path)!r} needs more memory than is available") from error
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise ValueError(
-            f"{str(path)!r} can't be read as a checkpoint ({summary(error)}): {what_to_do(path)}"
-        ) from error
-    if byte_order != sys.byteorder:  # torch would have swapped bytes in pages that we release
-        raise ValueError(
-            f"{str(path)!r} is {byte_order!r:.20}-endian and this machine {sys.byteorder!r}: save "
-            "it again on a machine like this one"
-        )
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
-    return tensors

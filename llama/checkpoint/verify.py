@@ -28,7 +28,7 @@ def verify(ckpt: Checkpoint, args: ModelArgs, *, progress: bool) -> list[str]:
     unknown, of a wrong shape or dtype, or not finite, and shards of different models."""
     faults = []
     listed = read_checklist(ckpt.folder / "checklist.chk")
-    archives = ckpt.files if ckpt.layout == "native" else []
+    archives = [path for path in ckpt.files if path.suffix != ".safetensors"]
     paths = [ckpt.folder / name for name in listed] + archives
     total = sum(path.stat().st_size for path in paths if path.is_file())
     with tqdm(
@@ -60,7 +60,8 @@ def _not_finite(weights: Weights) -> Iterator[str]:
                 n_faults += int((~torch.isfinite(tensor[start:stop])).sum())
                 weights.release(tensor[start:stop])
             if n_faults:
-                yield f"{key} in {str(name)!r} has {n_faults} values that aren't finite"
+                shown = weights.stored_key(key)
+                yield f"{shown} in {str(name)!r} has {n_faults} values that aren't finite"
     try:
         weights.check_same_model()
     except ValueError as error:
