@@ -53,6 +53,7 @@ class Llama:
         rank_timeout: float = 60.0,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
+        adapter: str | None = None,
     ) -> "Llama":
         """Load a checkpoint folder in Meta's or Hugging Face's layout: any text Llama, 2 to 3.3.
 
@@ -82,6 +83,8 @@ class Llama:
             prefix_caching: reuse cached keys and values for a prompt that shares a prefix with an
                 earlier one: the next turn of a dialog prefills only its new tokens. Logits agree
                 up to rounding, not bit for bit.
+            adapter: the folder of a LoRA adapter that peft saved for this model. It is merged into
+                the weights while they are loaded: in float32, and rounded once to ``dtype``.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -104,6 +107,7 @@ class Llama:
             compile=compile,
             rank_timeout=rank_timeout,
             max_prefill_tokens=max_prefill_tokens,
+            adapter=adapter,
         )
         return cls(
             model,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.checkpoint import huggingface
+from llama.checkpoint import huggingface, lora
 from llama.config import ModelArgs
 from llama.files import listed, read_json
 
@@ -115,7 +115,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
 
     Raises:
         FileNotFoundError: the folder, or a file in it, is missing.
-        ValueError: params.json or config.json can't be read or describes another kind of model.
+        ValueError: params.json or config.json can't be read or describes another kind of model, or
+            the folder holds an adapter.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -131,6 +132,11 @@ def find_checkpoint(folder: str) -> Checkpoint:
         config = huggingface.read_config(path / "config.json")
         stops = huggingface.stop_tokens(path)
         return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
+    if adapter := lora.describe(path):
+        raise ValueError(
+            f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and this one as "
+            "adapter"
+        )
     present = sorted(p.name for p in path.iterdir())
     raise FileNotFoundError(
         f"{folder!r} holds no consolidated.00.pth, and no config.json with safetensors files, but "

@@ -119,7 +119,8 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             return _indexed_files(index, Path(whole).suffix)
         # macOS adds a ._NAME to each file on non-Mac file systems
-        if found := sorted(p for p in folder.glob(parts) if not p.name.startswith(".")):
+        others = (".", "adapter_model.")
+        if found := sorted(p for p in folder.glob(parts) if not p.name.startswith(others)):
             return found
     return []
 

@@ -6,6 +6,7 @@ only tensors are unpickled, and every key, shape and dtype is checked.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
+from llama.checkpoint.lora import LowRank, read_adapter
 from llama.checkpoint.sharding import (
     ShardSpec,
     Slices,
@@ -23,26 +25,30 @@ from llama.checkpoint.sharding import (
     narrow,
     shard_specs,
 )
-from llama.checkpoint.tensor_files import open_file
+from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
 from llama.files import listed
 from llama.pages import release_pages
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK_BYTES = 16 * 2**20
 
 
 class Weights:
     """The memory-mapped tensors of a checkpoint; a shard is opened and checked on first use.
 
+    Args:
+        adapter: updates of tensors, by key; ``read`` adds them, ``shard`` and ``pieces`` don't.
+
     Raises:
         ValueError: here or on a later read: a file can't be read, or doesn't match ``args``
             exactly; the message names the file.
     """
 
-    def __init__(self, ckpt: Checkpoint, args: ModelArgs) -> None:
+    def __init__(
+        self, ckpt: Checkpoint, args: ModelArgs, adapter: Mapping[str, LowRank] | None = None
+    ) -> None:
         if ckpt.n_shards not in args.valid_tp_sizes:
             raise ValueError(
                 f"{str(ckpt.folder)!r} holds {ckpt.n_shards} shards, but params.json allows "
@@ -50,6 +56,7 @@ class Weights:
             )
         self.ckpt = ckpt
         self.args = args
+        self.adapter = adapter or {}
         self.specs = shard_specs(args)
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._users: Counter[int] = Counter()
@@ -110,33 +117,46 @@ class Weights:
         return [(narrow(self.shard(c.shard)[key], c.source), c.target) for c in pieces]
 
     def place(self, key: str, n_ranks: int, rank: int) -> tuple[object, ...]:
-        """Identity of the stored data of a rank's part: equal for keys that share a tensor."""
+        """Identity of the data of a rank's part: equal for keys that share a stored tensor."""
         pieces = self.pieces(key, n_ranks, rank)
         views = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
-        return (*views, self.is_rotated(key))
+        return (*views, self.is_rotated(key), key if key in self.adapter else None)
 
     def read(
         self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks,
-        releasing the mapped pages, so that only the result stays in memory."""
+        """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks, so
+        that only the result stays in memory."""
         pieces = self.pieces(key, n_ranks, rank)
-        head_dim = self.args.head_dim if self.is_rotated(key) else None
         first = pieces[0][0]
-        as_it_is = first.dtype == dtype and device.type == "cpu" and head_dim is None
+        is_stored = not self.is_rotated(key) and key not in self.adapter
+        as_it_is = is_stored and first.dtype == dtype and device.type == "cpu"
         if len(pieces) == 1 and as_it_is and first.is_contiguous():
             return first
         part = local_slices(self.specs[key], n_ranks, rank)
         result = torch.empty([b - a for a, b in part], dtype=dtype, device=device)
-        for source, where in pieces:
-            target = narrow(result, where)
+        for where, chunk in self.read_chunks(key, n_ranks, rank):
+            narrow(result, where).copy_(chunk)
+        return result
+
+    def read_chunks(self, key: str, n_ranks: int, rank: int) -> Iterator[tuple[Slices, Tensor]]:
+        """Chunks of a rank's part of a tensor, in native order and with the adapter's update, and
+        their slices. A chunk's mapped pages are released when the next one is asked for."""
+        part = local_slices(self.specs[key], n_ranks, rank)
+        low_rank = self.adapter.get(key)
+        head_dim = self.args.head_dim if self.is_rotated(key) else None
+        for source, ((row, _), *columns) in self.pieces(key, n_ranks, rank):
             if head_dim is not None:
-                target = target.unflatten(0, (-1, head_dim // 2, 2))
                 source = huggingface.halves_as_pairs(source, head_dim)
             for start, stop in chunks(source):
-                target[start:stop].copy_(source[start:stop])
-                self.release(source[start:stop])
-        return result
+                stored = source[start:stop]
+                chunk = stored if head_dim is None else stored.flatten(0, 2)
+                n_rows = head_dim or 1
+                where = ((row + start * n_rows, row + stop * n_rows), *columns)
+                if low_rank is not None:
+                    chunk = low_rank.merged(chunk, _shifted(where, part))
+                yield where, chunk
+                self.release(stored)
 
     def is_rotated(self, key: str) -> bool:
         """Whether the rows of a tensor are stored in Hugging Face's order."""
@@ -183,7 +203,7 @@ class Weights:
             if key not in tensors:
                 continue
             tensor, shown = tensors[key], self.stored_key(key)
-            if not _is_plain(tensor):
+            if not is_plain(tensor):
                 yield f"{shown} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
                 continue
             if (other := self._dtypes.setdefault(key, tensor.dtype)) != tensor.dtype:
@@ -214,6 +234,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
+    adapter: str | None = None,
 ) -> dict[str, Tensor]:
     """One rank's tensors by key, with ``dtype`` and on ``device``.
 
@@ -222,11 +243,13 @@ def load(
 
     Args:
         progress: show a progress bar on stderr if loading takes more than a second.
+        adapter: the folder of a LoRA adapter to merge.
 
     Raises:
+        FileNotFoundError: ``adapter`` or a file in it is missing.
         ValueError: a file can't be read or doesn't match ``args``; the message names it.
     """
-    weights = Weights(ckpt, args)
+    weights = Weights(ckpt, args, None if adapter is None else read_adapter(Path(adapter), args))
     loaded: dict[str, Tensor] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data
     with tqdm(
@@ -247,19 +270,13 @@ def load(
     return loaded
 
 
+def _shifted(inner: Slices, outer: Slices) -> Slices:
+    """Slices of a part of a tensor, as slices of the tensor."""
+    return tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, outer, strict=True))
+
+
 def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Split the first axis into chunks that span about 16 MiB of the file."""
     step = max(1, _CHUNK_BYTES // max(1, tensor.stride(0) * tensor.element_size()))
     for start in range(0, len(tensor), step):
         yield start, min(start + step, len(tensor))
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor is dense, with a storage at least as large as its shape."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_neg()
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes
-    )

@@ -15,6 +15,7 @@ from llama.checkpoint import pth_safety
 from llama.checkpoint.huggingface import import_safetensors
 from llama.files import check_regular, summary, what_to_do
 
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGEST_HEADER = 2**20  # bytes; 405B's, if in one file, would have 0.15 million
 
 
@@ -78,3 +79,14 @@ def _open_pickle(path: Path) -> dict[str, Any]:
     if strange := [key for key in tensors if not isinstance(key, str)]:
         raise ValueError(f"{str(path)!r} has the key {strange[0]!r:.80}, expected names of tensors")
     return tensors
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor is dense, with a storage at least as large as its shape."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_neg()
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
