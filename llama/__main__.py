@@ -139,6 +139,7 @@ def convert_folder(
     dtype: str | None = None,
     force: bool = False,
     tokenizer_path: str | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Write a folder in another layout, for another number of ranks, or with another dtype.
 
@@ -150,6 +151,7 @@ def convert_folder(
         dtype: bfloat16, float16 or float32; default: as stored.
         force: replace dst if it exists.
         tokenizer_path: tokenizer file; default: the one in src.
+        adapter: folder of a LoRA adapter to merge into the weights.
     """
     if format not in ("native", "hf"):
         raise ValueError(f"format is {format!r}, expected 'native' or 'hf'")
@@ -167,6 +169,7 @@ def convert_folder(
         tokenizer_path=_path(tokenizer_path or ckpt.tokenizer_path),
         force=force,
         progress=True,
+        adapter=None if adapter is None else Path(adapter),
     )
     print(f"{dst} written")
     new = find_checkpoint(dst)
@@ -203,6 +206,7 @@ def complete(
     dtype: str | None = None,
     device: str | None = None,
     seed: int = 1,
+    adapter: str | None = None,
 ) -> None:
     """Continue a text and show it as it is generated.
 
@@ -217,9 +221,17 @@ def complete(
         dtype: bfloat16, float16 or float32; the default depends on the device.
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
+        adapter: folder of a LoRA adapter to merge into the weights.
     """
     llm = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        adapter=adapter,
     )
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
     _show(prompt)
@@ -239,6 +251,7 @@ def chat(
     dtype: str | None = None,
     device: str | None = None,
     seed: int = 1,
+    adapter: str | None = None,
 ) -> None:
     """Answer a message and show the answer as it is generated.
 
@@ -254,9 +267,17 @@ def chat(
         dtype: bfloat16, float16 or float32; the default depends on the device.
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
+        adapter: folder of a LoRA adapter to merge into the weights.
     """
     llm = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, dtype=dtype, device=device
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        adapter=adapter,
     )
     dialog: list[Message] = [{"role": "user", "content": prompt}]
     if system is not None:

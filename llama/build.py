@@ -36,6 +36,7 @@ def build_model(
     compile: bool,
     rank_timeout: float,
     max_prefill_tokens: int,
+    adapter: str | None,
 ) -> tuple[Transformer, AnyTokenizer]:
     """The model and the tokenizer; see ``Llama.build`` for arguments and errors."""
     start = time.time()
@@ -78,7 +79,7 @@ def build_model(
         with torch.device("meta"):
             model = Transformer(args)
     settings = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
-    settings |= {"max_prefill_tokens": max_prefill_tokens}
+    settings |= {"max_prefill_tokens": max_prefill_tokens, "adapter": adapter}
     check_same_on_all_ranks("Llama.build", dataclasses.asdict(args) | settings, collectives.world)
     with raise_on_all_ranks(), memory.explain_oom(lambda: plan):
         tensors = load(
@@ -89,6 +90,7 @@ def build_model(
             dtype=torch_dtype,
             device=torch_device,
             progress=is_first_process,
+            adapter=adapter,
         )
         model.load_state_dict(tensors, assign=True)
         accelerate(model, compile=compile)

@@ -155,3 +155,9 @@ def _complete_here(
                 is_stop = event.finish_reason == "stop" and event.token in request.stop_ids
                 rows[id(request)].add(event, is_stop_token=is_stop)
     return list(rows.values())
+
+
+def repeat(prompts: list[list[int]], n: int) -> list[list[int]]:
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n is {n!r}, expected an integer of at least 1")
+    return [prompt for prompt in prompts for _ in range(n)]

@@ -14,6 +14,8 @@ LARGEST_CONFIG = 2**20
 LARGEST_INDEX = 2**23  # 405B's safetensors index has 0.1 MB
 # Objects, arrays and items in one JSON document: Llama 3's tokenizer.json has 1.3 million.
 _MOST_VALUES = 2**22
+# A pickle of protocol 2 of the number that torch.save's former format starts with.
+_FORMER_TORCH = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -52,6 +54,11 @@ def seems(start: bytes) -> str | None:
         )
     if start.startswith(b"GGUF"):
         return "it is a GGUF file (llama.cpp): download Meta's or Hugging Face's layout instead"
+    if start.startswith(_FORMER_TORCH):
+        return (
+            "it is in the format of torch before 1.6, which isn't read: if you trust it, load it "
+            "with torch.load(path, weights_only=True) and save it again with torch.save"
+        )
     return None
 
 

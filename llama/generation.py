@@ -14,6 +14,7 @@ from llama.completions import (
     Completion,
     CompletionPrediction,
     complete,
+    repeat,
     run,
 )
 from llama.dialog import Dialog, Role, check_dialogs
@@ -55,6 +56,7 @@ class Llama:
         rank_timeout: float = 60.0,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
+        adapter: str | None = None,
     ) -> "Llama":
         """Load a checkpoint folder in Meta's or Hugging Face's layout: any text Llama, 2 to 3.3.
 
@@ -85,6 +87,8 @@ class Llama:
             prefix_caching: reuse cached keys and values for a prompt that shares a prefix with an
                 earlier one: the next turn of a dialog prefills only its new tokens. Logits agree
                 up to rounding, not bit for bit.
+            adapter: the folder of a LoRA adapter that peft saved for this model. It is merged into
+                the weights while they are loaded: in float32, and rounded once to ``dtype``.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -108,6 +112,7 @@ class Llama:
             compile=compile,
             rank_timeout=rank_timeout,
             max_prefill_tokens=max_prefill_tokens,
+            adapter=adapter,
         )
         return cls(
             model,
@@ -236,7 +241,7 @@ class Llama:
             raise TypeError("prompts is a str, expected a list of them: write [prompt]")
         params = SamplingParams(max_gen_len, temperature, top_p, stop, logprobs, top_logprobs, echo)
         tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        rows = self._generated(_repeat(tokens, n), params, seed, truncate)
+        rows = self._generated(repeat(tokens, n), params, seed, truncate)
         return [row.prediction("".join(row.pieces), params) for row in rows]
 
     def chat_completion(
@@ -269,7 +274,7 @@ class Llama:
             )
             for dialog in dialogs
         ]
-        rows = self._generated(_repeat(tokens, n), params, seed)
+        rows = self._generated(repeat(tokens, n), params, seed)
         return [row.prediction(row.answer(self.formatter), params) for row in rows]
 
     @torch.inference_mode()
@@ -341,9 +346,3 @@ class Llama:
 
     def _generator_for(self, seed: int | None) -> torch.Generator:
         return self._generator if seed is None else new_generator(seed, self.model.device)
-
-
-def _repeat(prompts: list[list[int]], n: int) -> list[list[int]]:
-    if type(n) is not int or n < 1:
-        raise ValueError(f"n is {n!r}, expected an integer of at least 1")
-    return [prompt for prompt in prompts for _ in range(n)]

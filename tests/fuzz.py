@@ -3,7 +3,7 @@
     pip install atheris
     PYTHONPATH=. python tests/fuzz.py TARGET CORPUS [libFuzzer's options, -max_total_time=600 say]
 
-TARGET is the file to fuzz: pth, safetensors, params.json, config.json, index, tiktoken,
+TARGET is the file to fuzz: pth, bin, safetensors, params.json, config.json, index, tiktoken,
 sentencepiece, tokenizer.json, checklist.chk, or dialog for the content of a message. The inputs of
 hostile.py are the seeds. Every input must either load and generate or raise one of the library's
 errors, within 10 seconds and 1 GiB; anything else stops the run, and libFuzzer writes the input to
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 try:
     import atheris
@@ -77,9 +77,24 @@ def huggingface_folder(folder: Path) -> None:
     config = huggingface.write_config(args, 8192, torch.float32)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (folder / huggingface.INDEX).write_text(json.dumps(index))
     (folder / "tokenizer.model").write_bytes(vocabulary())
+
+
+def indexed_folder(folder: Path) -> None:
+    """The same with an index, which is read only without a model.safetensors."""
+    huggingface_folder(folder)
+    name = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+
+
+def bin_folder(folder: Path) -> None:
+    """The same in a pickle, as published before safetensors."""
+    huggingface_folder(folder)
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    path.unlink()
 
 
 def sentencepiece_folder(folder: Path) -> None:
@@ -188,12 +203,13 @@ class Target(NamedTuple):
 
 TARGETS: dict[str, Target] = {
     "pth": Target(native_folder, "consolidated.00.pth"),
+    "bin": Target(bin_folder, "pytorch_model.bin"),
     "params.json": Target(native_folder, "params.json"),
     "tiktoken": Target(native_folder, "tokenizer.model"),
     "sentencepiece": Target(sentencepiece_folder, "tokenizer.model"),
     "safetensors": Target(huggingface_folder, "model.safetensors"),
     "config.json": Target(huggingface_folder, "config.json"),
-    "index": Target(huggingface_folder, huggingface.INDEX),
+    "index": Target(indexed_folder, huggingface.INDEX),
     "tokenizer.json": Target(tokenizer_json_folder, "tokenizer.json"),
     "checklist.chk": Target(checklist_folder, "checklist.chk", verify_folder),
     "dialog": Target(dialog_folder, "content", ask),

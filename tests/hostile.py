@@ -375,10 +375,11 @@ def seeds(target: str, folder: Path) -> Iterator[bytes]:
     intact = path.read_bytes()
     yield intact
     yield from (data[: 2**14] for name, data, _ in BULKY.values() if name == target)
-    if target == "pth":
+    if target in ("pth", "bin"):
         for data in [*PAYLOADS.values(), *HOGS.values()]:
             archive(path, data)
             yield path.read_bytes()
+    if target == "pth":
         for change in AMBIGUOUS.values():
             path.write_bytes(intact)
             rewritten(path, change)

@@ -110,7 +110,8 @@ def test_different_arguments_are_an_error_on_every_rank(shards: Path) -> None:
     assert loaded.startswith("Loaded in")
     assert (lines[0], lines[2]) == (lines[1], lines[3])  # both ranks report the same
     assert lines[2].startswith("and then")
-    names = ["model_parallel_size is 1", "max_seq_len is 64", "prompt_tokens is [[1, 2]]"]
+    names = ["model_parallel_size is 1", "max_seq_len is 64", "adapter is 'adapter0'"]
+    names += ["prompt_tokens is [[1, 2]]"]
     names += ["prompt_tokens is [[1]]", "max_gen_len is 3", "temperature is 0.5", "echo is False"]
     names += ["tokens is [[1, 2]]", "tokens is [[1]]"]
     said = re.findall(r"(?:Llama|Transformer)\.\w+: .*?same arguments", lines[0])

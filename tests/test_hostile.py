@@ -49,18 +49,19 @@ from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 @pytest.mark.parametrize("around", ["archive", "nothing"])
 @pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "pytorch_model.bin"])
 def test_a_pickle_runs_nothing(
-    tmp_path: Path, payload: str, around: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, payload: str, around: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuzz.native_folder(tmp_path)
-    path = tmp_path / "consolidated.00.pth"
+    (fuzz.native_folder if name.endswith(".pth") else fuzz.bin_folder)(tmp_path)
+    path = tmp_path / name
     if around == "archive":
         archive(path, PAYLOADS[payload])
     else:
         path.write_bytes(PAYLOADS[payload])
     monkeypatch.chdir(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    words = "consolidated.00.pth' was not loaded: it holds" if around == "archive" else "consolida"
+    words = f"{name}' was not loaded: it holds" if around == "archive" else f"{name}'"
     with pytest.raises(ValueError, match=words):
         Llama.build(str(tmp_path), max_seq_len=16, device="cpu")
     assert not (tmp_path / "evil").exists()
@@ -238,7 +239,7 @@ def test_params_that_ask_for_too_much(
     ["../../etc/passwd", "/etc/passwd", "..", "a/../model.safetensors", "a" * 300 + ".safetensors"],
 )
 def test_an_index_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
-    fuzz.huggingface_folder(tmp_path)
+    fuzz.indexed_folder(tmp_path)
     index = {"weight_map": {"model.norm.weight": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="has no valid weight_map"):
@@ -251,15 +252,21 @@ NAMES = [
     ("native", "tokenizer.model"),
     ("hf", "config.json"),
     ("hf", "model.safetensors"),
-    ("hf", "model.safetensors.index.json"),
+    ("bin", "pytorch_model.bin"),
+    ("indexed", "model.safetensors.index.json"),
 ]
+MAKE = {
+    "native": fuzz.native_folder,
+    "hf": fuzz.huggingface_folder,
+    "bin": fuzz.bin_folder,
+    "indexed": fuzz.indexed_folder,
+}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
 @pytest.mark.parametrize(("layout", "name"), NAMES[:-1])  # without an index, files are listed
 def test_pipes_and_devices_are_not_read(tmp_path: Path, layout: str, name: str, kind: str) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     (tmp_path / name).unlink()
     if kind == "pipe":
         os.mkfifo(tmp_path / name)
@@ -408,8 +415,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160606
 def test_the_likely_cause_is_named(
     tmp_path: Path, layout: str, name: str, content: bytes, cause: str
 ) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"(?s){name}'.*{cause}"):
         Llama.build(str(tmp_path), device="cpu")
@@ -417,8 +423,7 @@ def test_the_likely_cause_is_named(
 
 @pytest.mark.parametrize(("layout", "name"), NAMES)
 def test_a_truncated_file_is_refused(tmp_path: Path, layout: str, name: str) -> None:
-    make = fuzz.native_folder if layout == "native" else fuzz.huggingface_folder
-    make(tmp_path)
+    MAKE[layout](tmp_path)
     size = (tmp_path / name).stat().st_size
     os.truncate(tmp_path / name, size // 2)
     if name == "tokenizer.model":  # truncated after a line, it is a smaller vocabulary
@@ -427,6 +432,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path, layout: str, name: str) -> 
         words = rf"{name}'.* it has {size // 2:,} bytes, which may be an interrupted download"
     with pytest.raises(ValueError, match=words):
         Llama.build(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("native", "consolidated.00.pth"), ("bin", "pytorch_model.bin")]
+)
+def test_files_of_former_torch_are_named(tmp_path: Path, layout: str, name: str) -> None:
+    """Tensors alone, but not in an archive."""
+    MAKE[layout](tmp_path)
+    tensors = torch.load(tmp_path / name, weights_only=True)
+    torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ValueError, match=rf"{name}' .*torch before 1\.6, .* save it again"
+    ) as error:
+        Llama.build(str(tmp_path), device="cpu")
+    assert "interrupted" not in str(error.value)
 
 
 # --- Random damage ------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, ModelArgs, Tokenizer, __main__
-from llama.checkpoint import huggingface
+from llama.checkpoint import huggingface, verify
+from llama.checkpoint.folder import find_checkpoint
 from llama.vocab.tokenizer_json import tokenizer_json
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +85,7 @@ def test_a_tied_embedding_is_in_memory_once(folder: Path) -> None:
     tensors = load_file(path)
     del tensors["lm_head.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"lacks 'output\.weight'"):
+    with pytest.raises(ValueError, match=r"lacks 'lm_head\.weight'"):
         build(folder)
     change(folder, tie_word_embeddings=True)
     for dtype in ("float32", "bfloat16"):  # mapped; converted
@@ -144,10 +145,11 @@ def test_inv_freq_buffers_are_ignored(folder: Path) -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1"),
         ({"eos_token_id": "2"}, "eos_token_id '2', expected an id or a list"),
         ({"vocab_size": 1000}, "holds 1000 tokens, but the tokenizer has 1024"),
-        ({"num_hidden_layers": 3}, r"lacks 'layers\.2\."),
+        ({"num_hidden_layers": 1}, r"unknown key\(s\) 'model\.layers\.1\."),
+        ({"num_hidden_layers": 3}, r"lacks 'model\.layers\.2\."),
         (
             {"intermediate_size": 400},
-            r"feed_forward\.w1\.weight .* \(384, 128\), expected \(400, 128\)",
+            r"mlp\.gate_proj\.weight .* \(384, 128\), expected \(400, 128\)",
         ),
     ],
 )
@@ -284,6 +286,102 @@ def test_sharded_files_and_their_index(folder: Path, weights: dict[str, Tensor])
             build(folder)
 
 
+def test_the_whole_file_comes_before_the_index_and_other_files(
+    folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """As in transformers: folders also hold a consolidated.safetensors, or a stale index."""
+    other = {key: tensor * 2 for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "consolidated.safetensors")
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    names = {"model.norm.weight": "model-00001-of-00009.safetensors"}
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"])
+    names = dict.fromkeys(other, "consolidated.safetensors")
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00009.safetensors")
+    model = build(folder).model
+    assert torch.equal(model.norm.weight, weights["norm.weight"] * 2)
+
+
+def as_pickles(folder: Path, n_files: int = 1) -> None:
+    """Replace the safetensors file by pytorch_model.bin, or by several and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if n_files == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    index: dict[str, str] = {}
+    for i in range(n_files):
+        name = f"pytorch_model-{1 + i:05d}-of-{n_files:05d}.bin"
+        part = dict(list(tensors.items())[i::n_files])
+        torch.save(
+            part | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / name
+        )
+        index |= dict.fromkeys(part, name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def test_pickles_without_safetensors(folder: Path, weights: dict[str, Tensor]) -> None:
+    """One file, or several with or without their index; safetensors come first."""
+    as_pickles(folder)
+    for key, tensor in build(folder).model.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
+    other = {key: tensor * 2 for key, tensor in weights.items()}
+    save_file(
+        {huggingface.huggingface_key(k): t for k, t in other.items()}, folder / "x.safetensors"
+    )
+    assert torch.equal(build(folder).model.norm.weight, other["norm.weight"])
+    (folder / "x.safetensors").rename(folder / "model.safetensors")
+    (folder / "pytorch_model.bin").unlink()
+    as_pickles(folder, 3)
+    torch.save({"not": "weights"}, folder / "training_args.bin")
+    for index in (True, False):
+        norm = build(folder).model.norm.weight
+        assert torch.equal(norm, other["norm.weight"])
+        if index:
+            (folder / "pytorch_model.bin.index.json").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "y.safetensors"}}')
+    with pytest.raises(
+        ValueError, match=r"pytorch_model\.bin\.index\.json' has no valid weight_map"
+    ):
+        build(folder)
+
+
+def test_faults_of_pickles(folder: Path) -> None:
+    as_pickles(folder)
+    path = folder / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    for change, message in (
+        ({"lm_head.weight": None}, r"lacks 'lm_head\.weight'"),
+        ({"lm_head.bias": torch.ones(1024)}, r"unknown key\(s\) 'lm_head\.bias'"),
+        ({"model.norm.weight": [1.0] * 128}, r"model\.norm\.weight .* isn't a dense tensor: list"),
+        ({7: torch.ones(1)}, "has the key 7, expected names of tensors"),
+        ({"model.norm.weight": torch.nn.Linear(1, 1)}, "was not loaded: it holds torch.nn"),
+    ):
+        torch.save({k: t for k, t in (tensors | change).items() if t is not None}, path)
+        with pytest.raises(ValueError, match=message):
+            build(folder)
+
+
+def test_verify_checks_the_sums_of_pickles(folder: Path) -> None:
+    as_pickles(folder)
+    ckpt = find_checkpoint(str(folder))
+    args, vocabulary = ckpt.args(1024, 16, 1), folder / "tokenizer.model"
+    assert verify.verify(ckpt, args, vocabulary, progress=False) == []
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "pytorch_model.bin").write_bytes(data)
+    (fault,) = verify.verify(ckpt, args, vocabulary, progress=False)
+    assert "Bad CRC-32" in fault
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (fault,) = verify.verify(ckpt, args, vocabulary, progress=False)
+    assert fault.startswith("lm_head.weight in ")
+
+
 @pytest.mark.parametrize("damage", ["short", "empty", "garbage", "huge header"])
 def test_damaged_files(folder: Path, damage: str) -> None:
     path = folder / "model.safetensors"
@@ -305,7 +403,7 @@ def test_integer_weights_are_refused(folder: Path) -> None:
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"output\.weight .* torch\.int8, .*quantized"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight .* torch\.int8, .*quantized"):
         build(folder)
 
 
@@ -358,6 +456,8 @@ def test_names_map_both_ways(weights: dict[str, Tensor]) -> None:
         "model.layers.x.mlp.up_proj.weight",
     ):
         assert huggingface.native_key(strange) == strange
+    for strange in ("norm.bias", "layers.0.norm.weight", "layers.x.ffn_norm.weight"):
+        assert huggingface.huggingface_key(strange) == strange
     assert PARAMS["dim"] == CONFIG["hidden_size"]
 
 

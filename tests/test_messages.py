@@ -154,7 +154,7 @@ def test_a_rank_timeout_that_would_end_healthy_ranks(folder: Path, timeout: floa
     ("names", "advice"),
     [
         ([], "but nothing: expected a folder"),
-        (["config.json", "pytorch_model.bin"], "older Hugging Face weights: download the safe"),
+        (["config.json", "tf_model.h5"], "another format: download the safe"),
         (["config.json"], r"download the weights too \(model"),
         (["model.safetensors"], r"download Hugging Face's config\.json too"),
         (["llama.Q4.gguf"], "GGUF is not supported"),

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
 from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
+from llama.checkpoint.lora import read_adapter
 from llama.checkpoint.pth_writer import PthWriter
 from llama.checkpoint.reader import Weights, chunks
 from llama.checkpoint.sharding import n_bytes
@@ -50,6 +51,7 @@ def convert(
     tokenizer_path: Path,
     force: bool,
     progress: bool,
+    adapter: Path | None = None,
 ) -> None:
     """Write a checkpoint in ``layout`` to the folder ``target``, with its tokenizer.
 
@@ -60,6 +62,7 @@ def convert(
             Hugging Face's tokenizers read. For a Hugging Face folder, those missing are written.
         force: replace ``target`` if it is an empty folder, or a checkpoint folder that contains
             nothing else and none of the source's files.
+        adapter: the folder of a LoRA adapter to merge.
 
     Raises:
         FileExistsError: ``target`` exists and may not be replaced.
@@ -69,9 +72,11 @@ def convert(
             ``dtype``'s range; the message names the tensor.
     """
     sources = [*ckpt.folder.iterdir(), tokenizer_path]
+    if adapter is not None and adapter.is_dir():
+        sources += adapter.iterdir()
     _check_target(target, sources, force)
     args.check_tp_size(n_shards, parts="shards")
-    weights = Weights(ckpt, args)
+    weights = Weights(ckpt, args, None if adapter is None else read_adapter(adapter, args))
     target.parent.mkdir(parents=True, exist_ok=True)
     n_files = n_shards if layout == "native" else 1
     keys = list(weights.specs)
@@ -310,15 +315,14 @@ def _read(weights: Weights, key: str, n_ranks: int, rank: int, dtype: torch.dtyp
     """
     tensor = weights.read(key, n_ranks, rank, dtype or _dtype(weights, key), _CPU)
     if any(tensor[a:b].isinf().any() for a, b in chunks(tensor)):
-        for piece, _ in weights.pieces(key, n_ranks, rank):
-            for a, b in chunks(piece):
-                source = piece[a:b]
-                finite = source.masked_fill(~source.isfinite(), 0)
-                if finite.to(tensor.dtype).isinf().any():
-                    raise ValueError(
-                        f"{key} holds {finite.abs().max():g}, but the largest {tensor.dtype} is "
-                        f"{torch.finfo(tensor.dtype).max:g}: give --dtype bfloat16 or float32"
-                    )
+        for _, chunk in weights.read_chunks(key, n_ranks, rank):
+            finite = chunk.masked_fill(~chunk.isfinite(), 0)
+            if finite.to(tensor.dtype).isinf().any():
+                raise ValueError(
+                    f"{weights.stored_key(key)} holds {finite.abs().max():g}, but the largest "
+                    f"{tensor.dtype} is {torch.finfo(tensor.dtype).max:g}: give --dtype bfloat16 "
+                    "or float32"
+                )
     return tensor
 
 

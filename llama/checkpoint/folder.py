@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llama.checkpoint import huggingface
+from llama.checkpoint import huggingface, lora
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, ModelArgs
 from llama.files import listed, read_json
 
@@ -30,7 +30,7 @@ class Checkpoint:
 
     Attributes:
         layout: "native", or "hf" for Hugging Face's.
-        files: the shards, or the safetensors files.
+        files: the shards, or Hugging Face's safetensors or pytorch_model*.bin files.
         params: fields of ModelArgs. vocab_size is -1 or missing if the tokenizer's is used.
         context: longest context the model was trained for, in tokens; None if not known.
         stop_tokens: ids that end a generation, in addition to the tokenizer's own.
@@ -118,7 +118,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
 
     Raises:
         FileNotFoundError: the folder, or a file in it, is missing.
-        ValueError: params.json or config.json can't be read or describes another kind of model.
+        ValueError: params.json or config.json can't be read or describes another kind of model, or
+            the folder holds an adapter.
     """
     folder = os.path.expanduser(folder)
     path = Path(folder)
@@ -136,6 +137,11 @@ def find_checkpoint(folder: str) -> Checkpoint:
         config = huggingface.read_config(path / "config.json")
         stops = huggingface.stop_tokens(path)
         return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
+    if adapter := lora.describe(path):
+        raise ValueError(
+            f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and this one as "
+            "adapter"
+        )
     present = sorted(p.name for p in path.iterdir())
     raise FileNotFoundError(
         f"{folder!r} holds no consolidated.00.pth, and no config.json with safetensors files, but "
@@ -174,7 +180,7 @@ def _what_is_missing(folder: Path, present: list[str]) -> str:
     if "original" in present:
         return f"Meta's files are in {str(folder / 'original')!r}"
     if "config.json" in present and endings & {"bin", "pt", "h5", "msgpack"}:
-        return "these are older Hugging Face weights: download the safetensors files"
+        return "these weights are in another format: download the safetensors files"
     if "config.json" in present:
         return "download the weights too (model*.safetensors)"
     if "safetensors" in endings:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors files, mapped to native names.
+"""Hugging Face folders: config.json and weight files, whose keys are mapped to native names.
 
 The model is the same, with three differences: the names; RoPE rotates the halves of a head
 (x_j, x_{j + D/2}), where native weights rotate neighbours (x_2j, x_2j+1), so that the rows of wq
@@ -7,7 +7,7 @@ and wk are permuted; and the token embedding may also be the output layer.
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from llama.config import LLAMA2_ROPE_THETA, ModelArgs
-from llama.files import LARGEST_INDEX, check_regular, read_json, summary, what_to_do
+from llama.files import LARGEST_INDEX, read_json
 
-INDEX = "model.safetensors.index.json"
-_LARGEST_HEADER = 2**20  # bytes; 405B's, if in one file, would have 0.15 million
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
+_PICKLE = "pytorch_model.bin"
 # Native module names to Hugging Face's, in a layer and outside.
 _LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -76,10 +77,13 @@ def native_key(key: str) -> str:
 
 
 def huggingface_key(key: str) -> str:
-    """Hugging Face's name of a tensor of the native layout."""
+    """Hugging Face's name of a tensor of the native layout; unknown names are returned
+    unchanged."""
     if layer := re.fullmatch(r"layers\.(\d+)\.(.*)\.weight", key):
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
-    return f"{_NAMES[key.removesuffix('.weight')]}.weight"
+        theirs = _LAYER_NAMES.get(layer[2])
+        return f"model.layers.{layer[1]}.{theirs}.weight" if theirs else key
+    theirs = _NAMES.get(key.removesuffix(".weight"))
+    return f"{theirs}.weight" if theirs and key.endswith(".weight") else key
 
 
 def is_rotated(key: str) -> bool:
@@ -100,7 +104,10 @@ def pairs_as_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; empty if it isn't in this layout.
+    """The weight files of a folder, empty if it isn't in this layout.
+
+    The order is transformers': safetensors before pickles; the whole file, else those that the
+    index names. Without either, any files with such names.
 
     Raises:
         FileNotFoundError: the index names a file that is missing.
@@ -108,22 +115,33 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not (folder / "config.json").is_file():
         return []
-    index = folder / INDEX
-    if not index.is_file():
+    for whole, parts in ((WHOLE, "*.safetensors"), (_PICKLE, "pytorch_model-*.bin")):
+        index = folder / f"{whole}.index.json"
+        if (folder / whole).exists():
+            return [folder / whole]
+        if index.is_file():
+            return _indexed_files(index, Path(whole).suffix)
         # macOS adds a ._NAME to each file on non-Mac file systems
-        return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+        others = (".", "adapter_model.")
+        if found := sorted(p for p in folder.glob(parts) if not p.name.startswith(others)):
+            return found
+    return []
+
+
+def _indexed_files(index: Path, suffix: str) -> list[Path]:
     weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
+    valid = re.compile(rf"[A-Za-z0-9._-]{{1,200}}{re.escape(suffix)}")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,200}\.safetensors", name)
-        for name in weight_map.values()
+        isinstance(name, str) and valid.fullmatch(name) for name in weight_map.values()
     ):
         raise ValueError(f"{str(index)!r} has no valid weight_map: download it again")
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{str(folder)!r} lacks {', '.join(missing[:4])}, which {INDEX} names: download them"
+            f"{str(index.parent)!r} lacks {', '.join(missing[:4])}, which {index.name} names: "
+            "download them"
         )
-    return [folder / name for name in names]
+    return files
 
 
 class Config(NamedTuple):
@@ -268,53 +286,28 @@ def import_safetensors() -> ModuleType:
     return safetensors
 
 
-def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Mapped tensors of all files by native name; rows of wq and wk in Hugging Face's order.
+def by_native_name(contents: Iterable[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The tensors of all files by native name; rows of wq and wk in Hugging Face's order.
 
     Raises:
-        ImportError: the package safetensors is missing.
-        ValueError: a file is damaged, or two hold the same tensor.
+        ValueError: a key is in two files, or is one of Meta's layout.
     """
-    safetensors = import_safetensors()
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            check_regular(path)
-            _check_header_size(path)
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, PermissionError, MemoryError):
-            raise
-        except Exception as error:  # a damaged file can make the library raise anything
-            raise ValueError(
-                f"{str(path)!r} can't be read as a safetensors file ({summary(error)}): "
-                f"{what_to_do(path)}"
-            ) from error
+    tensors: dict[str, Any] = {}
+    for path, found in contents:
         for key, tensor in found.items():
-            name = native_key(key)
-            if name == key and _is_native(key):
+            if (theirs := huggingface_key(key)) != key:
                 raise ValueError(
                     f"{str(path)!r} holds {key!r}, a name of Meta's layout, expected Hugging "
-                    f"Face's, {huggingface_key(key)!r}"
+                    f"Face's, {theirs!r}"
                 )
-            if name in tensors:
-                raise ValueError(f"{name!r} is in {str(path)!r} and in another file of the folder")
-            tensors[name] = tensor
-    return {key: t for key, t in tensors.items() if not key.endswith(".rotary_emb.inv_freq")}
-
-
-def _check_header_size(path: Path) -> None:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > _LARGEST_HEADER:
-        raise ValueError(f"its header has {size:,} bytes, expected at most {_LARGEST_HEADER:,}")
-
-
-def _is_native(key: str) -> bool:
-    try:
-        return native_key(huggingface_key(key)) == key
-    except KeyError:
-        return False
+            if key.endswith(".rotary_emb.inv_freq"):
+                continue
+            if native_key(key) in tensors:
+                raise ValueError(
+                    f"{key!r:.200} is in {str(path)!r} and in another file of the folder"
+                )
+            tensors[native_key(key)] = tensor
+    return tensors
 
 
 def _rope_params(config: Mapping[str, Any], path: Path) -> dict[str, Any]:

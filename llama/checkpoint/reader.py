@@ -4,8 +4,6 @@ Rank and number of ranks are arguments, so nothing here needs a process group. F
 only tensors are unpickled, and every key, shape and dtype is checked.
 """
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import huggingface, pth_safety
+from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
+from llama.checkpoint.lora import LowRank, read_adapter
 from llama.checkpoint.sharding import (
     ShardSpec,
     Slices,
@@ -26,25 +25,30 @@ from llama.checkpoint.sharding import (
     narrow,
     shard_specs,
 )
+from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
-from llama.files import check_regular, listed, summary, what_to_do
+from llama.files import listed
 from llama.pages import release_pages
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK_BYTES = 16 * 2**20
 
 
 class Weights:
     """The memory-mapped tensors of a checkpoint; a shard is opened and checked on first use.
 
+    Args:
+        adapter: updates of tensors, by key; ``read`` adds them, ``shard`` and ``pieces`` don't.
+
     Raises:
         ValueError: here or on a later read: a file can't be read, or doesn't match ``args``
             exactly; the message names the file.
     """
 
-    def __init__(self, ckpt: Checkpoint, args: ModelArgs) -> None:
+    def __init__(
+        self, ckpt: Checkpoint, args: ModelArgs, adapter: Mapping[str, LowRank] | None = None
+    ) -> None:
         if ckpt.n_shards not in args.valid_tp_sizes:
             raise ValueError(
                 f"{str(ckpt.folder)!r} holds {ckpt.n_shards} shards, but params.json allows "
@@ -52,6 +56,7 @@ class Weights:
             )
         self.ckpt = ckpt
         self.args = args
+        self.adapter = adapter or {}
         self.specs = shard_specs(args)
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._users: Counter[int] = Counter()
@@ -62,12 +67,13 @@ class Weights:
         """A shard's name and its content, unchecked."""
         ckpt = self.ckpt
         if ckpt.layout == "hf":
-            tensors: dict[str, Any] = huggingface.open_tensors(ckpt.files)
+            contents = ((path, open_file(path)) for path in ckpt.files)
+            tensors = huggingface.by_native_name(contents)
             if ckpt.tied and "tok_embeddings.weight" in tensors:
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
             name = str(ckpt.folder)
         else:
-            tensors, name = _open(ckpt.files[i]), str(ckpt.files[i])
+            tensors, name = open_file(ckpt.files[i]), str(ckpt.files[i])
         if self._stored_specs is None:
             self._stored_specs = self._specs_of(tensors)
         return name, tensors
@@ -111,37 +117,54 @@ class Weights:
         return [(narrow(self.shard(c.shard)[key], c.source), c.target) for c in pieces]
 
     def place(self, key: str, n_ranks: int, rank: int) -> tuple[object, ...]:
-        """Identity of the stored data of a rank's part: equal for keys that share a tensor."""
+        """Identity of the data of a rank's part: equal for keys that share a stored tensor."""
         pieces = self.pieces(key, n_ranks, rank)
         views = tuple((t.data_ptr(), t.stride(), t.dtype, where) for t, where in pieces)
-        return (*views, self.is_rotated(key))
+        return (*views, self.is_rotated(key), key if key in self.adapter else None)
 
     def read(
         self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks,
-        releasing the mapped pages, so that only the result stays in memory."""
+        """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks, so
+        that only the result stays in memory."""
         pieces = self.pieces(key, n_ranks, rank)
-        head_dim = self.args.head_dim if self.is_rotated(key) else None
         first = pieces[0][0]
-        as_it_is = first.dtype == dtype and device.type == "cpu" and head_dim is None
+        is_stored = not self.is_rotated(key) and key not in self.adapter
+        as_it_is = is_stored and first.dtype == dtype and device.type == "cpu"
         if len(pieces) == 1 and as_it_is and first.is_contiguous():
             return first
         part = local_slices(self.specs[key], n_ranks, rank)
         result = torch.empty([b - a for a, b in part], dtype=dtype, device=device)
-        for source, where in pieces:
-            target = narrow(result, where)
+        for where, chunk in self.read_chunks(key, n_ranks, rank):
+            narrow(result, where).copy_(chunk)
+        return result
+
+    def read_chunks(self, key: str, n_ranks: int, rank: int) -> Iterator[tuple[Slices, Tensor]]:
+        """Chunks of a rank's part of a tensor, in native order and with the adapter's update, and
+        their slices. A chunk's mapped pages are released when the next one is asked for."""
+        part = local_slices(self.specs[key], n_ranks, rank)
+        low_rank = self.adapter.get(key)
+        head_dim = self.args.head_dim if self.is_rotated(key) else None
+        for source, ((row, _), *columns) in self.pieces(key, n_ranks, rank):
             if head_dim is not None:
-                target = target.unflatten(0, (-1, head_dim // 2, 2))
                 source = huggingface.halves_as_pairs(source, head_dim)
             for start, stop in chunks(source):
-                target[start:stop].copy_(source[start:stop])
-                self.release(source[start:stop])
-        return result
+                stored = source[start:stop]
+                chunk = stored if head_dim is None else stored.flatten(0, 2)
+                n_rows = head_dim or 1
+                where = ((row + start * n_rows, row + stop * n_rows), *columns)
+                if low_rank is not None:
+                    chunk = low_rank.merged(chunk, _shifted(where, part))
+                yield where, chunk
+                self.release(stored)
 
     def is_rotated(self, key: str) -> bool:
         """Whether the rows of a tensor are stored in Hugging Face's order."""
         return self.ckpt.layout == "hf" and huggingface.is_rotated(key)
+
+    def stored_key(self, key: str) -> str:
+        """A tensor's name in the files, for messages."""
+        return huggingface.huggingface_key(key) if self.ckpt.layout == "hf" else key
 
     def release(self, source: Tensor) -> None:
         """Release the pages of a mapped piece, unless another tensor shares its storage."""
@@ -164,10 +187,10 @@ class Weights:
         assert self._stored_specs is not None
         wanted = self._stored_specs
         if missing := wanted.keys() - tensors.keys():
-            keys = listed(sorted(missing))
+            keys = listed(map(self.stored_key, sorted(missing)))
             yield f"{name!r} lacks {keys}: is {self._config_name} of another model?"
         if unknown := tensors.keys() - wanted.keys() - IGNORED_KEYS:
-            keys = listed(sorted(unknown, key=str))
+            keys = listed(map(self.stored_key, sorted(unknown)))
             what = f"{name!r} has the unknown key(s) {keys}"
             yield f"{what}: is {self._config_name} of another model?"
         output = tensors.get("output.weight")
@@ -179,21 +202,21 @@ class Weights:
         for key, spec in wanted.items():
             if key not in tensors:
                 continue
-            tensor = tensors[key]
-            if not _is_plain(tensor):
-                yield f"{key} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
+            tensor, shown = tensors[key], self.stored_key(key)
+            if not is_plain(tensor):
+                yield f"{shown} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
                 continue
             if (other := self._dtypes.setdefault(key, tensor.dtype)) != tensor.dtype:
-                yield f"{key} in {name!r} is {tensor.dtype}, but {other} in another shard"
+                yield f"{shown} in {name!r} is {tensor.dtype}, but {other} in another shard"
             if tensor.dtype not in FLOAT_DTYPES:
                 yield (
-                    f"{key} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 or "
-                    "float64: quantized checkpoints are not supported"
+                    f"{shown} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 "
+                    "or float64: quantized checkpoints are not supported"
                 )
             shape = tuple(b - a for a, b in local_slices(spec, self.ckpt.n_shards, shard))
             if tensor.shape != shape:
                 yield (
-                    f"{key} in {name!r} has the shape {tuple(tensor.shape)}, expected {shape}: "
+                    f"{shown} in {name!r} has the shape {tuple(tensor.shape)}, expected {shape}: "
                     f"is {self._config_name} of another model?"
                 )
 
@@ -211,6 +234,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
+    adapter: str | None = None,
 ) -> dict[str, Tensor]:
     """One rank's tensors by key, with ``dtype`` and on ``device``.
 
@@ -219,11 +243,13 @@ def load(
 
     Args:
         progress: show a progress bar on stderr if loading takes more than a second.
+        adapter: the folder of a LoRA adapter to merge.
 
     Raises:
+        FileNotFoundError: ``adapter`` or a file in it is missing.
         ValueError: a file can't be read or doesn't match ``args``; the message names it.
     """
-    weights = Weights(ckpt, args)
+    weights = Weights(ckpt, args, None if adapter is None else read_adapter(Path(adapter), args))
     loaded: dict[str, Tensor] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data
     with tqdm(
@@ -244,52 +270,13 @@ def load(
     return loaded
 
 
+def _shifted(inner: Slices, outer: Slices) -> Slices:
+    """Slices of a part of a tensor, as slices of the tensor."""
+    return tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, outer, strict=True))
+
+
 def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Split the first axis into chunks that span about 16 MiB of the file."""
     step = max(1, _CHUNK_BYTES // max(1, tensor.stride(0) * tensor.element_size()))
     for start in range(0, len(tensor), step):
         yield start, min(start + step, len(tensor))
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor is dense, with a storage at least as large as its shape."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_neg()
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes
-    )
-
-
-def _open(path: Path) -> dict[str, Any]:
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            byte_order = pth_safety.check(file)
-            # by its descriptor: the path may name another file by now. Windows has no /dev/fd, but
-            # doesn't let open files be replaced.
-            opened = f"/dev/fd/{file.fileno()}"
-            opened = opened if os.path.exists(opened) else str(path)
-            tensors = torch.load(opened, map_location="cpu", mmap=True, weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except pth_safety.UnsafeFileError as error:
-        raise ValueError(
-            f"{str(path)!r} was not loaded: {error}; expected a dict of dense tensors. Compare it "
-            "with checklist.chk, and ask where it came from"
-        ) from None
-    except MemoryError as error:
-        raise MemoryError(f"{str(path)!r} needs more memory than is available") from error
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise ValueError(
-            f"{str(path)!r} can't be read as a checkpoint ({summary(error)}): {what_to_do(path)}"
-        ) from error
-    if byte_order != sys.byteorder:  # torch would have swapped bytes in pages that we release
-        raise ValueError(
-            f"{str(path)!r} is {byte_order!r:.20}-endian and this machine {sys.byteorder!r}: save "
-            "it again on a machine like this one"
-        )
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{str(path)!r} holds a {type(tensors).__name__}, expected a dict")
-    return tensors

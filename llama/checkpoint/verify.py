@@ -38,7 +38,7 @@ def verify(ckpt: Checkpoint, args: ModelArgs, tokenizer_path: Path, *, progress:
         # Llama 3.2 3B Instruct's list has this file, which Meta's own tool doesn't download either
         if name != "orig_params.json" or (path.parent / name).exists()
     ]
-    archives = ckpt.files if ckpt.layout == "native" else []
+    archives = [path for path in ckpt.files if path.suffix != ".safetensors"]
     paths = [path for path, _, _ in listed] + archives
     total = sum(path.stat().st_size for path in paths if path.is_file())
     with tqdm(
@@ -67,7 +67,8 @@ def _not_finite(weights: Weights) -> Iterator[str]:
                 n_faults += int((~torch.isfinite(tensor[start:stop])).sum())
                 weights.release(tensor[start:stop])
             if n_faults:
-                yield f"{key} in {str(name)!r} has {n_faults} values that aren't finite"
+                shown = weights.stored_key(key)
+                yield f"{shown} in {str(name)!r} has {n_faults} values that aren't finite"
     try:
         weights.check_same_model()
     except ValueError as error:

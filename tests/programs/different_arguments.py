@@ -25,6 +25,7 @@ def build(**arguments):
 said = [
     failing(lambda: build(model_parallel_size=1 + rank)),
     failing(lambda: build(max_seq_len=64 + rank)),
+    failing(lambda: build(adapter=f"adapter{rank}")),
 ]
 llm = build(max_seq_len=64, max_batch_size=4)
 for arguments in (
