@@ -1,6 +1,7 @@
 """A folder's own chat template, and Meta's, which our formats replace."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,31 @@ def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path) -> None:
         ids = formatter.encode_dialog_prompt(dialog)
         assert formatter.starts_answer(ids)
         assert not formatter.starts_answer(ids[:-3])
+
+
+@pytest.mark.parametrize(
+    ("config", "middle"),
+    [
+        # recorded from transformers 5.23, which needs protobuf to read this vocabulary
+        ({}, [1792, 13, 18567, 727, 32001, 13, 32000, 465, 22137, 13]),
+        ({"legacy": False}, [1792, 13, 18567, 727, 32001, 13, 32000, 465, 22137, 13]),
+        ({"legacy": True}, [1404, 13, 18567, 727, 32001, 29871, 13, 32000, 20255, 13]),
+    ],
+)
+def test_chatml_with_a_sentencepiece_vocabulary(
+    tmp_path: Path, config: dict[str, Any], middle: list[int]
+) -> None:
+    opened(LLAMA2)
+    shutil.copy(LLAMA2, tmp_path / "tokenizer.model")
+    added_tokens = {"<|im_start|>": 32000, "<|im_end|>": 32001}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added_tokens))
+    config = {"eos_token": "<|im_end|>", "chat_template": CHATML} | config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = opened(tmp_path / "tokenizer.model")
+    assert (tokenizer.eos_id, tokenizer.stop_tokens) == (32001, {2, 32001})
+    formatter = chat_format(tokenizer)
+    ids = formatter.encode_dialog_prompt([{"role": "user", "content": "Hi there"}])
+    assert ids == [32000, *middle]
 
 
 @pytest.mark.parametrize("template", [LLAMA3_TEMPLATE, DATES])

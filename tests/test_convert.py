@@ -352,6 +352,24 @@ def test_a_misspelt_option_is_refused(tmp_path: Path, folder: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_verify_reads_tokenizer_checklist(tmp_path: Path, folder: Path) -> None:
+    """Llama 2's, next to the tokenizer in the parent folder; or in the folder itself."""
+    source = tmp_path / "Llama-2-7b"
+    shutil.copytree(folder, source)
+    for place in (tmp_path, source):
+        shutil.move(source / "tokenizer.model", place / "tokenizer.model")
+        digest = hashlib.md5((place / "tokenizer.model").read_bytes()).hexdigest()
+        checklist = place / "tokenizer_checklist.chk"
+        checklist.write_text(f"{digest}  tokenizer.model\n")
+        cli("verify", source)
+        checklist.write_text(f"{'0' * 32}  tokenizer.model\n")
+        expected = f"has the MD5 sum {digest}, but tokenizer_checklist.chk lists {'0' * 32}"
+        assert expected in cli("verify", source, code=1)
+        checklist.unlink()
+        if place == tmp_path:
+            shutil.move(place / "tokenizer.model", source / "tokenizer.model")
+
+
 def test_the_tokenizer_file_is_named_by_its_format(
     tmp_path: Path, folder: Path, tokenizer: Tokenizer
 ) -> None:

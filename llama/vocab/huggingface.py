@@ -21,7 +21,7 @@ from llama.vocab.file import (
 
 _BOS_NAMES = ("<|begin_of_text|>", "<s>")  # Llama's own: always added, whatever the file says
 _EOS_NAMES = ("<|end_of_text|>", "</s>")
-_STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+_STOP_NAMES = (*_EOS_NAMES, "<|eot_id|>", "<|eom_id|>")
 # Often added as ordinary tokens, but chat templates use them as control tokens.
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _LOCK = threading.Lock()  # encode_special_tokens is a switch of the whole model
@@ -35,6 +35,7 @@ class TokenizerConfig(NamedTuple):
         bos, eos: names of the tokens that begin and end a text.
         adds_bos: whether texts begin with ``bos``; None if not given.
         added: ids of the tokens in added_tokens.json, by name.
+        legacy: SentencePiece adds a space to the text after each control token too.
         chat_template: a jinja template.
     """
 
@@ -42,6 +43,7 @@ class TokenizerConfig(NamedTuple):
     eos: str | None
     adds_bos: bool | None
     added: dict[str, int]
+    legacy: bool
     chat_template: str | None
 
 
@@ -83,6 +85,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         _name(config.get("eos_token")),
         adds_bos if isinstance(adds_bos, bool) else None,
         added,
+        config.get("legacy") is True,
         template,
     )
 
@@ -106,7 +109,7 @@ class HuggingFaceTokenizer:
         n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
         bos_id, eos_id: ids from tokenizer_config.json, else Llama's own names; -1 if there is none.
         pad_id: -1; padding isn't used.
-        stop_tokens: ids that end a generation: ``eos_id`` and Llama 3's end of text, turn and
+        stop_tokens: ids that end a generation: ``eos_id``, and Llama's ends of text, turn and
             message.
         special_tokens, control_ids: the control tokens.
         drops_first_space: whether the vocabulary adds a space before the first word of a text.

@@ -22,7 +22,8 @@ from llama.vocab.huggingface import read_tokenizer_config
 class SentencePieceTokenizer:
     """Llama 2's tokenizer, with the same interface as ``Tokenizer``.
 
-    In a Hugging Face folder, the tokens of its added_tokens.json are control tokens.
+    In a Hugging Face folder, the tokens of its added_tokens.json are control tokens, and
+    tokenizer_config.json may name one as the end token.
 
     Attributes:
         model, sp_model: the underlying ``sentencepiece.SentencePieceProcessor``.
@@ -30,7 +31,7 @@ class SentencePieceTokenizer:
         n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
         bos_id, eos_id: ids of ``<s>`` and ``</s>``.
         pad_id: -1; there is no padding token.
-        stop_tokens: ids that end a generation: ``eos_id`` alone.
+        stop_tokens: ids that end a generation: ``eos_id`` and ``</s>``.
         special_tokens: ids of the control tokens and the unknown token, by name.
         control_ids: ids that text must never encode to.
         drops_first_space: True: SentencePiece adds a space before the first word of a text, and
@@ -86,12 +87,16 @@ class SentencePieceTokenizer:
         self.sp_model = self.model
         self.n_words: int = 1 + max([n_pieces - 1, *added.values()])
         self.n_padding = 0
-        self.stop_tokens: set[int] = {self.eos_id}
         controls = [i for i in range(n_pieces) if self.model.is_control(i)]
         self.control_ids = {self.bos_id, self.eos_id, *controls, *added.values()}
         unknown = [i for i in range(n_pieces) if self.model.is_unknown(i)]
         named = sorted({*controls, *unknown})
         self.special_tokens: dict[str, int] = {self.model.id_to_piece(i): i for i in named} | added
+        self.stop_tokens: set[int] = {self.eos_id}
+        if config.eos is not None:
+            self.eos_id = self.special_tokens.get(config.eos, self.eos_id)
+            self.stop_tokens.add(self.eos_id)
+        self._is_legacy = config.legacy
 
     def encode(
         self,
@@ -111,8 +116,13 @@ class SentencePieceTokenizer:
         special = self.special_tokens
         names = special.keys() if allowed_special == "all" else special.keys() & allowed_special
         ids: list[int] = []
-        for piece in split_special(s, names):
-            ids += [special[piece]] if piece in names else self.model.encode(piece)
+        for i, piece in enumerate(split_special(s, names)):
+            if piece in names:
+                ids.append(special[piece])
+            elif i == 0 or self._is_legacy:
+                ids += self.model.encode(piece)
+            else:  # without a first space: after a byte, which never merges
+                ids += self.model.encode("\n" + piece)[len(self.model.encode("\n")) :]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int] | int) -> str:
