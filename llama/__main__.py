@@ -43,14 +43,13 @@ def _path(given: str | Path) -> Path:
 
 
 def _family(args: ModelArgs) -> str:
-    if args.use_scaled_rope:
+    if args.use_scaled_rope and args.rope_original_context != 1:
         is_llama32 = args.rope_scaling_factor == LLAMA32_FACTOR
         return "Llama 3.2" if is_llama32 else "Llama 3.1 or 3.3"
     if args.rope_theta == 1e6 and args.vocab_size in (32000, 32016):
         return "Code Llama"
-    return {LLAMA2_ROPE_THETA: "Llama 2", LLAMA3_ROPE_THETA: "Llama 3"}.get(
-        args.rope_theta, "unknown"
-    )
+    families = {LLAMA2_ROPE_THETA: "Llama 2", LLAMA3_ROPE_THETA: "Llama 3"}
+    return families.get(args.rope_theta, "unknown")
 
 
 def _count(number: float) -> str:
@@ -169,7 +168,7 @@ def convert_folder(
         tokenizer_path=_path(tokenizer_path or ckpt.tokenizer_path),
         force=force,
         progress=True,
-        adapter=None if adapter is None else Path(adapter),
+        adapter=None if adapter is None else _path(adapter),
     )
     print(f"{dst} written")
     new = find_checkpoint(dst)

@@ -174,6 +174,7 @@ def test_irrelevant_config_fields_are_accepted(folder: Path) -> None:
         quantization_config={},
         eos_token_id=-1,
         rope_interleaved=False,
+        tie_word_embeddings=None,
     )
     assert (
         build(folder).tokenizer.stop_tokens == Tokenizer(str(DEMO / "tokenizer.model")).stop_tokens

@@ -194,6 +194,20 @@ def test_the_begin_token_is_added_as_the_folder_does(
     assert read.encode("", bos=True, eos=False) == expected
 
 
+def test_ids_of_config_json_stand_in_for_missing_names(
+    tmp_path: Path, demo_json: dict[str, Any]
+) -> None:
+    for config, ids in (
+        ({"bos_token_id": 770, "eos_token_id": [777, 769]}, (770, 777)),
+        ({"bos_token_id": -1, "eos_token_id": 99999}, (768, 769)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = write(tmp_path, demo_json)
+        assert (read.bos_id, read.eos_id) == ids
+    named = write(tmp_path, demo_json, eos_token="<|eot_id|>")
+    assert named.eos_id == 777
+
+
 def test_sentencepiece_folders_with_added_tokens(tmp_path: Path) -> None:
     original = opened(STORIES)
     shutil.copy(STORIES, tmp_path / "tokenizer.model")

@@ -207,16 +207,16 @@ def read_config(path: Path) -> Config:
         )
     own = (config.get("multiple_of"), config.get("ffn_dim_multiplier"))  # written by our convert
     params |= _ffn_params(args.dim, width, own)
-    context, tied = config.get("max_position_embeddings"), config.get("tie_word_embeddings", False)
+    context, tied = config.get("max_position_embeddings"), config.get("tie_word_embeddings")
     if context is not None and (type(context) is not int or context < 1):
         raise ValueError(
             f"{str(path)!r} has max_position_embeddings {context!r:.40}, expected a positive number"
         )
     if context is not None and _is_linear(params):
         context = int(context * args.rope_scaling_factor)
-    if not isinstance(tied, bool):
+    if not isinstance(tied, bool | None):
         raise ValueError(f"{str(path)!r} has tie_word_embeddings {tied!r:.40}, expected a boolean")
-    return Config(params, context, tied)
+    return Config(params, context, bool(tied))
 
 
 def write_config(

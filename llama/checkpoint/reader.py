@@ -249,7 +249,8 @@ def load(
         FileNotFoundError: ``adapter`` or a file in it is missing.
         ValueError: a file can't be read or doesn't match ``args``; the message names it.
     """
-    weights = Weights(ckpt, args, None if adapter is None else read_adapter(Path(adapter), args))
+    updates = None if adapter is None else read_adapter(Path(adapter).expanduser(), args)
+    weights = Weights(ckpt, args, updates)
     loaded: dict[str, Tensor] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data
     with tqdm(

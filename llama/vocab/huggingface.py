@@ -33,6 +33,7 @@ class TokenizerConfig(NamedTuple):
 
     Attributes:
         bos, eos: names of the tokens that begin and end a text.
+        bos_id, eos_id: their ids in config.json.
         adds_bos: whether texts begin with ``bos``; None if not given.
         added: ids of the tokens in added_tokens.json, by name.
         legacy: SentencePiece adds a space to the text after each control token too.
@@ -41,6 +42,8 @@ class TokenizerConfig(NamedTuple):
 
     bos: str | None
     eos: str | None
+    bos_id: int | None
+    eos_id: int | None
     adds_bos: bool | None
     added: dict[str, int]
     legacy: bool
@@ -48,8 +51,8 @@ class TokenizerConfig(NamedTuple):
 
 
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
-    """Read tokenizer_config.json, special_tokens_map.json, added_tokens.json and
-    chat_template.jinja, if they are there.
+    """Read tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja
+    and config.json, if they are there.
 
     Raises:
         ValueError: one can't be read.
@@ -80,9 +83,12 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
             "expected a jinja template"
         )
     adds_bos = config.get("add_bos_token")
+    model_config = read("config.json")
     return TokenizerConfig(
         _name(config.get("bos_token")),
         _name(config.get("eos_token")),
+        _id(model_config.get("bos_token_id")),
+        _id(model_config.get("eos_token_id")),
         adds_bos if isinstance(adds_bos, bool) else None,
         added,
         config.get("legacy") is True,
@@ -97,6 +103,13 @@ def _name(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
+def _id(value: Any) -> int | None:
+    """An id, or the first of several."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if type(value) is int and value >= 0 else None
+
+
 class HuggingFaceTokenizer:
     """The tokenizer of a Hugging Face folder, with the same interface as ``Tokenizer``.
 
@@ -107,7 +120,8 @@ class HuggingFaceTokenizer:
         model: the underlying ``tokenizers.Tokenizer``.
         n_words: vocabulary size, added tokens included.
         n_padding: rows of the weights beyond ``n_words``, which decode to nothing.
-        bos_id, eos_id: ids from tokenizer_config.json, else Llama's own names; -1 if there is none.
+        bos_id, eos_id: ids from tokenizer_config.json, else from config.json, else of Llama's own
+            names; -1 if there is none.
         pad_id: -1; padding isn't used.
         stop_tokens: ids that end a generation: ``eos_id``, and Llama's ends of text, turn and
             message.
@@ -140,8 +154,8 @@ class HuggingFaceTokenizer:
         self._is_byte_level, self.drops_first_space = _decoder_kind(self.model, model_path)
         config = read_tokenizer_config(Path(model_path).parent)
         self.chat_template = config.chat_template
-        self.bos_id = self._first_id(config.bos, *_BOS_NAMES)
-        self.eos_id = self._first_id(config.eos, *_EOS_NAMES)
+        self.bos_id = self._first_id(config.bos, config.bos_id, _BOS_NAMES)
+        self.eos_id = self._first_id(config.eos, config.eos_id, _EOS_NAMES)
         self.pad_id: int = -1
         self._added: dict[int, Any] = self.model.get_added_tokens_decoder()
         for i, token in self._added.items():
@@ -162,9 +176,12 @@ class HuggingFaceTokenizer:
             self._adds_bos = begins or self.model.id_to_token(max(0, self.bos_id)) in _BOS_NAMES
         self._bytes: dict[int, bytes] = {}
 
-    def _first_id(self, *names: str | None) -> int:
-        """The id of the first of these names that is in the vocabulary; -1 if none is."""
-        ids = (self.model.token_to_id(name) for name in names if name is not None)
+    def _first_id(self, name: str | None, token_id: int | None, names: Sequence[str]) -> int:
+        """The first of these that is in the vocabulary; -1 if none is."""
+        ids = [] if name is None else [self.model.token_to_id(name)]
+        if token_id is not None and self.model.id_to_token(token_id) is not None:
+            ids.append(token_id)
+        ids += map(self.model.token_to_id, names)
         return next((i for i in ids if i is not None), -1)
 
     @property
