@@ -213,12 +213,6 @@ BULKY: dict[str, tuple[str, bytes, str]] = {
         tokenizer_json({f"{i:x}": i for i in range(2**20 + 1)}),
         "has more than 1,048,576 tokens",
     ),
-    # the check of the merges re-merges every token, which is quadratic in its length
-    "a tokenizer.json of long tokens": (
-        "tokenizer.json",
-        tokenizer_json({"a" * 1000 + f"{i:05d}": i for i in range(5000)}),
-        "too many long tokens",
-    ),
     "pieces": (
         "sentencepiece",
         filled(b"\x0a\x0e\x0a\5<unk>\x15\0\0\0\0\x18\2", b"\x0a\0", b"", 32 * MIB),
