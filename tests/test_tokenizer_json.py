@@ -204,7 +204,7 @@ def test_ids_of_config_json_stand_in_for_missing_names(
         (tmp_path / "config.json").write_text(json.dumps(config))
         read = write(tmp_path, demo_json)
         assert (read.bos_id, read.eos_id) == ids
-    named = write(tmp_path, demo_json, **{"eos_token": "<|eot_id|>"})
+    named = write(tmp_path, demo_json, eos_token="<|eot_id|>")  # noqa: S106
     assert named.eos_id == 777
 
 
