@@ -34,21 +34,28 @@ class KVCache:
 
     def allocate(self, like: Tensor) -> None:
         """Allocate zeros with ``like``'s dtype and device, unless that was done."""
-        if (self.k.dtype, self.k.device, self.k.numel() > 0) != (like.dtype, like.device, True):
-            args = self.args
-            shape = (args.max_batch_size, self._n_kv_heads, args.max_seq_len, args.head_dim)
-            with torch.inference_mode(False):  # inference tensors couldn't be written to later
-                self.k, self.v = _zeros(shape, like), _zeros(shape, like)
+        k, args = self.k, self.args
+        if k.dtype == like.dtype and k.device == like.device and k.numel() > 0:
+            return
+        shape = (args.max_batch_size, self._n_kv_heads, args.max_seq_len, args.head_dim)
+        with torch.inference_mode(False):  # inference tensors couldn't be written to later
+            self.k, self.v = _zeros(shape, like), _zeros(shape, like)
 
     def free(self) -> None:
         """Drop the content; the next pass allocates again."""
-        self.k = self.v = torch.empty(0, device="cpu")
+        with torch.inference_mode(False):
+            self.k = self.v = torch.empty(0, device="cpu")
 
     def update(self, k: Tensor, v: Tensor, batch: "Prefill | Decode") -> None:
         """Store the keys and values [T, K, D] of a pass."""
         self.allocate(k)
         self.k[batch.slots, :, batch.positions] = k
         self.v[batch.slots, :, batch.positions] = v
+
+    @property
+    def n_writes(self) -> int:
+        """In-place changes since the allocation."""
+        return self.k._version + self.v._version
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from llama.hooks import fingerprint, version
+from llama.hooks import fingerprint
 from llama.model import Transformer
 from llama.request import Request
 
@@ -96,8 +96,7 @@ class Slots:
         """Whether the cache has been written to since the last call. After the engine's own writes
         it is called too, so that the others are found: of blocks that are called directly, or
         through ``cache_k``."""
-        tensors = [x for cache in self._caches for x in (cache.k, cache.v)]
-        before, self._written = self._written, sum(map(version, tensors))
+        before, self._written = self._written, sum([cache.n_writes for cache in self._caches])
         return before != self._written
 
     def forget(self) -> None:

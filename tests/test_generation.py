@@ -181,7 +181,7 @@ class Scripted(nn.Module):
         self.params, self.groups, self.lock = llm.model.params, llm.model.groups, llm.model.lock
         self.dtype, self.device = llm.model.dtype, llm.model.device
         self.cache = [self]
-        self.k = self.v = torch.empty(0)
+        self.n_writes = 0
         self.texts = [iter(text) for text in texts]
         self.in_slot: dict[int, Iterator[int]] = {}
 
