@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEMO, PARAMS, PROGRAMS, needs_packing, new_model, random_weights, run, torchrun
+from cuda_standin import OnCpu
 from reference import relative_error
 from torch import Tensor, nn
 
@@ -251,19 +252,6 @@ def test_flash_attention_equals_attention_with_the_documented_kernel(
 # --- Static shapes for CUDA graphs ----------------------------------------------------------------
 
 
-def on_cpu(calls: list[None]) -> Callable[[Callable[[], Tensor]], Any]:
-    """Emulates CUDA graph capture: a replay calls the function again, into the same tensor."""
-
-    def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        calls.append(None)
-        for _ in range(2):
-            compute()
-        output = compute()
-        return lambda: output.copy_(compute()), output
-
-    return capture
-
-
 @pytest.mark.parametrize("any_length", [True, False])
 def test_static_steps_give_the_same_tokens(
     any_length: bool, folder: Path, llm: Llama, monkeypatch: pytest.MonkeyPatch
@@ -277,19 +265,19 @@ def test_static_steps_give_the_same_tokens(
         monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)
         for layer in attentions(model):
             layer.attend = cuda.flash_attention
-    captures: list[None] = []
+    capture = OnCpu()
     model.decode = cuda.GraphedStep(  # type: ignore[method-assign]
-        model, model.decode, any_length=any_length, capture=on_cpu(captures)
+        model, model.decode, any_length=any_length, capture=capture
     )
     for n in (3, 1, 2, 3):
         tokens, logprobs = static.generate(PROMPTS[:n], 40, temperature=0, logprobs=True)
         assert tokens == expected[n][0]
         for ours, theirs in zip(logprobs or [], expected[n][1] or [], strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
-    assert len(captures) == 3  # for 4, 1 and 2 rows, with a single length bucket
+    assert capture.n_captures == 3  # for 4, 1 and 2 rows, with a single length bucket
     model.to(torch.float32)  # reallocates the KV cache
     assert static.generate(PROMPTS, 40, temperature=0)[0] == expected[3][0]
-    assert len(captures) == 4
+    assert capture.n_captures == 4
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import os
 import shlex
 import sys
 import warnings
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -242,10 +243,26 @@ def torchrun_line(n_processes: int) -> str:
 # --- Exit and fork ----------------------------------------------------------------------------
 
 
+class _Resettable(Protocol):
+    def reset(self) -> None: ...
+
+
+_to_reset: "weakref.WeakSet[_Resettable]" = weakref.WeakSet()
+
+
+def reset_before_leaving(captures: _Resettable) -> None:
+    """Reset ``captures`` before this process leaves its groups at exit. Until the CUDA graphs that
+    hold its kernels are gone, NCCL waits for them (pytorch#115388), and a model in a global
+    variable outlives the groups."""
+    _to_reset.add(captures)
+
+
 def _leave() -> None:
     # if a rank is gone, NCCL may wait for it here
     watchdog = collectives.watchdog
     if dist.is_initialized() and (watchdog is None or not watchdog.has_reported):
+        for captures in list(_to_reset):
+            captures.reset()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 
