@@ -89,7 +89,7 @@ def agree(reason: str | None, group: dist.ProcessGroup | None) -> str | None:
         reasons = all_gather_json(reason, group)
     for rank, theirs in enumerate(reasons):
         if theirs is not None:
-            return f"rank {rank}: {theirs}" if len(reasons) > 1 else theirs
+            return f"rank {rank}: {theirs}" if len(set(reasons)) > 1 else theirs
     return None
 
 
