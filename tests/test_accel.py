@@ -343,6 +343,7 @@ def test_a_model_may_be_deleted_while_another_decodes(
     assert generated(first, fake) == generated(second, fake) == expected
     streams = [graph.stream for graph in fake.graphs]
     assert streams[0] is not streams[1]
+    assert [fake.workspaces[stream] for stream in streams] == [None, None]
     step: Any = first.model.decode
     step._capture.reset()
     assert len(fake.graphs) == 1

@@ -283,16 +283,14 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[torch.cuda.Stream]:
-        """Make the model's device and this stream current. Each thread has its own current device,
-        at first device 0; kernels launched for another one aren't captured."""
+        """Make the model's device and this stream current; afterwards those from before are, also
+        if a capture fails, which leaves its stream current. Each thread has its own current device,
+        at first device 0, and kernels on another one aren't captured."""
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self._device)
             before = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(before)
-            try:
-                with torch.cuda.stream(self._stream):
-                    yield self._stream
-            finally:
-                torch.cuda.set_stream(before)  # a failed capture leaves its stream current
+            with torch.cuda.stream(self._stream):
+                yield self._stream
             before.wait_stream(self._stream)
