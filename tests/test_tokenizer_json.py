@@ -1,5 +1,6 @@
 """Hugging Face's tokenizer files: read with their library, written by convert."""
 
+import base64
 import copy
 import json
 import shutil
@@ -128,6 +129,19 @@ def test_ids_texts_and_pieces_equal_the_original_vocabulary(
     check()
 
 
+def test_words_that_no_merge_makes(tmp_path: Path) -> None:
+    """tiktoken looks up whole words first; by merges, "zqx" stays z q x."""
+    data = (DEMO / "tokenizer.model").read_bytes()
+    words = (b"qz", b"zqx", b"qzqx")
+    lines = [b"%s %d\n" % (base64.b64encode(word), 768 + i) for i, word in enumerate(words)]
+    (tmp_path / "tokenizer.model").write_bytes(data + b"".join(lines))
+    original = opened(tmp_path / "tokenizer.model")
+    read = write(tmp_path / "hf", tokenizer_json(original))
+    for text in ("zqx", "qzqx", "azqx", "qzqxa", "qzqx qzqx", "zqxzqx"):
+        assert read.encode(text, False, False) == original.encode(text, False, False)
+    assert read.encode("zqx", False, False) == [769]
+
+
 def test_streaming_equals_decoding(tmp_path: Path) -> None:
     original = opened(LLAMA2)
     read = write(tmp_path, tokenizer_json(original))
@@ -149,20 +163,21 @@ def test_tokens_that_a_fine_tune_added(tmp_path: Path, demo_json: dict[str, Any]
         added(1024, "<|im_end|>", special=False),
         added(1025, "elephantine", special=False),
         added(1026, "<pad>"),
+        added(1027, "<|tool|>", special=False),
     ]
     read = write(tmp_path, content, eos_token={"content": "<|im_end|>"}, bos_token=None)
-    assert read.n_words == 1027
+    assert read.n_words == 1028
     assert (read.bos_id, read.eos_id) == (768, 1024)
     assert read.stop_tokens == {769, 777, 1024}
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    text = "an elephantine <|im_end|> <|im_start|><pad>"
+    text = "an elephantine <|im_end|> <|im_start|><pad><|tool|>"
     plain = read.encode(text, bos=False, eos=True)
     assert 1025 in plain
     assert not read.control_ids & set(plain[:-1])
     assert plain[-1] == 1024
     ids = read.encode(text, bos=False, eos=False, allowed_special="all")
     assert ids == theirs.encode(text, add_special_tokens=False).ids
-    assert {1024, 1025, 1026} < set(ids)
+    assert {1024, 1025, 1026, 1027} < set(ids)
     some = read.encode(text, bos=False, eos=False, allowed_special={"<pad>"})
     assert read.control_ids & set(some) == {1026}
     assert read.decode(ids) == read.decode(plain[:-1]) == read.decode(some) == text
