@@ -173,6 +173,7 @@ def test_tokens_that_a_fine_tune_added(tmp_path: Path, demo_json: dict[str, Any]
     text = "an elephantine <|im_end|> <|im_start|><pad><|tool|>"
     plain = read.encode(text, bos=False, eos=True)
     assert 1025 in plain
+    assert {1024, 1026, 1027} <= read.control_ids
     assert not read.control_ids & set(plain[:-1])
     assert plain[-1] == 1024
     ids = read.encode(text, bos=False, eos=False, allowed_special="all")
