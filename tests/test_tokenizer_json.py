@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_models.llama3
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -23,7 +24,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.chat import Llama2ChatFormat
-from llama.chat_template import NoChatFormat, TemplateChatFormat, chat_format
+from llama.chat_template import (
+    LLAMA3_TEMPLATE,
+    NoChatFormat,
+    TemplateChatFormat,
+    chat_format,
+)
 from llama.detokenizer import Detokenizer
 from llama.tokenizer import AnyTokenizer
 from llama.vocab.huggingface import HuggingFaceTokenizer
@@ -250,6 +256,8 @@ def test_the_interface_of_llama2s_package() -> None:
     assert [tokenizer.decode(i) for i in ids[1:]] == [
         tokenizer.sp_model.decode([i]) for i in ids[1:]
     ]
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(ids) == "Once upon"
+    assert tokenizer.decode(np.int64(ids[1])) == tokenizer.decode(ids[1])
     llama3 = Tokenizer(str(DEMO / "tokenizer.model"))
     assert llama3.decode(llama3.encode("a", False, False)[0]) == "a"
 
@@ -410,6 +418,32 @@ def test_a_folders_own_tokenizer_files_are_kept(tmp_path: Path, demo_json: dict[
         data = (tmp_path / "hf" / name).read_bytes()
         assert (tmp_path / "native" / name).read_bytes() == data
         assert (tmp_path / "back" / name).read_bytes() == data
+
+
+def test_convert_completes_the_tokenizers_files(tmp_path: Path, demo_json: dict[str, Any]) -> None:
+    """A chat template, where the folder has none and the format is known; twice with --force."""
+    source = tmp_path / "hf"
+    cli("convert", DEMO, source, "--format", "hf")
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 99}')
+    (source / "added_tokens.json").write_text("{}")
+    for more in ((), ("--force",)):
+        cli("convert", source, tmp_path / "new", "--format", "hf", *more)
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template") == LLAMA3_TEMPLATE
+    assert config == {"model_max_length": 99}
+    # without Llama's headers no format is known, and none is made up
+    content = copy.deepcopy(demo_json) | {"post_processor": None}
+    for token in content["added_tokens"]:
+        token |= {"content": f"word{token['id']}", "special": False}
+    write(source, content)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (source / name).unlink()
+    path = source / "config.json"
+    no_ids = {"eos_token_id": None, "bos_token_id": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | no_ids))
+    cli("convert", source, tmp_path / "new", "--format", "hf", "--force")
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert not config.keys() & {"chat_template", "bos_token", "eos_token"}
 
 
 def test_vocabularies_that_cant_be_written(tmp_path: Path) -> None:

@@ -197,7 +197,14 @@ class Weights:
         if isinstance(output, Tensor) and output.shape[1:] == (self.args.dim,):
             n_weights = len(output) * self.ckpt.n_shards
             if n_weights != self.args.vocab_size:
-                yield wrong_tokenizer(self.ckpt.folder, n_weights, self.args.vocab_size)
+                given = self.ckpt.params.get("vocab_size", -1)
+                if given == -1:
+                    yield wrong_tokenizer(self.ckpt.folder, n_weights, self.args.vocab_size)
+                else:
+                    yield (
+                        f"{self.stored_key('output.weight')} in {name!r} has {n_weights} rows, but "
+                        f"{self._config_name} gives the vocab_size {given}: files of another model?"
+                    )
                 return
         for key, spec in wanted.items():
             if key not in tensors:
