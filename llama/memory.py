@@ -159,13 +159,13 @@ def _cuda_runtime(args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: tor
     A graph keeps the memory of its step: the logits, as dtype and in float32, gathered from the
     ranks, and less than ``_GRAPH_BLOCKS`` for the activations of one token per row.
     """
-    n_sizes = (args.max_batch_size - 1).bit_length() + 1  # powers of two, and max_batch_size
-    n_rows = 2 * args.max_batch_size  # of all sizes together, at most
+    n_powers = (args.max_batch_size - 1).bit_length()  # of two, below max_batch_size
+    n_rows = 2**n_powers - 1 + args.max_batch_size  # of all sizes together
     n_lengths = 1
     if not _reads_lengths(dtype, device):
         n_lengths += max(0, (args.max_seq_len - 1).bit_length() - 8)  # 256, 512, ...
     logits = n_rows * args.vocab_size * (2 * dtype.itemsize + 4)
-    graphs = n_lengths * (n_sizes * _GRAPH_BLOCKS + logits)
+    graphs = n_lengths * ((n_powers + 1) * _GRAPH_BLOCKS + logits)
     return _KERNELS + _CUBLAS_WORKSPACES + graphs + (_NCCL if n_ranks > 1 else 0)
 
 
