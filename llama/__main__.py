@@ -179,7 +179,7 @@ def convert_folder(
     if new.context != ckpt.context:
         print(
             f"note: {dst} can't record the context of {ckpt.context} tokens; it will be read as "
-            f"{new.context}"
+            f"{new.context or 'unknown'}"
         )
     if lost := ckpt.stop_tokens - tokenizer.stop_tokens - new.stop_tokens:
         print(f"note: {dst} can't record that {sorted(lost)} end a generation")

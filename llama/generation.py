@@ -18,7 +18,7 @@ from llama.completions import (
     repeat,
     run,
 )
-from llama.dialog import Dialog, Role, check_dialogs
+from llama.dialog import Dialog, Message, Role, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
 from llama.model import Transformer
@@ -27,7 +27,7 @@ from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
 from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
-__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Role"]
+__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Message", "Role"]
 
 
 class Llama:
