@@ -427,6 +427,7 @@ def test_ranks_agree(case: str, attention: str, decode: str, folder: Path, llm: 
     for ways in shown:
         assert (ways["attention"], ways["decode"]) == (attention, decode)
         assert ways["tokens"] == tokens
+        assert ways["was_reset"]  # before the process group was destroyed
     warned = [line for line in result.stderr.splitlines() if "UserWarning" in line]
     assert len(warned) == (case != "right"), result.stderr
     assert all("rank 1: " in line for line in warned)

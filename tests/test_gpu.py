@@ -132,9 +132,7 @@ def test_flash_attention_passes_its_self_check(
     dtype: torch.dtype, head_dim: int, n_kv_heads: int
 ) -> None:
     needs_flash(dtype)
-    args = ModelArgs(
-        dim=8 * head_dim, n_heads=8, n_kv_heads=n_kv_heads, head_dim=head_dim, vocab_size=1024
-    )
+    args = ModelArgs(dim=8 * head_dim, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=1024)
     assert check_attention(flash_attention, args, 1, dtype, torch.device("cuda", 0)) is None
 
 
@@ -171,7 +169,7 @@ def test_attention_runs_in_the_flash_kernel(folder: Path) -> None:
 
 
 def test_a_head_dim_that_flash_attention_lacks(tmp_path: Path) -> None:
-    params = PARAMS | {"head_dim": 12}
+    params = PARAMS | {"dim": 192}  # of 16 heads
     folder = write_checkpoint(tmp_path / "12", params, random_weights(params))
     llm = Llama.build(str(folder), max_seq_len=64, device="cuda", dtype="bfloat16")
     assert llm.ways.attention == "SDPA"
