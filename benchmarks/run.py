@@ -89,16 +89,28 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_device = resolve_device(device)
     dtype = dtype or str(default_dtype(torch_device)).removeprefix("torch.")
+    choice = None
     if shape == "auto":
-        shape, why = largest_shape(torch_device, getattr(torch, dtype), _total_memory(torch_device))
-        print(f"shape: {why}", flush=True)
+        shape, choice = largest_shape(
+            torch_device, getattr(torch, dtype), _total_memory(torch_device)
+        )
+        print(f"shape: {choice}", flush=True)
     if prepare:
         folder = checkpoint_of(shape, Path(models), device)
         if "hf" in peers:
             _huggingface_folder(folder)
         return
     bench = Benchmark(
-        shape, device, dtype, compile, repeats, Path(models), Path(results), limit, tests
+        shape,
+        device,
+        dtype,
+        compile,
+        repeats,
+        Path(models),
+        Path(results),
+        limit=limit,
+        tests=tests,
+        choice=choice,
     )
     for name in chosen:
         bench.attempt(name, getattr(bench, name))
@@ -129,12 +141,14 @@ class Benchmark:
         repeats: int,
         models: Path,
         results: Path,
+        *,
         limit: float,
         tests: str | None,
+        choice: str | None,
     ) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.compile, self.repeats, self.models = compile, repeats, models
-        self.limit, self.tests = limit, tests
+        self.limit, self.tests, self.choice = limit, tests, choice
         self.folder = checkpoint_of(shape, models, device)
         self.args = ModelArgs(**SHAPES[shape].params)
         self.n_ranks, self.size = SHAPES[shape].n_ranks, getattr(torch, dtype).itemsize
@@ -396,6 +410,7 @@ class Benchmark:
         shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}
         return {
             "shape": self.shape,
+            "choice of the shape": self.choice,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else self.device,
             "dtype": self.dtype,
             "compile": self.compile,
