@@ -167,7 +167,8 @@ class Reference(Engine):
         # like its own build: in the default dtype and on the default device
         torch.set_default_dtype(getattr(torch, dtype))
         torch.set_default_device(self.device)
-        weights = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+        file = folder / "consolidated.00.pth"
+        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         self.model = Transformer(args)
         self.model.load_state_dict(weights, strict=False)
         self.model.to(self.device)  # fairscale's layers ignore the default device
