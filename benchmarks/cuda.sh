@@ -15,10 +15,10 @@ mkdir -p "$out"
 touch "$out/tests.txt" "$out/log.txt"
 status=0
 set -m # else the jobs below would ignore SIGINT, at which pytest prints its summary
-trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT TERM
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'exit 130' INT TERM
 # the output goes to files: a pipe would stay open for as long as any process that was left behind
-tail -qf -n +1 --pid=$$ "$out/tests.txt" "$out/log.txt" &
-shown=$!
+tail -qf -n +1 "$out/tests.txt" "$out/log.txt" &
 
 benchmark() { # SECONDS arguments: those of the command line come last, and win
   exec timeout -k 10 "$1" python benchmarks/run.py --device cuda --vs hf,reference "${@:2}"
@@ -41,5 +41,4 @@ benchmark $((budget - SECONDS)) --figures decode,prefill,weights,load,sampling,r
 wait $! || failed "not everything was measured"
 echo "cuda.sh: $SECONDS s; see $(cd "$out" && pwd)" >>"$out/log.txt"
 sleep 1 # until it is shown
-kill "$shown"
 exit "$status"

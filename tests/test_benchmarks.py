@@ -132,7 +132,7 @@ def test_the_report_compares_with_the_aims() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "name"), [(80, "8B"), (40, "8B"), (24, "3B"), (15, "1B"), (8, "1B")]
+    ("gib", "name"), [(80, "8B"), (40, "8B"), (30, "3B"), (24, "3B"), (15, "1B"), (8, "1B")]
 )
 def test_the_largest_shape_that_fits_with_a_peer(gib: int, name: str) -> None:
     """An H100, an A100, a 4090, a T4. Planned for the CPU, which needs a little more."""
