@@ -93,6 +93,7 @@ def build_model(
             adapter=adapter,
         )
         model.load_state_dict(tensors, assign=True)
+        del tensors  # accelerate replaces some
         accelerate(model, compile=compile)
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llama import Llama, Transformer, accel, memory
 from llama.accel import cpu, cuda
-from llama.accel.compile import rotate_real
+from llama.accel.projection import rotate_real
 from llama.attention import attention
 from llama.cache import Decode, Prefill
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear

@@ -16,6 +16,7 @@ import torch
 from llama.accel.compile import compiled_decode
 from llama.accel.cpu import choose_linear, keep_freed_memory
 from llama.accel.cuda import GraphedStep, cuda_graph, flash_attention
+from llama.accel.projection import join_projections
 from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
 
@@ -38,6 +39,8 @@ def accelerate(model: Transformer, *, compile: bool = False) -> None:
         for layer in model.modules():
             if isinstance(layer, Attention):
                 layer.attend = flash_attention
+    if device.type == "cuda":
+        join_projections(model)
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]
     if device.type == "cuda":
