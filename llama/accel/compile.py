@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from llama.accel.cuda import DecodeFunction
-from llama.accel.projection import rotate_real
 from llama.cache import Decode
 from llama.hooks import is_unmodified
 from llama.model import Attention, Transformer
+
+
+def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """``model.rotate`` in real arithmetic: torch.compile doesn't fuse complex operations."""
+    cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)  # [S, 1, D / 2] each
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def compiled_decode(model: Transformer) -> DecodeFunction:

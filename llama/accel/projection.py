@@ -1,8 +1,8 @@
-"""Queries, keys and values in few kernels: one matrix product, and one rotation of two kernels.
+"""Queries, keys and values in few kernels, for CUDA: one matrix product, and one rotation.
 
-On a GPU the kernels of a decoding step are short, and starting each costs a few microseconds. The
-complex rotation takes three for queries and three for keys: conversion to float32, product,
-conversion back.
+The kernels of a decoding step are short, and starting each costs microseconds. The complex rotation
+takes three for queries and three for keys: conversion to float32, product, conversion back. On the
+CPU it is the faster one: 2 to 60 times, from 4 to 1024 tokens.
 """
 
 import functools
@@ -19,27 +19,22 @@ from llama.model import Attention, Transformer, project
 def join_projections(model: Transformer) -> None:
     for layer in model.modules():
         if isinstance(layer, Attention):
-            layer.rotate = rotate_real
             layer.project = JointProjection(layer)
             # the memory of the three weights has the wrong sizes for the next layer's matrix
             torch.cuda.empty_cache()
 
 
-def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """``model.rotate`` in real arithmetic: torch.compile doesn't fuse complex operations."""
-    return _rotate(x, *_rotation(freqs_cis))
-
-
 def _rotation(freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """The images (cos, sin) of (1, 0) and (-sin, cos) of (0, 1). [T, 1, D / 2, 2] each."""
+    """Where (1, 0) and (0, 1) are rotated to: (cos, sin) and (-sin, cos), [T, 1, D / 2, 2] each."""
     rows = torch.view_as_real(freqs_cis)[:, None]
     cos, sin = rows.unbind(-1)
     return rows, torch.stack((-sin, cos), dim=-1)
 
 
 def _rotate(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Rotate pairs of x [..., T, H, D]: a kernel per term, which convert to float32 and back."""
-    even, odd = x.unflatten(-1, (-1, 2)).split(1, dim=-1)  # [..., T, H, D / 2, 1]
+    """``model.rotate`` of x [T, H, D] in real numbers. Two kernels, which also convert to float32
+    and back."""
+    even, odd = x.unflatten(-1, (-1, 2)).split(1, dim=-1)  # [T, H, D / 2, 1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.addcmul(even * first, odd, second, out=y.unflatten(-1, (-1, 2)))
     return y
