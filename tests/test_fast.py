@@ -1,6 +1,7 @@
 """Each fast path is actually taken and matches the plain implementation."""
 
 import copy
+import functools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from llama import Llama, Transformer, accel, memory
 from llama.accel import cpu, cuda
-from llama.accel.compile import rotate_real
+from llama.accel.compile import compiled_decode, rotate_real
 from llama.accel.projection import JointProjection, join_projections
 from llama.attention import attention
 from llama.cache import Decode, Prefill
@@ -402,6 +403,54 @@ def compiler() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()
+
+
+@torch.library.custom_op("tests::flash", mutates_args=())
+def flash_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    seqused_k: Tensor,
+) -> Tensor:
+    return documented_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, seqused_k=seqused_k)
+
+
+@flash_operator.register_fake
+def _(q: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def test_a_step_with_cudas_forms_is_traced_as_one_graph(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention and joint projections, without a compiler. Before Python 3.12,
+    cached_property would break the graph."""
+    monkeypatch.setattr(
+        cuda,
+        "_flash_kernel",
+        lambda *args, seqused_k: flash_operator(*args, seqused_k),
+    )
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
+    model = joined(weights)
+    for layer in attentions(model):
+        layer.attend = cuda.flash_attention
+    decode = compiled_decode(model)
+    prompts = Prefill([0, 1, 2], [0, 0, 0], [3, 1, 6], torch.device("cpu"))
+    with torch.inference_mode():
+        plain(torch.arange(10), prompts)
+        model(torch.arange(10), prompts)
+        for positions in (torch.tensor([3, 1, 6]), torch.tensor([6])):
+            batch = [Decode(positions, 7, ragged=len(positions) > 1) for _ in range(2)]
+            expected = plain.decode(positions, batch[0])
+            assert relative_error(decode(positions, batch[1]), expected) < 1e-5
+    assert backend.frame_count == 2  # one row, several
 
 
 @pytest.mark.slow
