@@ -124,6 +124,7 @@ choose_models() {
   local name
   FOLDERS=()
   for name in ${1//,/ }; do
+    name=${name#meta-llama/}
     # A link broken over two lines ends up here: its second half must not be shown.
     [[ ${#name} -le 40 && $name != *[!A-Za-z0-9._-]* ]] ||
       bad_usage "the list of models has invalid names (was the link broken over two lines?)"

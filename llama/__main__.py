@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llama import cli, memory
+from llama import accel, cli, memory
 from llama.chat import Message
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
@@ -90,7 +90,10 @@ def info(
     if not faults:
         dtypes = {t.dtype for i in range(ckpt.n_shards) for t in weights.shard(i).values()}
         stored = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    plan = memory.plan(args, n_ranks, parse_dtype(dtype), resolve_device(None), tied=ckpt.tied)
+    device, torch_dtype = resolve_device(None), parse_dtype(dtype)
+    plan = memory.plan(args, n_ranks, torch_dtype, device, tied=ckpt.tied)
+    off = accel.why_off(True)
+    ways = accel.Ways.plain(off) if off else accel.choose(args, n_ranks, torch_dtype, device)[0]
     rows = {
         "folder": f"{ckpt_dir} ({'Meta' if ckpt.layout == 'native' else 'Hugging Face'} layout)",
         "family": _family(args),
@@ -103,6 +106,7 @@ def info(
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.n_words} tokens",
         "runs on": f"{', '.join(map(str, args.valid_tp_sizes))} ranks",
         "memory": str(plan),
+        "kernels": f"on {device.type}: {ways}",
     }
     for name, value in rows.items():
         print(f"{name + ':':12} {value}")
@@ -175,7 +179,7 @@ def convert_folder(
     if new.context != ckpt.context:
         print(
             f"note: {dst} can't record the context of {ckpt.context} tokens; it will be read as "
-            f"{new.context}"
+            f"{new.context or 'unknown'}"
         )
     if lost := ckpt.stop_tokens - tokenizer.stop_tokens - new.stop_tokens:
         print(f"note: {dst} can't record that {sorted(lost)} end a generation")

@@ -20,7 +20,7 @@ def decode_attention(q: Tensor, cache: KVCache, batch: Decode) -> Tensor:
     # Fold the H / K query heads per key head into query positions: with enable_gqa and a mask, SDPA
     # may fall back to its math kernel.
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, D]
-    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=batch.mask(q.dtype))
+    y = F.scaled_dot_product_attention(_dense(grouped), k, v, attn_mask=batch.mask(q.dtype))
     return y.flatten(1, 2)
 
 
@@ -35,6 +35,12 @@ def prefill_attention(q: Tensor, cache: KVCache, batch: Prefill) -> Tensor:
         mask = None
         if start and n_tokens > 1:  # is_causal would align its mask top-left
             mask = torch.ones(n_tokens, end, dtype=torch.bool, device=q.device).tril(start)
+        grouped = _dense(grouped)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, is_causal=start == 0)
         outputs.append(y.flatten(0, 1).transpose(0, 1))  # [S, H, D]
     return torch.cat(outputs)
+
+
+def _dense(q: Tensor) -> Tensor:
+    """Queries as the kernel needs them: MPS has misread permuted ones (pytorch#181133)."""
+    return q.contiguous() if q.device.type == "mps" else q

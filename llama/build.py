@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama import memory
-from llama.accel import accelerate
+from llama import accel, memory
 from llama.checkpoint import hub
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.reader import load
@@ -34,6 +33,7 @@ def build_model(
     quiet_ranks: bool,
     rope_scaling_factor: float | None,
     compile: bool,
+    accelerate: bool,
     rank_timeout: float,
     max_prefill_tokens: int,
     adapter: str | None,
@@ -47,6 +47,9 @@ def build_model(
             f"rank_timeout is {rank_timeout}, expected at least {MIN_TIMEOUT:g} seconds: with "
             "less, healthy ranks on a busy machine would count as lost"
         )
+    off = accel.why_off(accelerate)
+    if compile and not accelerate:
+        raise ValueError("compile is True, but accelerate is False: leave one of them out")
     groups.initialize(torch_device, model_parallel_size, rank_timeout)
     ranks = groups.current_groups()
     is_first_process = not dist.is_initialized() or dist.get_rank() == 0
@@ -80,6 +83,7 @@ def build_model(
             model = Transformer(args)
     settings = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
     settings |= {"max_prefill_tokens": max_prefill_tokens, "adapter": adapter}
+    settings |= {"accelerate": off is None}
     check_same_on_all_ranks("Llama.build", dataclasses.asdict(args) | settings, collectives.world)
     with raise_on_all_ranks(), memory.explain_oom(lambda: plan):
         tensors = load(
@@ -94,7 +98,8 @@ def build_model(
         )
         model.load_state_dict(tensors, assign=True)
         del tensors  # accelerate replaces some
-        accelerate(model, compile=compile)
+    with memory.explain_oom(lambda: plan):
+        accel.accelerate(model, compile=compile, off=off)
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")
     return model, tokenizer

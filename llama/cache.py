@@ -102,18 +102,18 @@ class Prefill:
         spans = zip(start_pos, self.ends, strict=True)
         self.positions = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
         self.seqlens_k = on_device(self.ends, device, torch.int32)
-        self._cu_seqlens: tuple[Tensor, Tensor] | None = None
+        self._cu_seqlens: tuple[int, Tensor, Tensor] | None = None
         self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
 
     def cu_seqlens(self, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """int32 [B + 1] each: where each sequence starts in the packed tokens, and where its keys
         start in the cache seen as one sequence. The first layer that asks computes them."""
-        if self._cu_seqlens is None:
+        if self._cu_seqlens is None or self._cu_seqlens[0] != max_seq_len:
             starts = list(accumulate(self.seqlens, initial=0))
             keys = [slot * max_seq_len for slot in (*self.slot_ids, 0)]  # the last isn't read
             both = on_device([starts, keys], self.positions.device, torch.int32)
-            self._cu_seqlens = both[0], both[1]
-        return self._cu_seqlens
+            self._cu_seqlens = max_seq_len, both[0], both[1]
+        return self._cu_seqlens[1:]
 
     def select(self, x: Tensor) -> Tensor:
         """The rows of x [T, ...] that ``logits_for`` selects."""
@@ -159,22 +159,22 @@ class Decode:
         self.seqlens_k = (positions + 1).int() if seqlens_k is None else seqlens_k
         # plain attributes: before Python 3.12, cached_property takes a lock, and torch.compile
         # can't trace that
-        self._cu_seqlens: tuple[Tensor, Tensor] | None = None
+        self._cu_seqlens: tuple[int, Tensor, Tensor] | None = None
         self._mask: Tensor | None = None
         self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
 
     def cu_seqlens(self, max_seq_len: int) -> tuple[Tensor, Tensor]:
         """As in ``Prefill``."""
-        if self._cu_seqlens is None:
+        if self._cu_seqlens is None or self._cu_seqlens[0] != max_seq_len:
             n_rows, device = len(self.positions), self.positions.device
             starts = torch.arange(n_rows + 1, dtype=torch.int32, device=device)
-            self._cu_seqlens = starts, starts * max_seq_len
-        return self._cu_seqlens
+            self._cu_seqlens = max_seq_len, starts, starts * max_seq_len
+        return self._cu_seqlens[1:]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """[B, 1, 1, L], added to the scores: -inf after each row's length. None if the rows are
         equally long. The first layer computes it; from booleans, SDPA would in every layer."""
-        if self.ragged and self._mask is None:
+        if self.ragged and (self._mask is None or self._mask.dtype != dtype):
             every = torch.arange(self.max_seqlen_k, device=self.positions.device)
             unused = (every >= self.seqlens_k[:, None])[:, None, None]
             zeros = torch.zeros(unused.shape, dtype=dtype, device=unused.device)
@@ -237,8 +237,10 @@ class CacheLock:
 def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     """Zeros with ``like``'s dtype and device. Not torch.empty: masked positions are multiplied by
     0, and 0 * NaN is NaN. On the CPU the pages are mapped but take no memory until written;
-    MAP_PRIVATE gives a forked process its own copy. Elsewhere the memory order is [slot, position,
-    head, D], which the kernels prefer."""
+    MAP_PRIVATE gives a forked process its own copy. On CUDA the memory order is [slot, position,
+    head, D], which the kernels prefer; MPS has misread it (pytorch#181133)."""
+    if like.device.type == "mps":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
     if like.device.type != "cpu":
         n_slots, n_heads, n_positions, head_dim = shape
         shape = (n_slots, n_positions, n_heads, head_dim)

@@ -51,15 +51,15 @@ _PROBES: list[list[dict[str, str]]] = [
 # Hugging Face's templates of Llama 3.1 and later add these lines, and a system message for them.
 _DATES = re.compile(r"Cutting Knowledge Date: .*\nToday Date: .*\n\n")
 _EMPTY_SYSTEM = "<|start_header_id|>system<|end_header_id|>\n\n<|eot_id|>"
-# Ordinary words of some assistants' answers, such as <think>.
-_IS_TAG = re.compile(r"</?\w+>")
+# Marks the end of an open message in the rendered text. Templates that trim content trim the space.
+_OPEN = "\ue000open\ue000 "
 
 
 class TemplateChatFormat:
     """A chat format defined by a jinja template, rendered in a sandbox as transformers does.
 
     The rendered text includes control tokens by name, and content can't be told from them: content
-    that holds the name of an added token is refused. Answers may hold tags such as ``<think>``.
+    that holds such a name is refused.
 
     Attributes:
         tool_call_id, eom_id: None; tool calls are part of the text.
@@ -71,8 +71,7 @@ class TemplateChatFormat:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._names: list[str] = getattr(tokenizer, "added_names", list(tokenizer.special_tokens))
-        self._answer_start: str | None = None
+        self._answer_start: list[int] | None = None
 
     def encode_dialog_prompt(
         self, dialog: Dialog, *, continue_final_message: bool = False
@@ -84,16 +83,22 @@ class TemplateChatFormat:
                 continued.
 
         Raises:
-            ValueError: a message isn't valid or holds the name of an added token, or the template
+            ValueError: a message isn't valid or holds the name of a control token, or the template
                 refuses the dialog.
         """
         given = normalize_dialog(dialog, continue_final_message, self._normalized)
         messages = [dict(message) for message in given]
+        if continue_final_message:
+            messages[-1]["content"] = f"{messages[-1]['content'] or ''}{_OPEN}"
         text = self.render(messages, add_generation_prompt=not continue_final_message)
         if continue_final_message:
-            content = given[-1]["content"].strip()
-            text = text[: text.rindex(content) + len(content)]
-        return list(self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all"))
+            text, mark, _ = text.rpartition(_OPEN.strip())
+            if not mark:
+                raise ValueError(
+                    "continue_final_message is set, but the folder's chat template doesn't render "
+                    "the last message as it is"
+                )
+        return self._ids(text)
 
     def starts_answer(self, tokens: Sequence[int]) -> bool:
         """Whether these ids end like a dialog prompt: the answer is then a new text, and its
@@ -102,7 +107,10 @@ class TemplateChatFormat:
             return False
         if self._answer_start is None:
             self._answer_start = self._find_answer_start()
-        return self.tokenizer.decode(tokens[-64:]).endswith(self._answer_start)
+        start = self._answer_start
+        if visible := self.tokenizer.decode(start):
+            return bool(self.tokenizer.decode(tokens[-64:]).endswith(visible))
+        return len(start) > 0 and list(tokens[-len(start) :]) == start
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         """The template's text.
@@ -114,37 +122,40 @@ class TemplateChatFormat:
 
     def _normalized(self, message: Any, where: str) -> Message:
         """The message with its content as one string. Its other keys are the template's matter."""
-        content = text_of(message, where)
+        calls_tools = isinstance(message, dict) and message.get("tool_calls")
+        if calls_tools and message.get("content") is None:
+            content = None
+        else:
+            content = text_of(message, where)
         if extra := sorted(message.keys() & {"tool_call", "eom"}):
             raise ValueError(
                 f"{where} has {extra[0]!r}, which this folder's chat template doesn't have: write "
                 "it into the content"
             )
-        is_answer = message["role"] == "assistant"
         for key, value in (message | {"content": content}).items():
             text = value if isinstance(value, str) else _to_json(value)
-            for name in self._names:
-                if name in text and not (is_answer and _IS_TAG.fullmatch(name)):
-                    raise ValueError(
-                        f"the {key} of {where} holds {name!r}, which is a control token of this "
-                        "folder's chat template: remove it, or ask the user to"
-                    )
+            found = [name for name in self.tokenizer.special_tokens if name in text]
+            # the vocabulary may normalize other characters to a name
+            found += map(str, self.tokenizer.control_ids.intersection(self._ids(text)))
+            if found:
+                raise ValueError(
+                    f"the {key} of {where} holds {found[0]!r}, which is a control token of this "
+                    "folder's chat template: remove it, or ask the user to"
+                )
         return cast(Message, message | {"content": content})
 
-    def _find_answer_start(self) -> str:
-        """The text after a dialog that begins an answer, without control tokens."""
-        whole, start = (
-            self.tokenizer.decode(
-                self.tokenizer.encode(
-                    self.render(_PROBES[0], add_generation_prompt=prompt),
-                    bos=False,
-                    eos=False,
-                    allowed_special="all",
-                )
-            )
-            for prompt in (True, False)
-        )
-        return whole.removeprefix(start)
+    def _find_answer_start(self) -> list[int]:
+        """The ids between a user's content and the answer."""
+        content = _PROBES[0][0]["content"]
+        try:
+            text = self.render(_PROBES[0], add_generation_prompt=True)
+        except ValueError:
+            return []
+        return self._ids(text.rpartition(content)[2])
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
+        return ids
 
 
 class NoChatFormat:
@@ -160,7 +171,7 @@ class NoChatFormat:
         self, dialog: Dialog, *, continue_final_message: bool = False
     ) -> list[int]:
         raise ValueError(
-            "this model has no chat format: its folder has no chat_template, and its tokenizer "
+            "this model has no chat format: its folder has no chat_template, and its tokenizer has "
             "neither Llama 3's headers nor Llama 2's vocabulary. Use text_completion, or write the "
             "template to chat_template.jinja in the folder"
         )
@@ -212,6 +223,8 @@ def render(
         raise jinja2.TemplateError(message)
 
     names = {i: name for name, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    tokens = {key: names.get(i, "") for key, i in ids.items()} | tokenizer.names
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
@@ -224,15 +237,27 @@ def render(
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            bos_token=names.get(tokenizer.bos_id, ""),
-            eos_token=names.get(tokenizer.eos_id, ""),
+            **tokens,
         )
     except Exception as error:  # a template can raise anything
         raise ValueError(f"the folder's chat template refuses the dialog: {error}") from error
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=str, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=str,
+    )
 
 
 class _Generation(jinja2.ext.Extension):

@@ -87,6 +87,10 @@ class PublishedAttention(nn.Module):
         return super()._apply(fn, recurse)
 
     @property
+    def n_kv_heads(self) -> int:
+        return self.cache.args.kv_heads
+
+    @property
     def n_rep(self) -> int:
         """Query heads per key/value head."""
         return self.n_local_heads // self.n_local_kv_heads

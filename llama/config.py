@@ -48,16 +48,16 @@ class ModelArgs:
     rope_low_freq_factor: float = RopeScaling().low_freq_factor
     rope_high_freq_factor: float = RopeScaling().high_freq_factor
     rope_original_context: int = RopeScaling().original_context  # 1: linear scaling
-    head_dim: int = -1  # -1: dim / n_heads
+    attention_head_dim: int | None = None  # None: dim / n_heads
 
     def __post_init__(self) -> None:
         self.resolve()
 
     def resolve(self) -> None:
-        """Check the fields, and replace values of -1 by those that follow from other fields.
+        """Check the fields, and replace values of -1 by those that follow from other fields, once
+        these are known.
 
-        Transformer does it again: scripts assign ``vocab_size``, on which ``rope_theta`` depends,
-        after construction.
+        Transformer does it again: scripts assign fields after construction.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -79,6 +79,11 @@ class ModelArgs:
                 expected = "a positive number below 1e12"
             if not valid:
                 raise ValueError(f"{field.name} is {value!r:.40}, expected {expected}")
+        if self.attention_head_dim is None and self.dim % self.n_heads:
+            raise ValueError(
+                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
+                "n_heads, or attention_head_dim to be given"
+            )
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim is {self.head_dim} (dim {self.dim}, n_heads {self.n_heads}), expected "
@@ -103,19 +108,18 @@ class ModelArgs:
         if name == "rope_theta" and self.vocab_size != -1:
             is_llama3 = self.vocab_size >= LLAMA3_VOCABULARY
             return LLAMA3_ROPE_THETA if is_llama3 else LLAMA2_ROPE_THETA
-        if name == "rope_scaling_factor":
+        if name == "rope_scaling_factor" and self.use_scaled_rope:
             is_llama32 = (self.dim, self.n_layers) in LLAMA32_SHAPES
             return LLAMA32_FACTOR if is_llama32 else LLAMA31_FACTOR
-        if name == "head_dim" and self.dim % self.n_heads:
-            raise ValueError(
-                f"dim is {self.dim} and n_heads {self.n_heads}, expected dim to be a multiple of "
-                "n_heads, or head_dim to be given"
-            )
-        return self.dim // self.n_heads if name == "head_dim" else -1
+        return -1
 
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim or self.dim // self.n_heads
 
     @property
     def rope_scaling(self) -> RopeScaling | Literal[False]:

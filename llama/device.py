@@ -1,13 +1,20 @@
 """Devices and dtypes by name, and their defaults."""
 
 import os
+import re
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from llama.accel.cpu import cpu_computes_bfloat16
 from llama.distributed import groups
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# Oldest driver by the major version of CUDA that torch is built for (NVIDIA's table of minor
+# version compatibility).
+_OLDEST_DRIVER = {12: 525, 13: 580}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -29,8 +36,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             device = "cuda"
         elif torch.backends.mps.is_available() and groups.n_processes() == 1:
             device = "mps"
+            if fault := _mps_fault():
+                warnings.warn(f"{fault}: the model runs on the CPU", stacklevel=3)
+                device = "cpu"
         else:
             device = "cpu"
+            # CUDA_VISIBLE_DEVICES="" and "-1" hide the devices
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+            if not hidden and (fault := _driver_fault()):
+                warnings.warn(f"the model runs on the CPU: {fault}", stacklevel=3)
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -44,13 +58,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         usable = " or ".join(repr(name) for name, there in available.items() if there)
         why = ""
         if resolved.type == "cuda":
-            why = f" (torch {torch.__version__} finds no CUDA driver or device)"
+            fault = _driver_fault() or f"torch {torch.__version__} finds no CUDA driver or device"
+            why = f" ({fault})"
             if torch.version.cuda is None:
                 why = (
                     f" (torch {torch.__version__} is built without CUDA: install another build, "
                     "see https://pytorch.org/get-started)"
                 )
         raise ValueError(f"device is {str(device)!r}, but this machine has {usable}{why}")
+    if resolved.type == "mps" and (fault := _mps_fault()):
+        raise ValueError(f"device is 'mps', but {fault}; or give device='cpu'")
     if resolved.type != "cuda":
         return resolved
     if no_nccl:
@@ -59,6 +76,49 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"{groups.n_processes()} processes need to communicate: give device='cpu'"
         )
     return _cuda_device(resolved)
+
+
+def _driver_fault() -> str | None:
+    """Why torch finds no device although the machine has an NVIDIA driver; None without one."""
+    if torch.version.cuda is None or not _NVIDIA_DRIVER.is_file():
+        return None
+    line = _NVIDIA_DRIVER.read_text(errors="replace").partition("\n")[0]
+    found = re.search(r"\s(\d+)(\.\d+)+\s", f"{line} ")
+    driver = "of an unknown version" if found is None else found[0].strip()
+    oldest = _OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]))
+    fault = (
+        f"torch {torch.__version__} finds no CUDA device, but this machine has the NVIDIA driver "
+        f"{driver}"
+    )
+    if found is None or oldest is None or int(found[1]) >= oldest:
+        return (
+            f"{fault}; see whether nvidia-smi lists a device and CUDA_VISIBLE_DEVICES allows it. A "
+            "container needs access to the devices (docker run --gpus all)"
+        )
+    if int(found[1]) >= _OLDEST_DRIVER[12]:
+        remedy = (
+            "update the driver, or install a build of torch for CUDA 12: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu126 (cu128 for Blackwell)"
+        )
+    else:
+        remedy = "update the driver"
+    return (
+        f"{fault}, and this build for CUDA {torch.version.cuda} needs {oldest} or newer: {remedy}"
+    )
+
+
+def _mps_fault() -> str | None:
+    """Which wrong results this version of torch gives on MPS, if any are known."""
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version >= (2, 12):
+        return None
+    wrong = "batches of more than one row (pytorch#181133)"
+    if version < (2, 11):
+        wrong += " and more than 1023 tokens in half precision (pytorch#174861)"
+    return (
+        f"torch {torch.__version__} computes wrong attention on MPS for {wrong}: install torch "
+        "2.12 or newer"
+    )
 
 
 def _cuda_device(device: torch.device) -> torch.device:

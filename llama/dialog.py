@@ -91,17 +91,18 @@ def normalize_message(message: Any, where: str, *, tools: bool) -> Message:
     Raises:
         ValueError: the message isn't valid, or has a key or part that would change its meaning.
     """
-    content = text_of(message, where)
     for key, remedy in _UNSUPPORTED_KEYS.items():
-        if message.get(key):  # other libraries write None for a key that isn't used
+        # other libraries write None for a key that isn't used
+        if isinstance(message, dict) and message.get(key):
             raise ValueError(f"{where} has {key!r}, which the chat format can't express: {remedy}")
+    content = text_of(message, where)
     role = message["role"]
     found = [f"the role {role!r}"] if role in ("ipython", "tool") else []
     found += [repr(key) for key in _TOOL_KEYS if key in message]
     if found and not tools:
         raise ValueError(
-            f"{where} has {found[0]}, which needs Llama 3.1 or later: for such a model, open the "
-            "tokenizer with llama31=True"
+            f"{where} has {found[0]}, which this model's chat format doesn't have: tools need "
+            "Llama 3.1 or later (by hand: Tokenizer(path, llama31=True))"
         )
     roles = [name for name in get_args(Role) if tools or name not in ("ipython", "tool")]
     if role not in roles:
@@ -137,8 +138,8 @@ def text_of(message: Any, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise ValueError(
-            f"the content of {where} is a {type(content).__name__}, expected a str or a list of "
-            "text parts"
+            f"the content of {where} has the type {type(content).__name__}, expected a str or a "
+            "list of text parts"
         )
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None

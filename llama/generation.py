@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama import accel
 from llama.build import build_model
 from llama.chat import B_INST, B_SYS, E_INST, E_SYS
 from llama.chat_template import AnyChatFormat, chat_format
@@ -17,7 +18,7 @@ from llama.completions import (
     repeat,
     run,
 )
-from llama.dialog import Dialog, Role, check_dialogs
+from llama.dialog import Dialog, Message, Role, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
 from llama.model import Transformer
@@ -26,7 +27,7 @@ from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
 from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
-__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Role"]
+__all__ += ["B_INST", "B_SYS", "E_INST", "E_SYS", "Message", "Role"]
 
 
 class Llama:
@@ -36,6 +37,7 @@ class Llama:
         model: the Transformer, or this rank's shard of it.
         tokenizer, formatter: the tokenizer and its chat format.
         engine: runs the requests of all calls.
+        ways: the kernels that were chosen, and why not faster ones.
     """
 
     @classmethod
@@ -53,6 +55,7 @@ class Llama:
         quiet_ranks: bool = True,
         rope_scaling_factor: float | None = None,
         compile: bool = False,
+        accelerate: bool = True,
         rank_timeout: float = 60.0,
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
@@ -74,19 +77,16 @@ class Llama:
                 rank uses CUDA device LOCAL_RANK.
             dtype: a torch dtype or its name; default: bfloat16 if the device supports it natively,
                 else float16 on CUDA, else float32.
-            quiet_ranks: redirect the stdout of every rank but the first to os.devnull, so that
-                scripts print once.
+            quiet_ranks: redirect stdout of all ranks but the first to os.devnull: one prints.
             rope_scaling_factor: overrides the checkpoint's, for Llama 3.1 and later.
-            compile: compile the decoding step with torch.compile. The first step with one sequence
-                takes up to a minute, as does the first with several.
+            compile: torch.compile the decoding step: a minute for one sequence, again for several.
+            accelerate: False (or LLAMA_ACCELERATE=0 in the environment) runs plain kernels only.
             rank_timeout: under torchrun, seconds without a heartbeat after which a rank counts as
-                lost and all ranks exit; at least 2. Ranks send heartbeats while they load, compute
-                or wait for user input; math.inf disables the timeout.
-            max_prefill_tokens: maximum tokens per prefill pass; longer prompts are prefilled in
-                chunks. Activation memory grows with it.
-            prefix_caching: reuse cached keys and values for a prompt that shares a prefix with an
-                earlier one: the next turn of a dialog prefills only its new tokens. Logits agree
-                up to rounding, not bit for bit.
+                lost and all ranks exit; at least 2, math.inf for none. Ranks send heartbeats while
+                they load, compute or wait for user input.
+            max_prefill_tokens: limit per prefill pass, and of its memory; more are split in chunks.
+            prefix_caching: reuse cached keys and values of a prefix shared with an earlier prompt,
+                such as a dialog's last turns. Logits agree up to rounding, not bit for bit.
             adapter: the folder of a LoRA adapter that peft saved for this model. It is merged into
                 the weights while they are loaded: in float32, and rounded once to ``dtype``.
 
@@ -110,6 +110,7 @@ class Llama:
             quiet_ranks=quiet_ranks,
             rope_scaling_factor=rope_scaling_factor,
             compile=compile,
+            accelerate=accelerate,
             rank_timeout=rank_timeout,
             max_prefill_tokens=max_prefill_tokens,
             adapter=adapter,
@@ -133,6 +134,7 @@ class Llama:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.ways = accel.ways(model)
         self.formatter: AnyChatFormat = chat_format(tokenizer)
         self.engine = Engine(
             model,

@@ -17,7 +17,23 @@ from llama.engine import MAX_PREFILL_TOKENS
 from llama.model import Transformer
 from llama.scoring import SCORING_LOGITS
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+# On CUDA devices, beside the tensors of a pass. Not the context (0.3 to 0.5 GiB): ``free_bytes``
+# has created it when it asks how much is free.
+# Code that the driver loads at a kernel's first launch (CUDA_MODULE_LOADING=LAZY) and the handles
+# of cuBLAS: 100 to 300 MiB, estimated from the sizes of the modules that torch's wheels hold.
+_KERNELS = 300 * MIB
+# torch gives cuBLAS a workspace for each stream: 32 MiB from Hopper on, about 8 MiB before
+# (ATen/cuda/CublasHandlePool.cpp). Graphs are captured on a stream of their own.
+_CUBLAS_WORKSPACES = 2 * 32 * MIB
+# Blocks that the caching allocator reserves for the tensors of a graph, apart from large ones: 2
+# MiB for tensors below 1 MiB, 20 MiB for those below 10 MiB (c10/core/AllocatorConfig.h).
+_GRAPH_BLOCKS = (2 + 20) * MIB
+# NCCL connects at the first collective: 14 MiB of buffers per channel and peer (10 + 2 + 2, from
+# NVIDIA/nccl#1685), in up to 32 channels, for a ring and for a tree; 192 MiB for the rest of a
+# communicator is an estimate. Reported: 0.53 and 0.67 GiB on 2 and 4 A100 (NVIDIA/nccl#964), 1.0
+# GiB on 8 H100 (#1685).
+_NCCL = 2 * 32 * 14 * MIB + 192 * MIB
 _ROOT = Path("/")
 
 
@@ -32,6 +48,7 @@ class Plan:
         weights: the parameters, and packed copies on some CPUs (``accel.cpu``).
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: activations at the peak of a pass.
+        runtime: what CUDA and its libraries allocate: kernels, workspaces, graphs, connections.
     """
 
     args: ModelArgs
@@ -43,17 +60,19 @@ class Plan:
     weights: int
     cache: int
     workspace: int
+    runtime: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.runtime
 
     def __str__(self) -> str:
         args = self.args
+        runtime = f"+ CUDA's own {self.runtime / GIB:.2f} GiB " if self.runtime else ""
         return (
             f"weights {self.weights / GIB:.2f} GiB + key/value cache {self.cache / GIB:.2f} GiB "
             f"(max_batch_size {args.max_batch_size} x max_seq_len {args.max_seq_len}) + workspace "
-            f"{self.workspace / GIB:.2f} GiB = {self.total / GIB:.2f} GiB per rank "
+            f"{self.workspace / GIB:.2f} GiB {runtime}= {self.total / GIB:.2f} GiB per rank "
             f"({self.n_ranks} rank(s), {str(self.dtype).removeprefix('torch.')})"
         )
 
@@ -83,7 +102,12 @@ def plan(
     workspace = _workspace(args, n_ranks, dtype, max_prefill_tokens)
     if device is not None and device.type == "cpu":
         workspace *= 3  # keep_freed_memory fragments the heap: 1.3 to 2.5 was measured
-    return Plan(args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace)
+    runtime = 0
+    if device is not None and device.type == "cuda":
+        runtime = _cuda_runtime(args, n_ranks, dtype, device)
+    return Plan(
+        args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace, runtime
+    )
 
 
 def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
@@ -114,6 +138,8 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_to
     per_token = max(
         residual + 3 * args.dim * single,  # RMSNorm in float32
         residual + args.dim * size + (2 * heads + 2 * kv) * size + 2 * heads * single,  # RoPE
+        # RoPE of ``accel.projection``
+        residual + args.dim * size + (2 * heads + 3 * kv) * size + (heads + kv) * single,
         residual + args.dim * size + (4 * heads + 2 * kv) * size,  # attention
         residual + args.dim * size + 2 * ffn * size,  # SwiGLU
     )
@@ -127,6 +153,30 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_to
     layers = n_tokens * (per_token + angles + indices + mask)
     tensors = max(layers, scoring) + table + sampling
     return tensors * 9 // 8  # overhead of allocators and matrix libraries
+
+
+def _cuda_runtime(args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Peak of what CUDA adds to a rank's tensors, with a graph of every size captured.
+
+    A graph keeps the memory of its step: the logits, as dtype and in float32, gathered from the
+    ranks, and less than ``_GRAPH_BLOCKS`` for the activations of one token per row.
+    """
+    n_powers = (args.max_batch_size - 1).bit_length()  # of two, below max_batch_size
+    n_rows = 2**n_powers - 1 + args.max_batch_size  # of all sizes together
+    n_lengths = 1
+    if not _reads_lengths(dtype, device):
+        n_lengths += max(0, (args.max_seq_len - 1).bit_length() - 8)  # 256, 512, ...
+    logits = n_rows * args.vocab_size * (2 * dtype.itemsize + 4)
+    graphs = n_lengths * ((n_powers + 1) * _GRAPH_BLOCKS + logits)
+    return _KERNELS + _CUBLAS_WORKSPACES + graphs + (_NCCL if n_ranks > 1 else 0)
+
+
+def _reads_lengths(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention reads the lengths on the device (``accel``), so that one graph serves all.
+    A device that isn't there is planned as a current one."""
+    if dtype == torch.float32:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:

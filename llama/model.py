@@ -53,8 +53,8 @@ def precompute_freqs_cis(
     Returns:
         complex64 [end, dim / 2].
     """
-    if not isinstance(use_scaled, bool | RopeScaling):
-        raise ValueError(f"use_scaled is {use_scaled!r}, expected a bool or a RopeScaling")
+    if theta <= 0 or not isinstance(use_scaled, bool | RopeScaling):
+        raise ValueError(f"theta is {theta}, expected > 0; use_scaled {use_scaled}, expected bool")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     frequencies = 1.0 / theta**exponents  # [dim / 2]
     if use_scaled:
@@ -151,10 +151,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
         self.layer_id = layer_id
+        self.dim, self.n_heads, self.head_dim = args.dim, args.n_heads, args.head_dim
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(
-            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
-        )
+        width = args.multiple_of, args.ffn_dim_multiplier
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, *width)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 

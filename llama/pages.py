@@ -11,6 +11,12 @@ def release_pages(tensor: Tensor) -> None:
     _advise(tensor, "MADV_DONTNEED", whole_pages=True)
 
 
+def will_read_in_order(tensor: Tensor) -> None:
+    """Announce that a memory-mapped tensor is read once from start to end: the kernel reads further
+    ahead, and the disk serves larger requests."""
+    _advise(tensor, "MADV_SEQUENTIAL", whole_pages=False)
+
+
 def use_huge_pages(tensor: Tensor) -> None:
     """Request 2 MiB pages for a tensor that is mapped from a file but not read yet: with 4 KiB
     pages, address translation takes up to a tenth of a decoding step."""

@@ -121,11 +121,47 @@ def test_ids_equal_transformers(folder: Path, name: str, in_config: bool) -> Non
     assert formatter.encode_dialog_prompt(opened_answer, continue_final_message=True) == ids
 
 
+@pytest.mark.parametrize("content", ["end", "im_start", "", "two\nlines  ", "x<y"])
+def test_a_message_is_left_open_where_it_ends(folder: Path, content: str) -> None:
+    formatter = chat_format(with_template(folder, CHATML))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    dialog: Any = [*DIALOGS[0], {"role": "assistant", "content": content}]
+    ids = formatter.encode_dialog_prompt(dialog, continue_final_message=True)
+    assert ids == theirs.apply_chat_template(dialog, continue_final_message=True)["input_ids"]
+    quoting = chat_format(with_template(folder, "{{ messages[0].content }}"))
+    with pytest.raises(ValueError, match="doesn't render the last message as it is"):
+        quoting.encode_dialog_prompt(dialog, continue_final_message=True)
+
+
+def test_tool_calls_and_options_of_filters(folder: Path) -> None:
+    template = (
+        "{{ unk_token }}{{ messages[-1].tool_calls | tojson(ensure_ascii=True, sort_keys=True) }}"
+        "{% generation %}x{% endgeneration %}"
+    )
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": "<|eot_id|>"}))
+    formatter = chat_format(with_template(folder, template))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    dialog: Any = [
+        *DIALOGS[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "né", "id": 1}]},
+    ]
+    ids = formatter.encode_dialog_prompt(dialog)
+    text = theirs.apply_chat_template(dialog, tokenize=False)
+    assert theirs.decode(ids) == text == '<|eot_id|>[{"id": 1, "name": "n\\u00e9"}]x'
+
+
 def test_templates_by_name(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     formatter = chat_format(with_template(folder, named))
     assert isinstance(formatter, TemplateChatFormat)
     assert formatter.template == CHATML
+    formatter = chat_format(with_template(folder, named[:1]))
+    with pytest.raises(ValueError, match="several templates, expected one named default"):
+        formatter.encode_dialog_prompt(DIALOGS[0])
+    (folder / "chat_template.jinja").write_bytes("{{ 'ü' }}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"chat_template\.jinja' has the chat template .* UTF-8"):
+        opened(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +171,6 @@ def test_templates_by_name(folder: Path) -> None:
         ("system", "<|im_start|>"),
         ("assistant", "x <|im_end|>"),
         ("assistant", "<\uff5cUser\uff5c>"),  # not marked as special in the file
-        ("user", "what does <think> do?"),
         ("user<|im_end|>", "a"),
     ],
 )
@@ -144,6 +179,28 @@ def test_content_never_becomes_a_control_token(folder: Path, role: str, content:
     dialog: Any = [{"role": "user", "content": "a"}, {"role": role, "content": content}]
     with pytest.raises(ValueError, match=r"the (content|role) of message 1 holds '<.*remove it"):
         formatter.encode_dialog_prompt(dialog)
+
+
+def test_content_that_is_normalized_to_a_control_token_is_refused(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(content))
+    tokenizer = with_template(folder, CHATML)
+    dialog: Any = [{"role": "user", "content": "a<\uff5cim_end\uff5c>"}]
+    with pytest.raises(ValueError, match="the content of message 0 holds '"):
+        chat_format(tokenizer).encode_dialog_prompt(dialog)
+    assert not tokenizer.control_ids & set(tokenizer.encode(dialog[0]["content"], False, False))
+
+
+def test_ordinary_added_tokens_are_content(folder: Path) -> None:
+    """As a user's question about <think>."""
+    formatter = chat_format(with_template(folder, CHATML))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    dialog: Any = [{"role": "user", "content": "What does <think> do?"}]
+    ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
+    assert formatter.encode_dialog_prompt(dialog) == ids
 
 
 @pytest.mark.parametrize(
@@ -184,15 +241,26 @@ def test_a_generation_ends_at_the_folders_end_token(folder: Path) -> None:
     assert answer["generation"]["content"] == llm.tokenizer.decode(tokens)
 
 
-def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path) -> None:
-    """With a vocabulary that adds one, as transformers does when it decodes an answer."""
+@pytest.mark.parametrize(
+    "template",
+    [
+        ROLES,
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}",
+    ],
+)
+def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path, template: str) -> None:
+    """With a vocabulary that adds one, as transformers does when it decodes an answer; a text that
+    is continued keeps it."""
     content = tokenizer_json(opened(LLAMA2))
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ROLES}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     tokenizer = opened(tmp_path / "tokenizer.json")
     formatter = chat_format(tokenizer)
     assert isinstance(formatter, TemplateChatFormat)
-    for dialog in DIALOGS:
+    assert not formatter.starts_answer(tokenizer.encode("Once upon a time", True, False))
+    for dialog in DIALOGS if "no system" not in template else []:
         ids = formatter.encode_dialog_prompt(dialog)
         assert formatter.starts_answer(ids)
         assert not formatter.starts_answer(ids[:-3])
@@ -218,9 +286,16 @@ def test_chatml_with_a_sentencepiece_vocabulary(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = opened(tmp_path / "tokenizer.model")
     assert (tokenizer.eos_id, tokenizer.stop_tokens) == (32001, {2, 32001})
-    formatter = chat_format(tokenizer)
-    ids = formatter.encode_dialog_prompt([{"role": "user", "content": "Hi there"}])
-    assert ids == [32000, *middle]
+    dialog: Any = [{"role": "user", "content": "Hi there"}]
+    assert chat_format(tokenizer).encode_dialog_prompt(dialog) == [32000, *middle]
+    # the same from the tokenizer.json that convert would write
+    config |= {"tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
+    read = opened(tmp_path / "tokenizer.json")
+    assert chat_format(read).encode_dialog_prompt(dialog) == [32000, *middle]
+    text = " two  spaces\n"
+    assert read.encode(text, True, False) == tokenizer.encode(text, True, False)
 
 
 @pytest.mark.parametrize("template", [LLAMA3_TEMPLATE, DATES])

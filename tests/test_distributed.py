@@ -6,15 +6,18 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DEMO, PARAMS, PROGRAMS, ROOT, random_weights, run, torchrun, write_checkpoint
 from reference import relative_error
 from torch import Tensor
 
 from llama.accel.cpu import packs_weights
+from llama.distributed import collectives, groups
 
 WORKER = ROOT / "tests" / "worker.py"
 
@@ -311,3 +314,52 @@ def test_process_groups_made_by_the_caller(folder: Path) -> None:
     result = torchrun(2, path, folder, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 2
+
+
+@pytest.mark.parametrize(("n_ranks", "size"), [(8, 1), (8, 2), (8, 4), (8, 8), (6, 3)])
+def test_every_rank_splits_nccls_world_equally_often(
+    monkeypatch: pytest.MonkeyPatch, n_ranks: int, size: int
+) -> None:
+    """Up to torch 2.14, new_group calls ncclCommSplit, a collective, on the processes that aren't
+    members of a gloo group. The stand-ins take each rank's part in turn."""
+    counts = []
+    for rank in range(n_ranks):
+        created: list[list[int]] = []
+
+        def new_group(ranks: Any = None, created: Any = created, **_: Any) -> Any:
+            created.append(list(range(n_ranks)) if ranks is None else list(ranks))
+            return SimpleNamespace(size=lambda: len(created[-1]))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "is_initialized", lambda: True)
+            patch.setattr(dist, "is_torchelastic_launched", lambda: False)
+            patch.setattr(dist, "get_world_size", lambda *_: n_ranks)
+            patch.setattr(dist, "get_rank", lambda *_, rank=rank: rank)
+            patch.setattr(dist, "new_group", new_group)
+            patch.setattr(collectives, "check_same_on_all_ranks", lambda *_: None)
+            patch.setattr(groups, "_set_timeout", lambda _: None)
+            patch.setattr(groups, "_default_group", object())
+            patch.setattr(groups, "_tp_control", None)
+            patch.setattr(collectives, "world", None)
+            fake = SimpleNamespace(
+                destroy_model_parallel=lambda: None,
+                initialize_model_parallel=lambda _: None,
+                model_parallel_is_initialized=lambda: False,
+                get_model_parallel_group=lambda: None,
+            )
+            patch.setattr(groups, "fairscale_groups", fake)
+            groups.initialize(torch.device("cuda", 0), size, 60)
+        counts.append(sum(rank not in ranks for ranks in created))
+        assert sum(rank in ranks for ranks in created) == 2  # all ranks, and this one's
+    assert counts == [n_ranks // size - 1] * n_ranks
+
+
+def test_torchs_public_way_to_set_a_timeout_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, Any]] = []
+    private = dist.distributed_c10d
+    monkeypatch.setattr(private, "_set_pg_timeout", lambda *args: called.append(("old", args)))
+    monkeypatch.delattr(dist, "set_timeout", raising=False)
+    groups._set_timeout(sentinel := cast(Any, object()))
+    monkeypatch.setattr(dist, "set_timeout", lambda *a: called.append(("new", a)), raising=False)
+    groups._set_timeout(sentinel)
+    assert called == [("old", (groups._FOREVER, sentinel)), ("new", (groups._FOREVER, sentinel))]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEMO, PARAMS, PROGRAMS, needs_packing, new_model, random_weights, run, torchrun
+from cuda_standin import OnCpu
 from reference import relative_error
 from torch import Tensor, nn
 
@@ -289,7 +290,8 @@ class Doubled(ColumnParallelLinear):
 )
 def test_joint_projections_give_way_to_changes(change: str, weights: dict[str, Tensor]) -> None:
     """Keys are doubled, in some way; all must give what the plain model gives."""
-    expected = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
+    own = {key: weight.clone() for key, weight in weights.items()}
+    expected = new_model(PARAMS, own, max_batch_size=4, max_seq_len=16)
     changed = joined(weights)
     if change == "copy":
         changed = copy.deepcopy(changed)
@@ -334,19 +336,6 @@ def test_joint_projections_hold_no_second_copy(weights: dict[str, Tensor]) -> No
 # --- Static shapes for CUDA graphs ----------------------------------------------------------------
 
 
-def on_cpu(calls: list[None]) -> Callable[[Callable[[], Tensor]], Any]:
-    """Emulates CUDA graph capture: a replay calls the function again, into the same tensor."""
-
-    def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        calls.append(None)
-        for _ in range(2):
-            compute()
-        output = compute()
-        return lambda: output.copy_(compute()), output
-
-    return capture
-
-
 @pytest.mark.parametrize("any_length", [True, False])
 def test_static_steps_give_the_same_tokens(
     any_length: bool, folder: Path, llm: Llama, monkeypatch: pytest.MonkeyPatch
@@ -360,19 +349,19 @@ def test_static_steps_give_the_same_tokens(
         monkeypatch.setattr(cuda, "_flash_kernel", documented_kernel)
         for layer in attentions(model):
             layer.attend = cuda.flash_attention
-    captures: list[None] = []
+    capture = OnCpu()
     model.decode = cuda.GraphedStep(  # type: ignore[method-assign]
-        model, model.decode, any_length=any_length, capture=on_cpu(captures)
+        model, model.decode, any_length=any_length, capture=capture
     )
     for n in (3, 1, 2, 3):
         tokens, logprobs = static.generate(PROMPTS[:n], 40, temperature=0, logprobs=True)
         assert tokens == expected[n][0]
         for ours, theirs in zip(logprobs or [], expected[n][1] or [], strict=True):
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
-    assert len(captures) == 3  # for 4, 1 and 2 rows, with a single length bucket
+    assert capture.n_captures == 3  # for 4, 1 and 2 rows, with a single length bucket
     model.to(torch.float32)  # reallocates the KV cache
     assert static.generate(PROMPTS, 40, temperature=0)[0] == expected[3][0]
-    assert len(captures) == 4
+    assert capture.n_captures == 4
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,16 @@ def test_a_rank_that_ends_early(shards: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_blocks_in_its_exit(shards: Path) -> None:
+    """It is given up after rank_timeout, and torchrun's SIGTERM ends it (SIGKILL comes 30 s
+    later)."""
+    start = time.monotonic()
+    message = ended(torchrun(2, PROGRAMS / "blocks_in_exit.py", shards, timeout=60))
+    assert time.monotonic() - start < 28
+    assert message.startswith("rank 1 has ended, and rank 0 still waits for it: ")
+
+
+@pytest.mark.slow
 def test_slow_ranks_do_not_time_out(shards: Path) -> None:
     """Loading, a pause between calls and a pause within a stream, each longer than the timeout;
     with stdin closed."""

@@ -1,18 +1,21 @@
 """On a CUDA device: parity, generation, fast paths, and NCCL with one rank."""
 
+import gc
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PARAMS, PROGRAMS, new_model, random_weights, torchrun
+from conftest import PARAMS, PROGRAMS, new_model, random_weights, torchrun, write_checkpoint
 from reference import logits, relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama import Llama, Tokenizer, accel, memory
-from llama.accel.cuda import GraphedStep, flash_attention
+from llama import Llama, ModelArgs, Tokenizer, accel, memory
+from llama.accel.cuda import GraphedStep, flash_attention, why_not_flash
+from llama.accel.selfcheck import check_attention
 from llama.attention import attention
 from llama.cache import Decode, Prefill
 from llama.model import Attention
@@ -101,6 +104,7 @@ def test_cuda_graphs_match_plain_steps(
     )
     graphed_decode: Any = llm.model.decode
     assert isinstance(graphed_decode, GraphedStep)
+    assert llm.ways.decode == ("compiled, CUDA graph" if compile else "CUDA graph")
     for n in (3, 1, 2, 3):
         graphed = llm.generate(PROMPTS[:n], 30, temperature=0, logprobs=True)
         with monkeypatch.context() as patch:
@@ -113,9 +117,27 @@ def test_cuda_graphs_match_plain_steps(
         for ours, theirs in zip(graphed[1], plain[1], strict=True):
             assert abs(ours[0] - theirs[0]) < (1e-4 if dtype == "float32" else 0.1)
     assert len(graphed_decode._captured) == 3
+    assert llm.ways.decode == ("compiled, CUDA graph" if compile else "CUDA graph")
+
+
+def needs_flash(dtype: torch.dtype = torch.bfloat16) -> None:
+    if reason := why_not_flash(128, dtype, torch.device("cuda", 0)):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 8])
+def test_flash_attention_passes_its_self_check(
+    dtype: torch.dtype, head_dim: int, n_kv_heads: int
+) -> None:
+    needs_flash(dtype)
+    args = ModelArgs(dim=8 * head_dim, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=1024)
+    assert check_attention(flash_attention, args, 1, dtype, torch.device("cuda", 0)) is None
 
 
 def test_flash_attention_matches_attention() -> None:
+    needs_flash()
     params = PARAMS | {"dim": 1024}
     weights = {key: w.bfloat16() for key, w in random_weights(params).items()}
     prompts = Prefill([0, 1, 2], [0, 0, 0], [300, 1, 77], torch.device("cuda"))
@@ -129,17 +151,111 @@ def test_flash_attention_matches_attention() -> None:
         with torch.inference_mode():
             prefill = model.hidden(torch.arange(378, device="cuda"), prompts)
             step = model.hidden(after, Decode(after, 301, ragged=True))
-        results.append(torch.cat((prefill, step)).double().cpu())
+            # a piece at start > 0, longer and shorter than a tile
+            pieces = Prefill([0, 1, 2], [301, 2, 78], [5, 130, 1], torch.device("cuda"))
+            chunks = model.hidden(torch.arange(136, device="cuda"), pieces)
+        results.append(torch.cat((prefill, step, chunks)).double().cpu())
     assert relative_error(results[1], results[0]) < 0.05
 
 
 def test_attention_runs_in_the_flash_kernel(folder: Path) -> None:
+    needs_flash()
     llm = Llama.build(str(folder), max_seq_len=64, device="cuda", dtype="bfloat16")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         llm.generate(PROMPTS, 3, temperature=0)
     kernels = {event.key for event in profile.key_averages()}
     assert any("flash" in kernel for kernel in kernels), kernels
     assert not any("softmax_warp" in kernel for kernel in kernels), kernels
+
+
+def test_a_head_dim_that_flash_attention_lacks(tmp_path: Path) -> None:
+    params = PARAMS | {"dim": 192}  # of 16 heads
+    folder = write_checkpoint(tmp_path / "12", params, random_weights(params))
+    llm = Llama.build(str(folder), max_seq_len=64, device="cuda", dtype="bfloat16")
+    assert llm.ways.attention == "SDPA"
+    assert "head_dim is 12" in llm.ways.reasons["attention"]
+    assert all(len(row) == 20 for row in llm.generate(PROMPTS, 20, temperature=0)[0])
+
+
+def on_cpu(folder: Path) -> list[list[int]]:
+    llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cpu")
+    return llm.generate(PROMPTS, 20, temperature=0)[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_device_that_isnt_the_current_one(folder: Path, in_thread: bool) -> None:
+    results = []
+
+    def use() -> None:
+        llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cuda:1")
+        results.append(llm.generate(PROMPTS, 20, temperature=0)[0])
+        assert (llm.ways.decode, torch.cuda.current_device()) == ("CUDA graph", 0)
+
+    if in_thread:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    else:
+        use()
+    assert results == [on_cpu(folder)]
+
+
+def test_two_models_of_which_one_is_deleted(folder: Path) -> None:
+    expected = on_cpu(folder)
+    first, second = (
+        Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cuda") for _ in range(2)
+    )
+    for llm in (first, second):
+        assert llm.generate(PROMPTS, 20, temperature=0)[0] == expected
+    del first, llm
+    gc.collect()
+    torch.cuda.empty_cache()
+    unused = torch.full((2**26,), torch.nan, device="cuda")  # takes the memory that was freed
+    assert second.generate(PROMPTS, 20, temperature=0)[0] == expected
+    assert second.ways.decode == "CUDA graph"
+    del unused
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_failed_capture_is_left_behind(folder: Path, error: Exception | None) -> None:
+    llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cuda")
+    is_failing = True
+
+    def attend(q: Tensor, *rest: Any) -> Tensor:
+        if is_failing and torch.cuda.is_current_stream_capturing():
+            if error is not None:
+                raise error
+            q.sum().item()  # synchronizes, which a capture can't
+        return attention(q, *rest)
+
+    for layer in llm.model.modules():
+        if isinstance(layer, Attention):
+            layer.attend = attend
+    stream = torch.cuda.current_stream()
+    if error is None:
+        with pytest.warns(UserWarning, match="capturing a decoding step as a CUDA graph failed"):
+            tokens = llm.generate(PROMPTS, 20, temperature=0)[0]
+        assert llm.ways.decode == "eager"
+    else:
+        with pytest.raises(torch.OutOfMemoryError, match="The plan was"):
+            llm.generate(PROMPTS, 20, temperature=0)
+        is_failing = False
+        tokens = llm.generate(PROMPTS, 20, temperature=0)[0]
+        assert llm.ways.decode == "CUDA graph"
+    assert torch.cuda.current_stream() == stream
+    assert tokens == on_cpu(folder)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_with_a_global_model_end(folder: Path) -> None:
+    devices = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    result = torchrun(2, PROGRAMS / "global_llm.py", folder, timeout=120, env=devices)
+    assert result.returncode == 0, result.stderr
+    decode, tokens = json.loads(result.stdout.splitlines()[-1])
+    assert decode == "CUDA graph"
+    llm = Llama.build(str(folder), max_seq_len=64, dtype="float32", device="cpu")
+    assert tokens == llm.generate([[7, 20], [9]], 8, temperature=0)[0]
 
 
 def test_float32_doesnt_use_the_math_kernel() -> None:

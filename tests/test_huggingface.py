@@ -333,7 +333,7 @@ def test_pickles_without_safetensors(folder: Path, weights: dict[str, Tensor]) -
     save_file(
         {huggingface.huggingface_key(k): t for k, t in other.items()}, folder / "x.safetensors"
     )
-    assert torch.equal(build(folder).model.norm.weight, other["norm.weight"])
+    assert torch.equal(build(folder).model.norm.weight, weights["norm.weight"])
     (folder / "x.safetensors").rename(folder / "model.safetensors")
     (folder / "pytorch_model.bin").unlink()
     as_pickles(folder, 3)
@@ -346,6 +346,14 @@ def test_pickles_without_safetensors(folder: Path, weights: dict[str, Tensor]) -
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "y.safetensors"}}')
     with pytest.raises(
         ValueError, match=r"pytorch_model\.bin\.index\.json' has no valid weight_map"
+    ):
+        build(folder)
+
+
+def test_a_vocab_size_that_isnt_the_weights(folder: Path) -> None:
+    change(folder, vocab_size=1040)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight .* has 1024 rows, but config\.json gives .* 1040"
     ):
         build(folder)
 

@@ -28,7 +28,8 @@ SHAPE_405B = SHAPE_8B | {
     "ffn_dim_multiplier": 1.2,
     "use_scaled_rope": True,
 }
-CPU = torch.device("cpu")
+SHAPE_70B = SHAPE_8B | {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def gib(n_bytes: int) -> float:
@@ -102,6 +103,102 @@ def test_more_ranks_are_suggested_if_the_weights_dont_fit() -> None:
     plan = memory.plan(args, 1, torch.float32)
     with pytest.raises(MemoryError, match=r"use more ranks \(possible: 1, 2, 4, 8, 16, 32"):
         memory.check(plan, 2**30)
+
+
+# GiB free on a card that only this process uses: the total that torch reports, less 0.45 for the
+# context of CUDA.
+CARDS = {
+    "T4": 14.1,
+    "A10": 21.6,
+    "4090": 23.1,
+    "A100 40": 39.0,
+    "A100 80": 78.7,
+    "H100": 78.6,
+    "H200": 139.2,
+}
+MORE_RANKS = r"use more ranks \(possible: 1, 2, 4, 8, 16, 32(, 64)?\) or a smaller dtype$"
+# The model, max_batch_size x max_seq_len, and the first of CARDS that can hold it; the larger ones
+# can too. The weights take 14.96 GiB (8B) and 16.43 (70B over 8 ranks), a position 128 and 40 KiB.
+# Then what the cards before it are told: weights alone exceed a T4.
+PLANNED: list[tuple[str, int, int, str | None, dict[str, str]]] = [
+    ("8B", 1, 512, "A10", {"T4": MORE_RANKS}),
+    ("8B", 4, 512, "A10", {"T4": MORE_RANKS}),
+    ("8B", 4, 8192, "A10", {"T4": MORE_RANKS}),
+    (
+        "8B",
+        8,
+        8192,
+        "A100 40",
+        {
+            "A10": r"max_seq_len 59\d\d at .* 8 or max_seq_len 8192 at max_batch_size 5$",
+            "4090": r"max_seq_len 74\d\d at .* 8 or max_seq_len 8192 at max_batch_size 7$",
+        },
+    ),
+    ("8B", 1, 131072, "A100 40", {"4090": r"max_seq_len 58\d\d\d at max_batch_size 1$"}),
+    ("8B", 32, 8192, "A100 80", {"A100 40": "max_seq_len 8192 at max_batch_size 23$"}),
+    ("8B", 128, 8192, None, {"H200": "max_seq_len 8192 at max_batch_size 122$"}),
+    ("70B", 4, 512, "A10", {"T4": MORE_RANKS}),
+    ("70B", 4, 8192, "A10", {"T4": MORE_RANKS}),
+    ("70B", 32, 8192, "A100 40", {"4090": "max_seq_len 8192 at max_batch_size 14$"}),
+    ("70B", 1, 131072, "A100 40", {"4090": r"max_seq_len 109\d\d\d at max_batch_size 1$"}),
+    ("70B", 128, 8192, "A100 80", {"A100 40": "max_seq_len 8192 at max_batch_size 64$"}),
+]
+
+
+@pytest.mark.parametrize(("model", "batch", "length", "smallest", "told"), PLANNED)
+def test_cards_are_refused_or_admitted(
+    model: str, batch: int, length: int, smallest: str | None, told: dict[str, str]
+) -> None:
+    shape, n_ranks = {"8B": (SHAPE_8B, 1), "70B": (SHAPE_70B, 8)}[model]
+    sizes: dict[str, Any] = {"max_batch_size": batch, "max_seq_len": length}
+    plan = memory.plan(ModelArgs(**shape, **sizes), n_ranks, torch.bfloat16, CUDA)
+    names = list(CARDS)
+    n_refused = len(names) if smallest is None else names.index(smallest)
+    for name in names[n_refused:]:
+        memory.check(plan, int(CARDS[name] * 2**30))
+    for name in names[:n_refused]:
+        with pytest.raises(MemoryError, match=told.get(name, "it would fit with|use more ranks")):
+            memory.check(plan, int(CARDS[name] * 2**30))
+
+
+def test_one_pass_over_four_long_prompts_is_refused_on_22_gib() -> None:
+    """8B at 4 x 8192 in one prefill pass; in passes of the default 2048 tokens it fits."""
+    args = ModelArgs(**SHAPE_8B, max_batch_size=4, max_seq_len=8192)
+    free = 22 * 2**30
+    whole = memory.plan(args, 1, torch.bfloat16, CUDA, max_prefill_tokens=4 * 8192)
+    with pytest.raises(
+        MemoryError, match=r"CUDA's own 0\.4.*max_seq_len 8192 at max_batch_size 3$"
+    ):
+        memory.check(whole, free)
+    memory.check(memory.plan(args, 1, torch.bfloat16, CUDA), free)
+
+
+def test_cuda_counts_graphs_and_nccl() -> None:
+    def runtime(batch: int, length: int, n_ranks: int, dtype: torch.dtype) -> int:
+        args = ModelArgs(**SHAPE_8B, max_batch_size=batch, max_seq_len=length)
+        return memory.plan(args, n_ranks, dtype, CUDA).runtime
+
+    args = ModelArgs(**SHAPE_8B)
+    assert [memory.plan(args, 8, torch.float32, d).runtime for d in (None, CPU)] == [0, 0]
+    # graphs for 1, 2, 4 and 5 rows: 22 MiB each, and the logits of 12 rows together
+    alone = runtime(5, 512, 1, torch.bfloat16)
+    assert alone == (300 + 64 + 4 * 22) * 2**20 + 12 * 128256 * (2 + 2 + 4)
+    assert runtime(5, 8192, 1, torch.bfloat16) == alone  # lengths are read on the device
+    assert runtime(5, 512, 2, torch.bfloat16) - alone == 1088 * 2**20
+    # float32 steps have graphs for the lengths 256, 512 and 600
+    graphs = 3 * (4 * 22 * 2**20 + 12 * 128256 * (4 + 4 + 4))
+    assert runtime(5, 600, 1, torch.float32) == 364 * 2**20 + graphs
+
+
+@pytest.mark.parametrize(("capability", "n_lengths"), [((7, 5), 6), ((8, 0), 1)])
+def test_older_cards_capture_a_graph_per_length(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], n_lengths: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    args = ModelArgs(**SHAPE_8B, max_batch_size=1, max_seq_len=8192)
+    graph = 22 * 2**20 + 128256 * 8
+    assert memory.plan(args, 1, torch.float16, CUDA).runtime == 364 * 2**20 + n_lengths * graph
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -77,6 +77,90 @@ def test_no_nccl(two_gpus: pytest.MonkeyPatch) -> None:
         device.resolve_device("cuda")
 
 
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "
+CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "
+CU126 = r"pip install torch --index-url https://download.pytorch.org/whl/cu126 \(cu128 for"
+# torch's CUDA, the first line of the driver's file, and the end of the message.
+DRIVERS = {
+    "too old for 13": (
+        "13.0",
+        f"{CLOSED}535.183.01  Sun May 12 19:39:15 UTC 2024",
+        "driver 535.183.01, and this build for CUDA 13.0 needs 580 or newer: update the driver, or "
+        rf"install a build of torch for CUDA 12: {CU126} Blackwell\)$",
+    ),
+    "open, too old for 13": ("13.2", f"{OPEN}575.64  Release Build", rf"driver 575.64, .* {CU126}"),
+    "too old for any": (
+        "13.0",
+        f"{CLOSED}470.57.02  Tue Jul 13 16:14:05 UTC 2021",
+        "driver 470.57.02, and this build for CUDA 13.0 needs 580 or newer: update the driver$",
+    ),
+    "too old for 12": ("12.6", f"{CLOSED}515.43.04  x", "CUDA 12.6 needs 525 .* the driver$"),
+    "new enough": ("13.0", f"{OPEN}580.65.06  x", "driver 580.65.06; see whether nvidia-smi lists"),
+    "unreadable": (
+        "13.0",
+        "something else",
+        "driver of an unknown version; see whether nvidia-smi",
+    ),
+}
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A torch built for CUDA that finds no device; returns the driver's file."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path / "version"
+
+
+@pytest.mark.parametrize("case", DRIVERS)
+def test_a_driver_without_a_device(
+    no_device: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    cuda, line, words = DRIVERS[case]
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    no_device.write_text(f"{line}\nGCC version:  gcc version 12.3.0 (Ubuntu)\n")
+    with pytest.warns(UserWarning, match=rf"^the model runs on the CPU: torch .*{words}"):
+        assert device.resolve_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match=words.rstrip("$")):
+        device.resolve_device("cuda")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_cpu_is_used_quietly_where_it_is_meant(
+    no_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device.resolve_device(None) == torch.device("cpu")  # no driver
+    no_device.write_text(f"{OPEN}535.183.01  x\n")
+    assert device.resolve_device("cpu") == torch.device("cpu")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert device.resolve_device(None) == torch.device("cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert device.resolve_device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.10.1", "2.11.0", "2.12.0", "2.13.0a0+git1", "3.0"])
+def test_mps_is_refused_where_torch_computes_wrong_numbers(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", version)
+    if version[:4] not in ("2.9.", "2.10", "2.11"):
+        assert device.resolve_device(None) == device.resolve_device("mps") == torch.device("mps")
+        return
+    long = "" if version == "2.11.0" else " and more than 1023 tokens in half precision .*174861."
+    words = rf"torch {version} computes wrong .*181133\){long}: install torch 2.12 or newer"
+    with pytest.warns(UserWarning, match=rf"{words}: the model runs on the CPU"):
+        assert device.resolve_device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match=rf"device is 'mps', but {words}; or give device='cpu'"):
+        device.resolve_device("mps")
+
+
 def rank_environment(port: int, world_size: int) -> dict[str, str]:
     """torchrun's environment for rank 0, which hosts the store, as with old launchers."""
     return {

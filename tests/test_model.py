@@ -1,5 +1,6 @@
 """ModelArgs, the layers, and the KV cache."""
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -57,14 +58,14 @@ def model(weights: dict[str, Tensor]) -> Transformer:
         ("max_seq_len", 1.5),
         ("use_scaled_rope", 1),
         ("rope_scaling_factor", -8.0),
-        ("head_dim", 0),
-        ("head_dim", 33),
+        ("attention_head_dim", 0),
+        ("attention_head_dim", 33),
         ("rope_high_freq_factor", 1.0),
         ("rope_original_context", 8192.0),
     ],
 )
 def test_impossible_values_name_the_field(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=field.removeprefix("attention_")):
         ModelArgs(**{field: value})
 
 
@@ -121,8 +122,10 @@ def test_use_scaled_is_a_bool_as_published() -> None:
         # theta^(-14/16) turns once in 600,000 tokens, theta^0 once in 6
         torch.testing.assert_close(scaled[:, -1].angle(), plain[:, -1].angle() / factor)
         assert torch.equal(scaled[:, 0], plain[:, 0])
-    with pytest.raises(ValueError, match=r"use_scaled is 8\.0, expected a bool"):
+    with pytest.raises(ValueError, match=r"use_scaled 8\.0, expected bool"):
         precompute_freqs_cis(16, 200, 500000.0, 8.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="theta is -1, expected > 0"):  # not resolved yet
+        precompute_freqs_cis(16, 200, ModelArgs().rope_theta)
 
 
 def test_published_params_need_no_completion() -> None:
@@ -151,6 +154,20 @@ def test_published_params_need_no_completion() -> None:
     }
     assert ModelArgs(**llama32, use_scaled_rope=True).rope_scaling_factor == 32
     assert ModelArgs(**llama32 | {"n_layers": 32}, use_scaled_rope=True).rope_scaling_factor == 8
+
+
+def test_fields_can_be_changed_before_the_model_is_made() -> None:
+    args = ModelArgs()
+    args.dim, args.n_layers, args.n_heads, args.vocab_size = 64, 1, 8, 32000
+    with torch.device("meta"):
+        state = Transformer(args).state_dict()
+    assert (args.head_dim, args.rope_theta) == (8, 10000.0)
+    assert state["layers.0.attention.wq.weight"].shape == (64, 64)
+    assert dataclasses.replace(args, n_heads=4).head_dim == 16
+    args = ModelArgs(vocab_size=128256)
+    args.dim, args.n_layers, args.use_scaled_rope = 2048, 16, True
+    args.resolve()
+    assert args.rope_scaling_factor == 32
 
 
 def test_rope_is_relative_and_keeps_the_dtype() -> None:

@@ -1,15 +1,17 @@
 """The package's dependencies, and its pages: links, commands, computed tables."""
 
 import ast
+import dataclasses
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PROGRAMS, ROOT, run
 
 from demo import data
-from llama import ModelArgs
+from llama import ModelArgs, memory
 
 # Dependencies run one way: a module may import those of earlier lines and of its own. A folder
 # includes its modules, except those that have a line of their own.
@@ -155,7 +157,7 @@ def test_the_demos_table_is_what_its_kinds_promise() -> None:
 
 
 def test_the_memory_table_is_computed() -> None:
-    """Weights and cache by the formulas of docs/memory.md, in bfloat16."""
+    """Weights and cache by the formulas of docs/memory.md, in bfloat16; the rest by the plan."""
     shapes = {
         "8B": ModelArgs(
             dim=4096, n_kv_heads=8, vocab_size=128256, multiple_of=1024, ffn_dim_multiplier=1.3
@@ -171,7 +173,7 @@ def test_the_memory_table_is_computed() -> None:
         ),
     }
     rows = re.findall(
-        r"^\| (8B|70B), (\d) ranks? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        r"^\| (8B|70B), (\d) ranks? " + r"\| ([\d.]+) " * 6 + r"\|$",
         (ROOT / "docs" / "memory.md").read_text(),
         re.M,
     )
@@ -184,5 +186,8 @@ def test_the_memory_table_is_computed() -> None:
         split = args.n_layers * layer + 2 * args.vocab_size * args.dim
         weights = 2 * (split / int(n_ranks) + norms)
         token = 2 * 2 * args.n_layers * kv_dim / int(n_ranks)
+        sizes = dataclasses.replace(args, max_batch_size=4, max_seq_len=8192)
+        plan = memory.plan(sizes, int(n_ranks), torch.bfloat16, torch.device("cuda"))
         computed = [weights, 4 * 512 * token, 4 * 8192 * token]
+        computed += [plan.workspace, plan.runtime, plan.total]
         assert [float(x) for x in shown] == [round(x / 2**30, 2) for x in computed]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, PARAMS, new_model, random_weights
+from cuda_standin import OnCpu
 from peers import huggingface_model
 from torch import Tensor, nn
 
@@ -139,28 +140,17 @@ def test_the_last_block_sees_every_token_while_it_has_a_hook(llm: Llama) -> None
 
 
 def test_cuda_graphs_are_bypassed_with_hooks(llm: Llama) -> None:
-    replays = 0
-
-    def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        output = compute()
-
-        def replay() -> None:
-            nonlocal replays
-            replays += 1
-            output.copy_(compute())
-
-        return replay, output
-
+    capture = OnCpu()
     model: Any = llm.model
     model.decode = cuda.GraphedStep(model, model.decode, any_length=False, capture=capture)
     plain = llm.generate(PROMPTS, 8, temperature=0)[0]
-    assert replays == 7
+    assert capture.n_replays == 7
     handle = model.layers[0].register_forward_hook(damped)
     assert llm.generate(PROMPTS, 8, temperature=0)[0] == [by_forward(llm, p, 8) for p in PROMPTS]
-    assert replays == 7
+    assert capture.n_replays == 7
     handle.remove()
     assert llm.generate(PROMPTS, 8, temperature=0)[0] == plain
-    assert replays == 14
+    assert capture.n_replays == 14
 
 
 def test_compiled_steps_are_bypassed_with_hooks(

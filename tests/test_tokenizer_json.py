@@ -1,5 +1,6 @@
 """Hugging Face's tokenizer files: read with their library, written by convert."""
 
+import base64
 import copy
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_models.llama3
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -22,7 +24,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.chat import Llama2ChatFormat
-from llama.chat_template import NoChatFormat, TemplateChatFormat, chat_format
+from llama.chat_template import (
+    LLAMA3_TEMPLATE,
+    NoChatFormat,
+    TemplateChatFormat,
+    chat_format,
+)
 from llama.detokenizer import Detokenizer
 from llama.tokenizer import AnyTokenizer
 from llama.vocab.huggingface import HuggingFaceTokenizer
@@ -128,6 +135,19 @@ def test_ids_texts_and_pieces_equal_the_original_vocabulary(
     check()
 
 
+def test_words_that_no_merge_makes(tmp_path: Path) -> None:
+    """tiktoken looks up whole words first; by merges, "zqx" stays z q x."""
+    data = (DEMO / "tokenizer.model").read_bytes()
+    words = (b"qz", b"zqx", b"qzqx")
+    lines = [b"%s %d\n" % (base64.b64encode(word), 768 + i) for i, word in enumerate(words)]
+    (tmp_path / "tokenizer.model").write_bytes(data + b"".join(lines))
+    original = opened(tmp_path / "tokenizer.model")
+    read = write(tmp_path / "hf", tokenizer_json(original))
+    for text in ("zqx", "qzqx", "azqx", "qzqxa", "qzqx qzqx", "zqxzqx"):
+        assert read.encode(text, False, False) == original.encode(text, False, False)
+    assert read.encode("zqx", False, False) == [769]
+
+
 def test_streaming_equals_decoding(tmp_path: Path) -> None:
     original = opened(LLAMA2)
     read = write(tmp_path, tokenizer_json(original))
@@ -149,20 +169,22 @@ def test_tokens_that_a_fine_tune_added(tmp_path: Path, demo_json: dict[str, Any]
         added(1024, "<|im_end|>", special=False),
         added(1025, "elephantine", special=False),
         added(1026, "<pad>"),
+        added(1027, "<|tool|>", special=False),
     ]
     read = write(tmp_path, content, eos_token={"content": "<|im_end|>"}, bos_token=None)
-    assert read.n_words == 1027
+    assert read.n_words == 1028
     assert (read.bos_id, read.eos_id) == (768, 1024)
     assert read.stop_tokens == {769, 777, 1024}
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    text = "an elephantine <|im_end|> <|im_start|><pad>"
+    text = "an elephantine <|im_end|> <|im_start|><pad><|tool|>"
     plain = read.encode(text, bos=False, eos=True)
     assert 1025 in plain
+    assert {1024, 1026, 1027} <= read.control_ids
     assert not read.control_ids & set(plain[:-1])
     assert plain[-1] == 1024
     ids = read.encode(text, bos=False, eos=False, allowed_special="all")
     assert ids == theirs.encode(text, add_special_tokens=False).ids
-    assert {1024, 1025, 1026} < set(ids)
+    assert {1024, 1025, 1026, 1027} < set(ids)
     some = read.encode(text, bos=False, eos=False, allowed_special={"<pad>"})
     assert read.control_ids & set(some) == {1026}
     assert read.decode(ids) == read.decode(plain[:-1]) == read.decode(some) == text
@@ -234,6 +256,8 @@ def test_the_interface_of_llama2s_package() -> None:
     assert [tokenizer.decode(i) for i in ids[1:]] == [
         tokenizer.sp_model.decode([i]) for i in ids[1:]
     ]
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(ids) == "Once upon"
+    assert tokenizer.decode(np.int64(ids[1])) == tokenizer.decode(ids[1])
     llama3 = Tokenizer(str(DEMO / "tokenizer.model"))
     assert llama3.decode(llama3.encode("a", False, False)[0]) == "a"
 
@@ -394,6 +418,32 @@ def test_a_folders_own_tokenizer_files_are_kept(tmp_path: Path, demo_json: dict[
         data = (tmp_path / "hf" / name).read_bytes()
         assert (tmp_path / "native" / name).read_bytes() == data
         assert (tmp_path / "back" / name).read_bytes() == data
+
+
+def test_convert_completes_the_tokenizers_files(tmp_path: Path, demo_json: dict[str, Any]) -> None:
+    """A chat template, where the folder has none and the format is known; twice with --force."""
+    source = tmp_path / "hf"
+    cli("convert", DEMO, source, "--format", "hf")
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 99}')
+    (source / "added_tokens.json").write_text("{}")
+    for more in ((), ("--force",)):
+        cli("convert", source, tmp_path / "new", "--format", "hf", *more)
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert config.pop("chat_template") == LLAMA3_TEMPLATE
+    assert config == {"model_max_length": 99}
+    # without Llama's headers no format is known, and none is made up
+    content = copy.deepcopy(demo_json) | {"post_processor": None}
+    for token in content["added_tokens"]:
+        token |= {"content": f"word{token['id']}", "special": False}
+    write(source, content)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (source / name).unlink()
+    path = source / "config.json"
+    no_ids = {"eos_token_id": None, "bos_token_id": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | no_ids))
+    cli("convert", source, tmp_path / "new", "--format", "hf", "--force")
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert not config.keys() & {"chat_template", "bos_token", "eos_token"}
 
 
 def test_vocabularies_that_cant_be_written(tmp_path: Path) -> None:

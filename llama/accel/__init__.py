@@ -6,43 +6,99 @@
 | CPU with AVX512-BF16 only, bfloat16    | packed weights    | SDPA      | eager                 |
 | other CPUs and dtypes, MPS             | F.linear          | SDPA      | eager                 |
 | CUDA from Ampere on, bfloat16, float16 | F.linear          | flash     | CUDA graph            |
-| CUDA otherwise                         | F.linear          | SDPA      | CUDA graph per length |
+| CUDA otherwise, ROCm                   | F.linear          | SDPA      | CUDA graph per length |
 
-``compile=True`` adds torch.compile to the decoding step. Measurements: benchmarks/README.md.
+``cuda.why_not_flash`` has all conditions of flash attention. It and each CUDA graph are checked on
+the device (``selfcheck``); if that fails, the plain form runs. ``compile=True`` adds torch.compile
+to the decoding step. Measurements: benchmarks/README.md.
 """
+
+import dataclasses
 
 import torch
 
 from llama.accel.compile import compiled_decode
-from llama.accel.cpu import choose_linear, keep_freed_memory
-from llama.accel.cuda import GraphedStep, cuda_graph, flash_attention
+from llama.accel.cpu import choose_linear, keep_freed_memory, linear_form
+from llama.accel.cuda import CudaCapture, GraphedStep, flash_attention, why_not_flash
 from llama.accel.projection import join_projections
+from llama.accel.selfcheck import agree, check_attention, warn
+from llama.accel.ways import Ways, why_off
+from llama.config import ModelArgs
+from llama.distributed import collectives
 from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
 
+__all__ = ["Ways", "accelerate", "choose", "ways", "why_off"]
 
-def accelerate(model: Transformer, *, compile: bool = False) -> None:
-    """Replace linear layers, attention and ``decode`` of a model whose weights are loaded.
+
+def choose(
+    args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Ways, str | None]:
+    """The forms for a model, without its weights; and the fault of flash attention if it should
+    run here but failed its check."""
+    chosen = Ways(decode="CUDA graph" if device.type == "cuda" else "eager")
+    chosen.linear, reason = linear_form(device, dtype)
+    if reason:
+        chosen.reasons["linear"] = reason
+    fault = None
+    reason = why_not_flash(args.head_dim, dtype, device)
+    if reason is None:
+        fault = check_attention(flash_attention, args, n_ranks, dtype, device)
+        reason = fault and f"FlashAttention failed its self-check: {fault}"
+    if reason is None:
+        chosen.attention = "FlashAttention"
+    else:
+        chosen.reasons["attention"] = reason
+    return chosen, fault
+
+
+def accelerate(model: Transformer, *, compile: bool = False, off: str | None = None) -> None:
+    """Replace linear layers, attention and ``decode`` of a model whose weights are loaded. All
+    ranks call it together.
 
     Args:
         compile: compile the decoding step with torch.compile; the first takes up to a minute.
+        off: the reason why nothing is replaced, if so.
     """
+    if off is not None:
+        vars(model)["ways"] = Ways.plain(off)
+        return
     device = model.device
-    if device.type == "cpu":
-        keep_freed_memory()
-        for parameter in model.parameters():
-            use_huge_pages(parameter)
-        choose_linear(model)
-    flash = device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
-    flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
+    with collectives.raise_on_all_ranks():
+        chosen, fault = choose(model.params, model.groups.size, model.dtype, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+            for parameter in model.parameters():
+                use_huge_pages(parameter)
+            choose_linear(model)
+    reason = agree(chosen.reasons.get("attention"), collectives.world)
+    fault = agree(fault, collectives.world)
+    if reason is not None:
+        chosen.attention, chosen.reasons["attention"] = "SDPA", reason
+    if fault is not None:
+        warn(
+            f"FlashAttention failed its self-check ({fault}): SDPA runs instead", collectives.world
+        )
+    flash = chosen.attention == "FlashAttention"
     if flash:
         for layer in model.modules():
             if isinstance(layer, Attention):
                 layer.attend = flash_attention
     if device.type == "cuda":
         join_projections(model)
+    chosen.decode = "eager"
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]
+        chosen.decode = "compiled"
     if device.type == "cuda":
-        graphed = GraphedStep(model, model.decode, any_length=flash, capture=cuda_graph)
-        model.decode = graphed  # type: ignore[method-assign]
+        model.decode = GraphedStep(  # type: ignore[method-assign]
+            model, model.decode, any_length=flash, capture=CudaCapture(device), ways=chosen
+        )
+    vars(model)["ways"] = chosen
+
+
+def ways(model: Transformer) -> Ways:
+    """The forms that run in ``model``. Forward hooks and patches replace them by the plain ones."""
+    chosen: Ways = vars(model).get("ways") or Ways()
+    # copies of a model don't have its decode, see Transformer.__getstate__
+    return chosen if "decode" in vars(model) else dataclasses.replace(chosen, decode="eager")

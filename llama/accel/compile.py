@@ -1,9 +1,12 @@
 """Decoding steps compiled with torch.compile."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as config
 
 from llama.accel.cuda import DecodeFunction
 from llama.cache import Decode
@@ -17,6 +20,24 @@ def rotate_real(x: Tensor, freqs_cis: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., S, H, D / 2] each
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+def _for_any_size(step: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """``step`` compiled once. Sizes that are equal in the first call, as the batch and the slots of
+    a full cache, may differ later: by default torch would compile again."""
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, **options)
+    is_first = True
+
+    def call(*arguments: object) -> Tensor:
+        nonlocal is_first
+        if not is_first:
+            return compiled(*arguments)
+        with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            result = compiled(*arguments)
+        is_first = False
+        return result
+
+    return call
 
 
 def compiled_decode(model: Transformer) -> DecodeFunction:
@@ -33,8 +54,7 @@ def compiled_decode(model: Transformer) -> DecodeFunction:
         return decode(tokens, Decode(positions, max_seqlen_k, ragged=ragged))
 
     mode = "max-autotune-no-cudagraphs" if model.device.type == "cuda" else "default"
-    one = torch.compile(step, fullgraph=True, dynamic=True, mode=mode)
-    many = torch.compile(step, fullgraph=True, dynamic=True)
+    one, many = _for_any_size(step, mode=mode), _for_any_size(step)
 
     def compiled(tokens: Tensor, batch: Decode) -> Tensor:
         if not is_unmodified(model):

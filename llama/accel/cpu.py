@@ -112,22 +112,31 @@ def cpu_computes_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features())
 
 
+def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The form of large linear layers, and why it isn't a faster one; see ``Ways``."""
+    if device.type != "cpu":
+        return "F.linear", None
+    if dtype != torch.bfloat16:
+        return "F.linear", f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
+    features = cpu_features()
+    if "amx_bf16" in features:
+        return "weight on the left", None
+    if "avx512_bf16" in features:
+        return "packed weights", None
+    return "F.linear", "the processor has neither AMX nor AVX512-BF16"
+
+
 def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether large linear layers will hold a second, packed copy of their weights."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return False
-    features = cpu_features()
-    return "avx512_bf16" in features and "amx_bf16" not in features
+    return linear_form(device, dtype)[0] == "packed weights"
 
 
 def choose_linear(model: Transformer) -> None:
     """Choose the matmul implementations of the linear layers and SwiGLU."""
-    if model.dtype != torch.bfloat16:
+    form, _ = linear_form(model.device, model.dtype)
+    if form == "F.linear":
         return
-    features = cpu_features()
-    packs = packs_weights(model.device, torch.bfloat16)
-    if not packs and "amx_bf16" not in features:
-        return
+    packs = form == "packed weights"
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue

@@ -1,17 +1,47 @@
 """FlashAttention, and decoding steps as CUDA graphs."""
 
-from collections.abc import Callable
+import contextlib
+import math
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from llama.accel.selfcheck import agree, difference, warn
+from llama.accel.ways import Ways
 from llama.cache import Batch, Decode, KVCache
+from llama.distributed import groups
+from llama.files import summary
 from llama.hooks import is_unmodified
 from llama.model import Transformer
 
 DecodeFunction = Callable[[Tensor, Decode], Tensor]
-# Takes a function; returns one that replays it, and the tensor that holds the result.
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+
+
+def why_not_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why FlashAttention can't run here, or None if it should."""
+    if device.type != "cuda":
+        return "FlashAttention needs a CUDA device"
+    if torch.version.hip is not None:
+        # refused before torch 2.14, and ignored by the composable-kernel backend
+        return "ROCm's FlashAttention doesn't support seqused_k"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention doesn't support {str(dtype).removeprefix('torch.')}"
+    # new in the versions of torch that this runs on; without it, the self-check has to do
+    is_available = getattr(torch.backends.cuda, "is_flash_attention_available", None)
+    if is_available is not None and not is_available():
+        return f"torch {torch.__version__} is built without FlashAttention"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim is {head_dim}, FlashAttention needs a multiple of 8 up to 256"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        return f"the device has compute capability {found}, FlashAttention needs 8.0"
+    return None
 
 
 def flash_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
@@ -62,25 +92,59 @@ def _flash_kernel(
     return outputs[0]
 
 
+class Capture(Protocol):
+    """Captures functions whose tensors stay where they are, to replay them."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run a function as it will be captured, and return its result."""
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """Capture it: a function that replays it, and the tensor that then holds the result."""
+
+    def reset(self) -> None:
+        """Drop everything that was captured."""
+
+
+class _Captured(NamedTuple):
+    """A step for one size: its inputs and output, and the function that replays it."""
+
+    tokens: Tensor
+    positions: Tensor
+    seqlens_k: Tensor
+    replay: Callable[[], object]
+    logits: Tensor
+
+
 class GraphedStep:
     """``Transformer.decode``, captured once for each of a few sizes and then replayed.
 
     The batch is padded to a power of two, and the padding rows are computed and dropped. The length
-    is padded too, unless attention reads the lengths on the device.
+    is padded too, unless attention reads the lengths on the device. A capture that fails, or whose
+    replay doesn't give the result of the captured step, ends captures on all ranks: ``decode``
+    then runs directly.
     """
 
     def __init__(
-        self, model: Transformer, decode: DecodeFunction, *, any_length: bool, capture: Capture
+        self,
+        model: Transformer,
+        decode: DecodeFunction,
+        *,
+        any_length: bool,
+        capture: Capture,
+        ways: Ways | None = None,
     ) -> None:
         self._model, self._decode, self._capture = model, decode, capture
         self._any_length = any_length
-        self._captured: dict[
-            tuple[int, int], tuple[Tensor, Tensor, Tensor, Callable[[], object], Tensor]
-        ] = {}
+        self._ways = Ways() if ways is None else ways
+        self._direct = self._ways.decode
+        self._ways.decode = "CUDA graph" if self._direct == "eager" else "compiled, CUDA graph"
+        self._captured: dict[tuple[int, int], _Captured] = {}
         self._cache: list[Tensor] = []
+        self._has_failed = False
 
     def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
-        if not is_unmodified(self._model):  # a graph would replay without the hooks
+        # a graph would replay without the hooks
+        if self._has_failed or not is_unmodified(self._model):
             return self._decode(tokens, batch)
         args = self._model.params
         n = len(tokens)
@@ -90,30 +154,74 @@ class GraphedStep:
             length = _round_up(batch.max_seqlen_k, args.max_seq_len, 256)
         cache = [layer.k for layer in self._model.cache]
         if [*map(id, cache)] != [*map(id, self._cache)]:  # the graphs hold the old addresses
-            self._captured.clear()
+            self._drop()
             self._cache = cache
-        is_new = (n_rows, length) not in self._captured
-        if is_new:  # padding rows write to the last position, which idle slots never use
+        captured = self._captured.get((n_rows, length))
+        if captured is None:  # padding rows write to the last position, which idle slots never use
             all_tokens = tokens.new_zeros(n_rows)
             all_positions = batch.positions.new_full((n_rows,), args.max_seq_len - 1)
             all_seqlens = batch.seqlens_k.new_ones(n_rows)
         else:
-            all_tokens, all_positions, all_seqlens, replay, logits = self._captured[n_rows, length]
+            all_tokens, all_positions, all_seqlens, _, _ = captured
         all_tokens[:n] = tokens
         all_positions[:n], all_positions[n:] = batch.positions, args.max_seq_len - 1
         all_seqlens[:n], all_seqlens[n:] = batch.seqlens_k, 1
-        if is_new:  # capturing runs the step, so its inputs must already be set
+        if captured is not None:
+            captured.replay()
+            return captured.logits[:n]
 
-            def step() -> Tensor:
-                padded = Decode(
-                    all_positions, length, ragged=not self._any_length, seqlens_k=all_seqlens
-                )
-                return self._decode(all_tokens, padded)
+        def step() -> Tensor:  # runs now, so its inputs are already set
+            padded = Decode(
+                all_positions, length, ragged=not self._any_length, seqlens_k=all_seqlens
+            )
+            return self._decode(all_tokens, padded)
 
-            replay, logits = self._capture(step)
-            self._captured[n_rows, length] = all_tokens, all_positions, all_seqlens, replay, logits
-        replay()
-        return logits[:n]
+        result = self._capture_and_check(step)
+        if result is None:
+            return self._decode(tokens, batch)
+        captured = _Captured(all_tokens, all_positions, all_seqlens, *result)
+        self._captured[n_rows, length] = captured
+        return captured.logits[:n]
+
+    def _capture_and_check(
+        self, step: Callable[[], Tensor]
+    ) -> tuple[Callable[[], object], Tensor] | None:
+        """Capture a step and replay it once. None if that failed on a rank."""
+        control = self._model.groups.control
+        expected = self._capture.warm_up(step)  # its errors are the step's own
+        result, reason = None, None
+        try:
+            result = self._capture.record(step)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a capture raises, the step can run without it
+            reason = summary(error)
+        # before a replay, whose collectives would wait for a rank without a graph
+        reason = agree(reason, control)
+        if reason is None:
+            assert result is not None
+            replay, logits = result
+            logits.fill_(math.nan)
+            replay()
+            reason = agree(difference(logits, expected), control)
+            reason = reason and f"of a replayed step, {reason}"
+        if reason is None:
+            return result
+        self._drop()
+        self._has_failed = True
+        self._ways.decode = self._direct
+        self._ways.reasons["decode"] = f"capture as a CUDA graph failed: {reason}"
+        warn(
+            f"capturing a decoding step as a CUDA graph failed ({reason}): steps run without, "
+            "which is slower",
+            control,
+        )
+        return None
+
+    def _drop(self) -> None:
+        """Drop all graphs: they may share memory, so none is dropped alone."""
+        self._captured.clear()
+        self._capture.reset()
 
 
 def _round_up(n: int, limit: int, least: int = 1) -> int:
@@ -121,16 +229,66 @@ def _round_up(n: int, limit: int, least: int = 1) -> int:
     return min(max(least, 1 << (n - 1).bit_length()), limit)
 
 
-def cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Capture a function as a CUDA graph, including NCCL collectives."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm up: libraries and compilers initialize before the capture
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog thread may call CUDA during the capture
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
-    return graph.replay, output
+class CudaCapture:
+    """Captures the steps of one model as CUDA graphs, including NCCL collectives.
+
+    It has a stream of its own, and warms up on it. Captured kernels use the stream's cuBLAS
+    workspace: allocated during a capture, it would belong to that graph and be freed with it,
+    although other graphs of the stream use it (pytorch#193402).
+    """
+
+    # torch allows one capture at a time; models in several threads have different locks
+    _lock = threading.Lock()
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        groups.reset_before_leaving(self)
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        with self._on_stream():
+            run()  # libraries and compilers initialize
+            return run()
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        """See ``Capture``. Raises the error that made the capture fail, of which torch's own "due
+        to a previous error" only tells that there was one."""
+        outside = sys.exc_info()[1]
+        try:
+            return self._record(run)
+        except Exception as error:
+            first: BaseException = error
+            while first.__context__ is not None and first.__context__ is not outside:
+                first = first.__context__
+            raise first  # noqa: B904
+
+    def _record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with self._lock, self._on_stream() as stream, warnings.catch_warnings():
+            # nothing was captured: the kernels went to another device or stream
+            warnings.filterwarnings("error", ".*CUDA Graph is empty")
+            # NCCL's watchdog thread may call CUDA during the capture
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                output = run()
+        self._graphs.append(graph)
+        return graph.replay, output
+
+    def reset(self) -> None:
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[torch.cuda.Stream]:
+        """Make the model's device and this stream current; afterwards those from before are, also
+        if a capture fails, which leaves its stream current. Each thread has its own current device,
+        at first device 0, and kernels on another one aren't captured."""
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)
+            before = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(before)
+            with torch.cuda.stream(self._stream):
+                yield self._stream
+            before.wait_stream(self._stream)

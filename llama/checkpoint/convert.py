@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
+from llama.chat import ChatFormat, Llama2ChatFormat
+from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, chat_format
 from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.lora import read_adapter
@@ -28,7 +29,7 @@ from llama.checkpoint.pth_writer import PthWriter
 from llama.checkpoint.reader import Weights, chunks
 from llama.checkpoint.sharding import n_bytes
 from llama.config import ModelArgs, RopeScaling
-from llama.files import listed, md5
+from llama.files import LARGEST_INDEX, listed, md5, read_json
 from llama.tokenizer import AnyTokenizer
 from llama.vocab.file import read_vocabulary
 from llama.vocab.tokenizer_json import tokenizer_config, tokenizer_json
@@ -164,15 +165,23 @@ def _copy_tokenizer(path: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
-    """Write Hugging Face's files of a tokenizer, unless they were copied."""
+    """Write Hugging Face's files of a tokenizer, as far as they weren't copied."""
+    is_written = False
     if not (folder / "tokenizer.json").exists():
         text = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False, indent=1)
         (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        is_llama2 = tokenizer.drops_first_space
-        template = LLAMA2_TEMPLATE if is_llama2 else LLAMA3_TEMPLATE
-        text = json.dumps(tokenizer_config(tokenizer, template), indent=1)
-        (folder / "tokenizer_config.json").write_text(text + "\n")
+        is_written = True
+    path = folder / "tokenizer_config.json"
+    given = read_json(path, LARGEST_INDEX) if path.exists() else {}
+    config = dict(given or tokenizer_config(tokenizer))
+    if isinstance(formatter := chat_format(tokenizer), ChatFormat | Llama2ChatFormat):
+        if is_written:
+            config["tokenizer_class"] = tokenizer_config(tokenizer)["tokenizer_class"]
+        if tokenizer.chat_template is None:
+            is_llama3 = isinstance(formatter, ChatFormat)
+            config["chat_template"] = LLAMA3_TEMPLATE if is_llama3 else LLAMA2_TEMPLATE
+    if config != given:
+        path.write_text(json.dumps(config, indent=1) + "\n")
 
 
 # --- The target ---------------------------------------------------------------------------------
@@ -181,7 +190,8 @@ def _write_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
 _CHECKPOINT_FILES = re.compile(
     r"consolidated\.\d\d\.pth|params\.json|(tokenizer_)?checklist\.chk|tokenizer\.(model|json)"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|chat_template\.jinja"
+    r"|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.jinja"
     r"|LICENSE(\.txt)?|USE_POLICY(\.md)?"
 )
 
@@ -271,7 +281,7 @@ def resolved_params(args: ModelArgs) -> dict[str, Any]:
         dropped.add("ffn_dim_multiplier")
     # published code doesn't know the other fields: they are written only where they matter
     if args.head_dim * args.n_heads == args.dim:
-        dropped.add("head_dim")
+        dropped.add("attention_head_dim")
     if not args.use_scaled_rope:
         dropped |= {"use_scaled_rope", *_ROPE_FIELDS}
     elif args.rope_scaling == RopeScaling(args.rope_scaling_factor):
@@ -371,7 +381,8 @@ def _write_huggingface(
         index = {"metadata": {"total_size": total_size}, "weight_map": files}
         (folder / huggingface.INDEX).write_text(json.dumps(index, indent=1) + "\n")
     stop_tokens = sorted(tokenizer.stop_tokens | weights.ckpt.stop_tokens)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_tokens}
+    bos_id = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
+    ids = {"bos_token_id": bos_id, "eos_token_id": stop_tokens}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
     tied = "output.weight" not in keys

@@ -124,10 +124,12 @@ def find_checkpoint(folder: str) -> Checkpoint:
     folder = os.path.expanduser(folder)
     path = Path(folder)
     if not path.is_dir():
+        found = ", but a file" if path.exists() else ""
         raise FileNotFoundError(
-            f"no checkpoint folder at {folder!r}: give ckpt_dir, the folder that holds the weights "
-            "(consolidated.00.pth and params.json, or config.json and safetensors files), or the "
-            "id owner/name of a model on the Hugging Face hub, to download it"
+            f"no checkpoint folder at {folder!r}{found}: give ckpt_dir, the folder "
+            "that holds the weights (consolidated.00.pth and params.json, or config.json and "
+            "safetensors files), or the id owner/name of a model on the Hugging Face hub, to "
+            "download it"
         )
     if files := sorted(path.glob("consolidated.*.pth")):
         _check_shard_names(folder, files)
@@ -139,8 +141,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
         return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
     if adapter := lora.describe(path):
         raise ValueError(
-            f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and this one as "
-            "adapter"
+            f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and a LoRA "
+            "adapter's as adapter"
         )
     present = sorted(p.name for p in path.iterdir())
     raise FileNotFoundError(
@@ -151,7 +153,8 @@ def find_checkpoint(folder: str) -> Checkpoint:
 
 def _what_is_missing(folder: Path, present: list[str]) -> str:
     endings = {name.rpartition(".")[2] for name in present}
-    snapshots = [*folder.glob("snapshots/*"), *folder.glob("models--*/snapshots/*")]
+    patterns = ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
+    snapshots = [path for pattern in patterns for path in folder.glob(pattern)]
     if snapshots:
         found = " or ".join(sorted(repr(str(path)) for path in snapshots)[:10])
         return f"this is Hugging Face's cache: give the folder of a model in it, {found}"

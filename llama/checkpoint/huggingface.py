@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, empty if it isn't in this layout.
 
     The order is transformers': safetensors before pickles; the whole file, else those that the
-    index names. Without either, any files with such names.
+    index names. Without any of these, files with similar names.
 
     Raises:
         FileNotFoundError: the index names a file that is missing.
@@ -115,12 +115,13 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not (folder / "config.json").is_file():
         return []
-    for whole, parts in ((WHOLE, "*.safetensors"), (_PICKLE, "pytorch_model-*.bin")):
+    for whole in (WHOLE, _PICKLE):
         index = folder / f"{whole}.index.json"
         if (folder / whole).exists():
             return [folder / whole]
         if index.is_file():
             return _indexed_files(index, Path(whole).suffix)
+    for parts in ("*.safetensors", "pytorch_model-*.bin"):
         # macOS adds a ._NAME to each file on non-Mac file systems
         others = (".", "adapter_model.")
         if found := sorted(p for p in folder.glob(parts) if not p.name.startswith(others)):
@@ -191,8 +192,7 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}: download it again")
     params = {ours: config[theirs] for ours, theirs in needed.items()}
     params["n_kv_heads"] = config.get("num_key_value_heads")
-    if config.get("head_dim") is not None:
-        params["head_dim"] = config["head_dim"]
+    params["attention_head_dim"] = config.get("head_dim")
     if params["vocab_size"] == -1:
         raise ValueError(f"{str(path)!r} has vocab_size -1, expected a positive number")
     params |= _rope_params(config, path)

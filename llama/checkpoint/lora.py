@@ -93,8 +93,8 @@ def read_adapter(folder: Path, args: ModelArgs) -> dict[str, LowRank]:
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
-            f"no LoRA adapter in {str(folder)!r}: give adapter, a folder that holds {CONFIG} and "
-            f"{_FILES[0]}"
+            f"no LoRA adapter in {str(folder)!r}: give adapter, a folder (not a hub id) that holds "
+            f"{CONFIG} and {_FILES[0]}"
         )
     config = _read_config(folder / CONFIG, args)
     paths = [folder / name for name in _FILES if (folder / name).exists()]
@@ -174,7 +174,7 @@ def _read_config(path: Path, args: ModelArgs) -> _Config:
             f"expected {expected}"
         )
 
-    for name in config.keys() | _CHOICES.keys():
+    for name in [*_CHOICES, *sorted(config.keys() - _CHOICES.keys())]:  # peft_type first
         value = config.get(name)
         if name in _CHOICES:
             if not any(type(value) is type(c) and value == c for c in _CHOICES[name]):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoint import huggingface
+from llama.checkpoint.device_copy import BUFFER_BYTES, DeviceCopier, needs_staging
 from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
 from llama.checkpoint.lora import LowRank, read_adapter
 from llama.checkpoint.sharding import (
@@ -28,7 +29,7 @@ from llama.checkpoint.sharding import (
 from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
 from llama.files import listed
-from llama.pages import release_pages
+from llama.pages import release_pages, will_read_in_order
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
@@ -62,6 +63,7 @@ class Weights:
         self._users: Counter[int] = Counter()
         self._dtypes: dict[str, torch.dtype] = {}
         self._stored_specs: dict[str, ShardSpec] | None = None
+        self._copier: DeviceCopier | None = None
 
     def _map(self, i: int) -> tuple[str, dict[str, Any]]:
         """A shard's name and its content, unchecked."""
@@ -126,7 +128,7 @@ class Weights:
         self, key: str, n_ranks: int, rank: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """A rank's part of a tensor: mapped if it needs no conversion, else copied in chunks, so
-        that only the result stays in memory."""
+        that only the result stays in memory. On CUDA devices it is complete after ``finish``."""
         pieces = self.pieces(key, n_ranks, rank)
         first = pieces[0][0]
         is_stored = not self.is_rotated(key) and key not in self.adapter
@@ -135,11 +137,25 @@ class Weights:
             return first
         part = local_slices(self.specs[key], n_ranks, rank)
         result = torch.empty([b - a for a, b in part], dtype=dtype, device=device)
+        if needs_staging(device):
+            self._copier = self._copier or DeviceCopier()
+            for source, _ in pieces:
+                will_read_in_order(source)
+            for where, chunk in self.read_chunks(key, n_ranks, rank, BUFFER_BYTES):
+                self._copier.copy(narrow(result, where), chunk)
+            return result
         for where, chunk in self.read_chunks(key, n_ranks, rank):
             narrow(result, where).copy_(chunk)
         return result
 
-    def read_chunks(self, key: str, n_ranks: int, rank: int) -> Iterator[tuple[Slices, Tensor]]:
+    def finish(self) -> None:
+        """Wait until the tensors that were read are complete."""
+        if self._copier is not None:
+            self._copier.finish()
+
+    def read_chunks(
+        self, key: str, n_ranks: int, rank: int, chunk_bytes: int | None = None
+    ) -> Iterator[tuple[Slices, Tensor]]:
         """Chunks of a rank's part of a tensor, in native order and with the adapter's update, and
         their slices. A chunk's mapped pages are released when the next one is asked for."""
         part = local_slices(self.specs[key], n_ranks, rank)
@@ -148,7 +164,7 @@ class Weights:
         for source, ((row, _), *columns) in self.pieces(key, n_ranks, rank):
             if head_dim is not None:
                 source = huggingface.halves_as_pairs(source, head_dim)
-            for start, stop in chunks(source):
+            for start, stop in chunks(source, chunk_bytes):
                 stored = source[start:stop]
                 chunk = stored if head_dim is None else stored.flatten(0, 2)
                 n_rows = head_dim or 1
@@ -197,7 +213,14 @@ class Weights:
         if isinstance(output, Tensor) and output.shape[1:] == (self.args.dim,):
             n_weights = len(output) * self.ckpt.n_shards
             if n_weights != self.args.vocab_size:
-                yield wrong_tokenizer(self.ckpt.folder, n_weights, self.args.vocab_size)
+                given = self.ckpt.params.get("vocab_size", -1)
+                if given == -1:
+                    yield wrong_tokenizer(self.ckpt.folder, n_weights, self.args.vocab_size)
+                else:
+                    yield (
+                        f"{self.stored_key('output.weight')} in {name!r} has {n_weights} rows, but "
+                        f"{self._config_name} gives the vocab_size {given}: files of another model?"
+                    )
                 return
         for key, spec in wanted.items():
             if key not in tensors:
@@ -267,6 +290,7 @@ def load(
                 weights.read(key, n_ranks, rank, dtype, device) if twin == key else loaded[twin]
             )
             bar.update(n_bytes(spec, n_ranks, dtype))
+    weights.finish()
     weights.check_same_model()
     return loaded
 
@@ -276,8 +300,8 @@ def _shifted(inner: Slices, outer: Slices) -> Slices:
     return tuple((a + c, b + c) for (a, b), (c, _) in zip(inner, outer, strict=True))
 
 
-def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Split the first axis into chunks that span about 16 MiB of the file."""
-    step = max(1, _CHUNK_BYTES // max(1, tensor.stride(0) * tensor.element_size()))
+def chunks(tensor: Tensor, chunk_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Split the first axis into chunks that span about ``chunk_bytes`` (16 MiB) of the file."""
+    step = max(1, (chunk_bytes or _CHUNK_BYTES) // max(1, tensor.stride(0) * tensor.element_size()))
     for start in range(0, len(tensor), step):
         yield start, min(start + step, len(tensor))

@@ -36,7 +36,10 @@ def collective_call(
     Raises:
         ValueError: on every rank, if the arguments differ.
     """
-    with contextlib.nullcontext() if watchdog is None else watchdog.call():
+    with contextlib.ExitStack() as stack:
+        if watchdog is not None:
+            ranks = [] if group is None else dist.get_process_group_ranks(group)
+            stack.enter_context(watchdog.call(ranks))
         with fail_fast():
             check_same_on_all_ranks(name, values, group)
         yield

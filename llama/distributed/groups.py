@@ -12,8 +12,9 @@ import os
 import shlex
 import sys
 import warnings
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -184,14 +185,21 @@ def initialize(device: torch.device, requested_size: int | None, rank_timeout: f
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints the sizes
             fairscale_groups.initialize_model_parallel(size)
         # fairscale's groups have torch's default timeout, ten minutes for NCCL
-        group = fairscale_groups.get_model_parallel_group()
-        dist.distributed_c10d._set_pg_timeout(_FOREVER, group)
+        _set_timeout(fairscale_groups.get_model_parallel_group())
     if _tp_control is None or _tp_control.size() != size:
-        for first in range(0, world_size, size):  # every process must create every group
+        # Every process must create every group. Beside NCCL, up to torch 2.14, a process that isn't
+        # a member of a new group calls ncclCommSplit, but members of a gloo group don't. NCCL only
+        # compares the number of calls: each process is a member of one group of each kind.
+        for first in range(0, world_size, size):
             ranks = list(range(first, first + size))
             group = dist.new_group(ranks, backend="gloo", timeout=_FOREVER)
             if dist.get_rank() in ranks:
                 _tp_control = group
+
+
+def _set_timeout(group: dist.ProcessGroup) -> None:
+    set_timeout = getattr(dist, "set_timeout", None)  # from torch 2.14 on, see pytorch#187387
+    (set_timeout or dist.distributed_c10d._set_pg_timeout)(_FOREVER, group)
 
 
 def _join(device: torch.device) -> None:
@@ -242,10 +250,26 @@ def torchrun_line(n_processes: int) -> str:
 # --- Exit and fork ----------------------------------------------------------------------------
 
 
+class _Resettable(Protocol):
+    def reset(self) -> None: ...
+
+
+_to_reset: "weakref.WeakSet[_Resettable]" = weakref.WeakSet()
+
+
+def reset_before_leaving(captures: _Resettable) -> None:
+    """Reset ``captures`` before this process leaves its groups at exit. Until the CUDA graphs that
+    hold its kernels are gone, NCCL waits for them (pytorch#115388), and a model in a global
+    variable outlives the groups."""
+    _to_reset.add(captures)
+
+
 def _leave() -> None:
     # if a rank is gone, NCCL may wait for it here
     watchdog = collectives.watchdog
     if dist.is_initialized() and (watchdog is None or not watchdog.has_reported):
+        for captures in list(_to_reset):
+            captures.reset()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -6,7 +6,8 @@ heartbeat to torchrun's store twice a second and reads those of the others. It d
 - a rank is killed: torchrun sends SIGTERM to the others, or their connections to it break;
 - a rank fails with an uncaught exception, or in a collective, where the others wait for it;
 - a rank is stopped, hangs or can't be reached: its heartbeat stops;
-- the ranks diverge: one has begun its next call while another is still in the previous one;
+- the ranks diverge: one has begun its next call, or has ended, while another is still in the
+  previous one;
 - torchrun itself is gone, and its store with it.
 
 The first rank to notice writes the reason to the store and prints it. A process that is computing,
@@ -22,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -65,11 +66,13 @@ class Watchdog:
         self._keys = [f"heartbeat/{r}" for r in range(n_ranks)]
         self._n_beats = 0
         self._n_calls, self._in_call = 0, False
+        self._partners: Sequence[int] = ()  # the ranks of the call in progress
         self._has_left = self.has_reported = False
         self._report_lock = threading.RLock()  # held until a report is printed, to delay exits
         self._seen = [""] * n_ranks
         self._missed = [0] * n_ranks  # consecutive checks without a new heartbeat
         self._ahead = [0] * n_ranks  # consecutive checks with the rank a call ahead
+        self._absent = [0] * n_ranks  # consecutive checks with the rank gone during a call
         self._beat()
         self._store.set(f"process/{rank}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
         processes = [self._store.get(f"process/{r}").decode().split() for r in range(n_ranks)]
@@ -88,8 +91,13 @@ class Watchdog:
     # --- For the main thread --------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """A call that all ranks make together."""
+    def call(self, ranks: Sequence[int] = ()) -> Iterator[None]:
+        """A call that all ranks make together.
+
+        Args:
+            ranks: those that this one waits for during the call.
+        """
+        self._partners = ranks
         self._n_calls, self._in_call = self._n_calls + 1, True
         try:
             yield
@@ -131,6 +139,11 @@ class Watchdog:
             self._has_left = True
             with contextlib.suppress(RuntimeError):
                 self._store.set(self._keys[self._rank], _LEFT)
+            if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+                with contextlib.suppress(ValueError):  # in another thread than the main one
+                    # leaving the groups may block (NCCL waits for the others), and nothing would
+                    # act on SIGTERM
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._wake_writer.send(b"\0")
         self._thread.join()
 
@@ -182,10 +195,11 @@ class Watchdog:
 
     def _ended(self, how: str) -> str | None:
         gone = [rank for rank, beat in enumerate(self._heartbeats()) if beat == how]
-        if not gone:
-            return None
+        return self._waits_for(gone[0]) if gone else None
+
+    def _waits_for(self, rank: int) -> str:
         return (
-            f"rank {gone[0]} has ended, and rank {self._rank} still waits for it: every rank must "
+            f"rank {rank} has ended, and rank {self._rank} still waits for it: every rank must "
             "make the same calls"
         )
 
@@ -255,6 +269,12 @@ class Watchdog:
         if reported and not self.has_reported:
             self._exit(1)
         for rank, beat in enumerate(beats):
+            # with gloo, the connections of a rank that has left are closed, and the call fails;
+            # with NCCL they stay open while that rank waits for the others in its own exit
+            is_absent = beat == _LEFT and self._in_call and rank in self._partners
+            self._absent[rank] = self._absent[rank] + 1 if is_absent else 0
+            if self._absent[rank] * _INTERVAL >= self.timeout:
+                self._report_and_exit(self._waits_for(rank))
             if rank == self._rank or beat in (_LEFT, _TERMINATED):
                 continue
             self._missed[rank] = self._missed[rank] + 1 if beat == self._seen[rank] else 0

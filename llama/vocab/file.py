@@ -1,5 +1,6 @@
 """Read vocabulary files with a size limit, and validate texts and ids."""
 
+import operator
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -83,7 +84,10 @@ def known_ids(t: Sequence[int] | int, n_words: int, n_padding: int) -> list[int]
     Raises:
         ValueError: an id is outside a vocabulary of ``n_words`` and its padding.
     """
-    ids = [t] if isinstance(t, int) else list(t)
+    try:
+        ids = [operator.index(t)]  # type: ignore[arg-type]
+    except TypeError:
+        ids = [operator.index(token) for token in t]  # type: ignore[union-attr]
     for token in ids:
         if not 0 <= token < n_words + n_padding:
             raise ValueError(f"token id {token} is outside the vocabulary (0 to {n_words - 1})")

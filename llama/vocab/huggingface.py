@@ -25,6 +25,7 @@ _STOP_NAMES = (*_EOS_NAMES, "<|eot_id|>", "<|eom_id|>")
 # Often added as ordinary tokens, but chat templates use them as control tokens.
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _LOCK = threading.Lock()  # encode_special_tokens is a switch of the whole model
+_NO_DEFAULT = "{{ raise_exception('it has several templates, expected one named default') }}"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -36,7 +37,9 @@ class TokenizerConfig(NamedTuple):
         bos_id, eos_id: their ids in config.json.
         adds_bos: whether texts begin with ``bos``; None if not given.
         added: ids of the tokens in added_tokens.json, by name.
+        names: names of special tokens, by ``bos_token``, ``pad_token`` and the like.
         legacy: SentencePiece adds a space to the text after each control token too.
+        is_llama: the class is LlamaTokenizer, which heeds ``legacy`` whatever tokenizer.json says.
         chat_template: a jinja template.
     """
 
@@ -46,7 +49,9 @@ class TokenizerConfig(NamedTuple):
     eos_id: int | None
     adds_bos: bool | None
     added: dict[str, int]
+    names: dict[str, str]
     legacy: bool
+    is_llama: bool
     chat_template: str | None
 
 
@@ -73,14 +78,15 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        template = read_bounded(jinja, LARGEST_INDEX).decode()
-    if not isinstance(template, str | None):
+        template = named.get("default", _NO_DEFAULT)
+    source = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        source = folder / "chat_template.jinja"
+        template = read_bounded(source, LARGEST_INDEX).decode(errors="replace")
+    if not isinstance(template, str | None) or "\ufffd" in (template or ""):
         raise ValueError(
-            f"{str(folder / 'tokenizer_config.json')!r} has the chat_template {template!r:.60}, "
-            "expected a jinja template"
+            f"{str(source)!r} has the chat template {template!r:.60}, expected a jinja template in "
+            "UTF-8"
         )
     adds_bos = config.get("add_bos_token")
     model_config = read("config.json")
@@ -91,7 +97,10 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         _id(model_config.get("eos_token_id")),
         adds_bos if isinstance(adds_bos, bool) else None,
         added,
-        config.get("legacy") is True,
+        {key: name for key in config if key.endswith("_token") and (name := _name(config[key]))},
+        # a folder without the file is Meta's, whose formats are made of separate texts
+        config.get("legacy") is True or not (folder / "tokenizer_config.json").is_file(),
+        config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"),
         template,
     )
 
@@ -127,7 +136,7 @@ class HuggingFaceTokenizer:
             message.
         special_tokens, control_ids: the control tokens.
         drops_first_space: whether the vocabulary adds a space before the first word of a text.
-        chat_template: the folder's jinja template, or None.
+        chat_template, names: the folder's jinja template, or None; names of tokens that it uses.
 
     Raises:
         ImportError: the package tokenizers is not installed.
@@ -153,7 +162,10 @@ class HuggingFaceTokenizer:
         check_size(self.model.get_vocab_size(), model_path)
         self._is_byte_level, self.drops_first_space = _decoder_kind(self.model, model_path)
         config = read_tokenizer_config(Path(model_path).parent)
-        self.chat_template = config.chat_template
+        self.chat_template, self.names = config.chat_template, config.names
+        self._drops_inner_spaces = (
+            config.is_llama and not config.legacy and "Prepend" in str(self.model.normalizer)
+        )
         self.bos_id = self._first_id(config.bos, config.bos_id, _BOS_NAMES)
         self.eos_id = self._first_id(config.eos, config.eos_id, _EOS_NAMES)
         self.pad_id: int = -1
@@ -184,11 +196,6 @@ class HuggingFaceTokenizer:
         ids += map(self.model.token_to_id, names)
         return next((i for i in ids if i is not None), -1)
 
-    @property
-    def added_names(self) -> list[str]:
-        """Names of all added tokens, control tokens included."""
-        return [token.content for token in self._added.values()]
-
     def encode(
         self,
         s: str,
@@ -206,11 +213,19 @@ class HuggingFaceTokenizer:
         check_text(s)
         check_special(s, self.special_tokens, allowed_special, disallowed_special)
         ids = [self.bos_id] if bos and self._adds_bos and self.bos_id >= 0 else []
-        if allowed_special == "all":
+        special = self.special_tokens
+        if allowed_special == "all" and not self._drops_inner_spaces:
             ids += self._ids(s, special=True)
         else:
-            for piece in split_special(s, allowed_special & self.special_tokens.keys()):
-                ids += self._ids(piece, special=piece in allowed_special)
+            names = special.keys() if allowed_special == "all" else special.keys() & allowed_special
+            for i, piece in enumerate(split_special(s, names)):
+                if piece in names:
+                    ids.append(special[piece])
+                elif i and self._drops_inner_spaces:  # after a byte, which never merges
+                    start = len(self._ids("\n", special=False))
+                    ids += self._ids("\n" + piece, special=False)[start:]
+                else:
+                    ids += self._ids(piece, special=False)
         return [*ids, self.eos_id] if eos and self.eos_id >= 0 else ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:

@@ -36,7 +36,8 @@ class SentencePieceTokenizer:
         control_ids: ids that text must never encode to.
         drops_first_space: True: SentencePiece adds a space before the first word of a text, and
             ``decode`` strips it from the start. ``decode_bytes`` keeps it.
-        chat_template: the folder's jinja template, or None.
+        chat_template, names: the folder's jinja template, or None; names of tokens that it uses.
+        is_legacy: texts after control tokens begin with a space too.
 
     Raises:
         ImportError: sentencepiece is not installed.
@@ -81,7 +82,7 @@ class SentencePieceTokenizer:
                 "that belongs to the weights"
             )
         config = read_tokenizer_config(Path(model_path).parent)
-        self.chat_template = config.chat_template
+        self.chat_template, self.names = config.chat_template, config.names
         added = {name: i for name, i in config.added.items() if i >= n_pieces}
         check_size(n_pieces + len(added), model_path)
         self.sp_model = self.model
@@ -96,7 +97,7 @@ class SentencePieceTokenizer:
         if config.eos is not None:
             self.eos_id = self.special_tokens.get(config.eos, self.eos_id)
             self.stop_tokens.add(self.eos_id)
-        self._is_legacy = config.legacy
+        self.is_legacy = config.legacy
 
     def encode(
         self,
@@ -119,7 +120,7 @@ class SentencePieceTokenizer:
         for i, piece in enumerate(split_special(s, names)):
             if piece in names:
                 ids.append(special[piece])
-            elif i == 0 or self._is_legacy:
+            elif i == 0 or self.is_legacy:
                 ids += self.model.encode(piece)
             else:  # without a first space: after a byte, which never merges
                 ids += self.model.encode("\n" + piece)[len(self.model.encode("\n")) :]

@@ -41,14 +41,15 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(tokenizer: Any, template: str) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    """A tokenizer_config.json, without a chat template."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {
+        # uses tokenizer.json as it is, which LlamaTokenizer doesn't
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.bos_id],
-        "eos_token": names[tokenizer.eos_id],
         "clean_up_tokenization_spaces": False,
-        "chat_template": template,
+        **{key: names[i] for key, i in ids.items() if i in names},
     }
 
 
