@@ -20,7 +20,7 @@ from reference import relative_error
 from torch import Tensor, nn
 
 from llama import Llama, Transformer, accel, memory
-from llama.accel import cpu, cuda
+from llama.accel import cpu, cuda, projection
 from llama.accel.compile import compiled_decode, rotate_real
 from llama.accel.projection import JointProjection, join_projections
 from llama.attention import attention
@@ -323,6 +323,16 @@ def test_layers_may_be_called_with_other_rotations(weights: dict[str, Tensor]) -
         )
         results.append(model(torch.arange(12)[None], 0))
     assert relative_error(results[1], results[0]) < 1e-5
+
+
+def test_a_wrong_rotation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = torch.bfloat16, torch.device("cpu")
+    assert projection.check_rotation(16, *where) is None
+    right = projection._rotate
+    monkeypatch.setattr(projection, "_rotate", lambda x, first, second: right(x, second, first))
+    assert "relative error" in str(projection.check_rotation(16, *where))
+    monkeypatch.delattr(projection, "_rotation")
+    assert "_rotation" in str(projection.check_rotation(16, *where))
 
 
 def test_joint_projections_hold_no_second_copy(weights: dict[str, Tensor]) -> None:

@@ -11,9 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.accel.selfcheck import difference
 from llama.cache import Batch
+from llama.files import summary
 from llama.hooks import is_unmodified
-from llama.model import Attention, Transformer, project
+from llama.model import Attention, Transformer, precompute_freqs_cis, project, rotate
+
+JOINT = "F.linear, q, k and v in one"
+
+
+def check_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the rotation can't be used on a device, or None."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, head_dim, generator=generator).to(device=device, dtype=dtype)
+    freqs_cis = precompute_freqs_cis(head_dim, 5).to(device)
+    try:
+        return difference(_rotate(x, *_rotation(freqs_cis)), rotate(x, freqs_cis))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a kernel raises, the plain form can do without it
+        return summary(error)
 
 
 def join_projections(model: Transformer) -> None:
