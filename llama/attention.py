@@ -20,7 +20,7 @@ def decode_attention(q: Tensor, cache: KVCache, batch: Decode) -> Tensor:
     # Fold the H / K query heads per key head into query positions: with enable_gqa and a mask, SDPA
     # may fall back to its math kernel.
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, D]
-    y = F.scaled_dot_product_attention(_dense(grouped), k, v, attn_mask=batch.mask)
+    y = F.scaled_dot_product_attention(_dense(grouped), k, v, attn_mask=batch.mask(q.dtype))
     return y.flatten(1, 2)
 
 

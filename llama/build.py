@@ -97,6 +97,7 @@ def build_model(
             adapter=adapter,
         )
         model.load_state_dict(tensors, assign=True)
+        del tensors  # accelerate replaces some
     with memory.explain_oom(lambda: plan):
         accel.accelerate(model, compile=compile, off=off)
     if is_first_process:

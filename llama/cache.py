@@ -80,8 +80,8 @@ class Prefill:
 
     Attributes:
         slots, positions: int64 [T].
-        cu_seqlens_q: int32 [B + 1], where each sequence starts in the packed tokens.
         seqlens_k: int32 [B], positions in use after this pass.
+        rotation: freqs_cis, and what ``accel.projection`` computes from them once per pass.
     """
 
     def __init__(
@@ -96,14 +96,24 @@ class Prefill:
         self.logits_for = logits_for
         self.ends = [start + n for start, n in zip(start_pos, seqlens, strict=True)]
         self.max_seqlen_q, self.max_seqlen_k = max(seqlens), max(self.ends)
-        self.slots = torch.tensor(slot_ids, device=device).repeat_interleave(
-            torch.tensor(seqlens, device=device), output_size=sum(seqlens)
+        self.slots = on_device(slot_ids, device).repeat_interleave(
+            on_device(seqlens, device), output_size=sum(seqlens)
         )
         spans = zip(start_pos, self.ends, strict=True)
         self.positions = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
-        starts = list(accumulate(seqlens, initial=0))
-        self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
-        self.seqlens_k = torch.tensor(self.ends, dtype=torch.int32, device=device)
+        self.seqlens_k = on_device(self.ends, device, torch.int32)
+        self._cu_seqlens: tuple[int, Tensor, Tensor] | None = None
+        self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def cu_seqlens(self, max_seq_len: int) -> tuple[Tensor, Tensor]:
+        """int32 [B + 1] each: where each sequence starts in the packed tokens, and where its keys
+        start in the cache seen as one sequence. The first layer that asks computes them."""
+        if self._cu_seqlens is None or self._cu_seqlens[0] != max_seq_len:
+            starts = list(accumulate(self.seqlens, initial=0))
+            keys = [slot * max_seq_len for slot in (*self.slot_ids, 0)]  # the last isn't read
+            both = on_device([starts, keys], self.positions.device, torch.int32)
+            self._cu_seqlens = max_seq_len, both[0], both[1]
+        return self._cu_seqlens[1:]
 
     def select(self, x: Tensor) -> Tensor:
         """The rows of x [T, ...] that ``logits_for`` selects."""
@@ -111,7 +121,7 @@ class Prefill:
             return x
         ends = list(accumulate(self.seqlens))
         index = [ends[i] - 1 for i in self.logits_for]
-        return x[torch.tensor(index, dtype=torch.int64, device=x.device)]
+        return x[on_device(index, x.device, torch.int64)]
 
     def of_last_tokens(self) -> "Prefill":
         """A pass over only the tokens that ``logits_for`` selects."""
@@ -127,6 +137,10 @@ class Decode:
         positions: int64 [B], below ``max_seqlen_k``.
         ragged: the positions differ.
         seqlens_k: int32 [B], positions to attend to; default: ``positions`` + 1.
+
+    Attributes:
+        slots: int64 [B].
+        rotation: freqs_cis, and what ``accel.projection`` computes from them once per pass.
     """
 
     max_seqlen_q = 1
@@ -140,15 +154,32 @@ class Decode:
         ragged: bool,
         seqlens_k: Tensor | None = None,
     ) -> None:
-        device = positions.device
         self.positions, self.max_seqlen_k, self.ragged = positions, max_seqlen_k, ragged
-        self.slots = torch.arange(len(positions), device=device)
-        self.cu_seqlens_q = torch.arange(len(positions) + 1, dtype=torch.int32, device=device)
+        self.slots = torch.arange(len(positions), device=positions.device)
         self.seqlens_k = (positions + 1).int() if seqlens_k is None else seqlens_k
-        self.mask: Tensor | None = None  # bool [B, 1, 1, L]
-        if ragged:
-            every = torch.arange(max_seqlen_k, device=device)
-            self.mask = (every < self.seqlens_k[:, None])[:, None, None]
+        # plain attributes: before Python 3.12, cached_property takes a lock, and torch.compile
+        # can't trace that
+        self._cu_seqlens: tuple[int, Tensor, Tensor] | None = None
+        self._mask: Tensor | None = None
+        self.rotation: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def cu_seqlens(self, max_seq_len: int) -> tuple[Tensor, Tensor]:
+        """As in ``Prefill``."""
+        if self._cu_seqlens is None or self._cu_seqlens[0] != max_seq_len:
+            n_rows, device = len(self.positions), self.positions.device
+            starts = torch.arange(n_rows + 1, dtype=torch.int32, device=device)
+            self._cu_seqlens = max_seq_len, starts, starts * max_seq_len
+        return self._cu_seqlens[1:]
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, 1, L], added to the scores: -inf after each row's length. None if the rows are
+        equally long. The first layer computes it; from booleans, SDPA would in every layer."""
+        if self.ragged and (self._mask is None or self._mask.dtype != dtype):
+            every = torch.arange(self.max_seqlen_k, device=self.positions.device)
+            unused = (every >= self.seqlens_k[:, None])[:, None, None]
+            zeros = torch.zeros(unused.shape, dtype=dtype, device=unused.device)
+            self._mask = zeros.masked_fill_(unused, -math.inf)
+        return self._mask
 
     def select(self, x: Tensor) -> Tensor:
         return x
@@ -166,6 +197,18 @@ def next_tokens(n_rows: int, n_tokens: int, start_pos: int, device: torch.device
         positions = torch.full((n_rows,), start_pos, device=device)
         return Decode(positions, start_pos + 1, ragged=False)
     return Prefill(range(n_rows), [start_pos] * n_rows, [n_tokens] * n_rows, device)
+
+
+def on_device(
+    values: Sequence[int] | Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``torch.tensor`` on a device. On CUDA it doesn't wait for the work queued there: the driver
+    copies pageable memory before the call returns, so that it may be freed."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(
+        device, non_blocking=device.type == "cuda"
+    )
 
 
 class CacheLock:

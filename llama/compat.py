@@ -80,7 +80,10 @@ class PublishedAttention(nn.Module):
         return batch, torch.view_as_complex(rows), attend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PublishedAttention":
-        self.cache.free()  # attention.to(...): allocated again in the next pass
+        # attention.to(...): the cache is allocated again in the next pass; an accelerated
+        # projection holds the old weights
+        self.cache.free()
+        vars(self).pop("project", None)
         return super()._apply(fn, recurse)
 
     @property

@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama.cache import Decode, Prefill
+from llama.cache import Decode, Prefill, on_device
 from llama.chat_template import AnyChatFormat
 from llama.distributed.collectives import fail_fast
 from llama.model import Transformer
 from llama.request import Group, Request, TokenEvent, new_request
 from llama.sampling import SamplingParams
-from llama.scoring import SCORING_LOGITS, score_prompt, top_logprobs
+from llama.scoring import SCORING_LOGITS, fetch, score_prompt
 from llama.slots import Slots
 from llama.tokenizer import AnyTokenizer
 
@@ -162,7 +162,7 @@ class Engine:
             return []
         lengths = [len(self.slots.cached[slot]) for slot in range(len(self._decoding))]
         last = [request.tokens[-1] for request, _ in self._decoding]
-        tokens, positions = torch.tensor([last, lengths], device=self.model.device).unbind()
+        tokens, positions = on_device([last, lengths], self.model.device).unbind()
         batch = Decode(positions, max(lengths) + 1, ragged=len(set(lengths)) > 1)
         logits = self.model(tokens, batch)  # [B, V]
         for slot, token in enumerate(last):
@@ -219,7 +219,7 @@ class Engine:
         complete = [i for i, r in enumerate(requests) if ends[i] == len(r.prompt) and r.limit > 0]
         packed = [t for r, a, b in zip(requests, starts, ends, strict=True) for t in r.prompt[a:b]]
         logits = self.model(
-            torch.tensor(packed, device=self.model.device),
+            on_device(packed, self.model.device),
             Prefill(slots, starts, seqlens, self.model.device, None if scores_prompt else complete),
         )  # [T, V] or [len(complete), V]
         for request, slot, end in zip(requests, slots, ends, strict=True):
@@ -275,22 +275,19 @@ class Engine:
         self, rows: list[tuple[Request, Group]], logits: Tensor
     ) -> list[tuple[Request, TokenEvent]]:
         """The next token of each row of logits [R, V], the same on every rank."""
-        log_total = torch.logsumexp(logits, dim=-1)  # [R]
         if self.model.groups.rank == 0:
             tokens = self._draw(rows, logits)
         else:
             tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         self.model.groups.broadcast_from_first(tokens)
-        scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
-        top = top_logprobs(logits, log_total, [r.params.top_logprobs for r, _ in rows])
-        # one copy to the host, the step's only synchronization; float32 is exact for ids < 2^24
-        ids, totals, logprobs = torch.stack((tokens.float(), log_total, scores)).tolist()
+        counts = [request.params.top_logprobs for request, _ in rows]
+        fetched = zip(*fetch(logits, tokens, counts), strict=True)
         events = []
-        for i, (request, _) in enumerate(rows):
-            if not math.isfinite(totals[i]):
+        for (request, _), (token, log_total, logprob, top) in zip(rows, fetched, strict=True):
+            if not math.isfinite(log_total):
                 raise self._not_finite(f"token {len(request.tokens)} of prompt {request.row}")
-            logprob = logprobs[i] if request.params.logprobs else None
-            events.append((request, request.add_token(int(ids[i]), logprob, top[i])))
+            shown = logprob if request.params.logprobs else None
+            events.append((request, request.add_token(token, shown, top)))
         return events
 
     def _draw(self, rows: list[tuple[Request, Group]], logits: Tensor) -> Tensor:
@@ -301,7 +298,9 @@ class Engine:
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         for source, indices in by_group.items():
             params = rows[indices[0]][0].params
-            x = logits if len(indices) == len(rows) else logits[indices]
+            x = logits
+            if len(indices) < len(rows):
+                x = logits[on_device(indices, logits.device)]
             places, generator = list(range(len(indices))), None
             if source is not None:
                 generator = source.generator
@@ -310,11 +309,12 @@ class Engine:
                 places = [source.requests.index(rows[i][0]) for i in indices]
                 if places != list(range(len(source.requests))):
                     live, x = x, x.new_zeros(len(source.requests), x.shape[-1])
-                    x[places] = live
+                    x[on_device(places, x.device)] = live
             drawn = self.sample(x, params.temperature, params.top_p, generator)
             if len(by_group) == 1 and places == list(range(len(drawn))):
                 return drawn
-            tokens[indices] = drawn[places]
+            index = on_device(indices, logits.device)
+            tokens[index] = drawn[on_device(places, drawn.device)]
         return tokens
 
     def _not_finite(self, what: str) -> FloatingPointError:

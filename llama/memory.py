@@ -138,6 +138,8 @@ def _workspace(args: ModelArgs, n_ranks: int, dtype: torch.dtype, max_prefill_to
     per_token = max(
         residual + 3 * args.dim * single,  # RMSNorm in float32
         residual + args.dim * size + (2 * heads + 2 * kv) * size + 2 * heads * single,  # RoPE
+        # RoPE of ``accel.projection``
+        residual + args.dim * size + (2 * heads + 3 * kv) * size + (heads + kv) * single,
         residual + args.dim * size + (4 * heads + 2 * kv) * size,  # attention
         residual + args.dim * size + 2 * ffn * size,  # SwiGLU
     )

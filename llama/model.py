@@ -58,13 +58,11 @@ def precompute_freqs_cis(
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     frequencies = 1.0 / theta**exponents  # [dim / 2]
     if use_scaled:
-        scaling = use_scaled if isinstance(use_scaled, RopeScaling) else RopeScaling()
-        factor, low, high, context = scaling
+        factor, low, high, context = RopeScaling() if isinstance(use_scaled, bool) else use_scaled
         n_periods = context * frequencies / (2 * math.pi)
         kept = ((n_periods - low) / (high - low)).clamp(0, 1)  # interpolated in between
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    positions = torch.arange(end, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, frequencies)  # [end, dim / 2]
+    angles = torch.outer(torch.arange(end, device="cpu").float(), frequencies)  # [end, dim / 2]
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -84,22 +82,29 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
     return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
 
+def project(layer: "Attention", x: Tensor, freqs_cis: Tensor, batch: Batch) -> Tensor:
+    """Rotated queries [T, H, D]; keys and values are stored."""
+    layer.update_cache(x, freqs_cis, batch)
+    q = layer.wq(x).view(-1, layer.n_local_heads, layer.head_dim)
+    return layer.rotate(q, freqs_cis)
+
+
 class Attention(PublishedAttention):
     """Grouped-query attention (Ainslie et al., 2023)."""
 
     # accel may replace these with equivalent implementations
+    project: Callable[["Attention", Tensor, Tensor, Batch], Tensor] = staticmethod(project)
     rotate: Callable[[Tensor, Tensor], Tensor] = staticmethod(rotate)
     attend: Callable[[Tensor, KVCache, Batch], Tensor] = staticmethod(attention)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.head_dim = args.head_dim
         tp_size = current_groups().size
-        self.n_local_heads = args.n_heads // tp_size
+        self.head_dim, self.n_local_heads = args.head_dim, args.n_heads // tp_size
         self.n_local_kv_heads = args.n_local_kv_heads(tp_size)
-        q_dim = args.n_heads * args.head_dim
         self.cache = KVCache(args, tp_size)
-        kv_dim = self.n_local_kv_heads * tp_size * args.head_dim
+        q_dim = args.n_heads * self.head_dim
+        kv_dim = self.n_local_kv_heads * tp_size * self.head_dim
         self.wq = ColumnParallelLinear(args.dim, q_dim)
         self.wk = ColumnParallelLinear(args.dim, kv_dim)
         self.wv = ColumnParallelLinear(args.dim, kv_dim)
@@ -108,9 +113,8 @@ class Attention(PublishedAttention):
     def forward(self, x: Tensor, start_pos: int | Batch, freqs_cis: Tensor, mask: Mask) -> Tensor:
         """x: [T, dim] or [B, S, dim], in order. The other arguments: see ``as_pass``."""
         batch, freqs_cis, attend = self.as_pass(x, start_pos, freqs_cis, mask)
-        self.update_cache(x, freqs_cis, batch)
-        q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)  # [T, H, D]
-        y = attend(self.rotate(q, freqs_cis), self.cache, batch)  # [T, H, D]
+        q = self.project(self, x, freqs_cis, batch)
+        y = attend(q, self.cache, batch)  # [T, H, D]
         return self.wo(y.reshape(*x.shape[:-1], -1))
 
     def update_cache(self, x: Tensor, freqs_cis: Tensor, batch: Batch) -> None:
@@ -149,9 +153,8 @@ class TransformerBlock(nn.Module):
         self.layer_id = layer_id
         self.dim, self.n_heads, self.head_dim = args.dim, args.n_heads, args.head_dim
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(
-            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
-        )
+        width = args.multiple_of, args.ffn_dim_multiplier
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, *width)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
@@ -173,7 +176,6 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         args.resolve()
-        self.params = args
         self.params, self.vocab_size, self.n_layers = args, args.vocab_size, args.n_layers
         self.groups = current_groups()
         args.check_tp_size(self.groups.size)
@@ -219,10 +221,8 @@ class Transformer(nn.Module):
             return self.logits(self.hidden(tokens, start_pos))
         n_rows, n_tokens = tokens.shape
         self.params.check_fits(n_rows, n_tokens, start_pos)
-        call = self.groups.collective_call(
-            "Transformer.forward", tokens=tokens, start_pos=start_pos
-        )
-        with self.lock, call, fail_fast():
+        ctx = self.groups.collective_call("Transformer.forward", tokens=tokens, start_pos=start_pos)
+        with self.lock, ctx, fail_fast():
             caches_of(self)  # refuses a block that is two layers
             batch = next_tokens(n_rows, n_tokens, start_pos, tokens.device)
             return self.logits(self.hidden(tokens, batch))

@@ -1,8 +1,11 @@
 """Log-probabilities of given tokens, and of the most likely ones."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from llama.cache import on_device
 from llama.request import Request
 
 # Maximum number of float32 logits in a pass that scores prompts: 128 MiB.
@@ -19,24 +22,36 @@ def score_prompt(request: Request, start: int, logits: Tensor) -> bool:
     targets = request.prompt[start + 1 : start + 1 + len(logits)]
     if not targets:
         return True
-    logits = logits[: len(targets)]
-    log_total = torch.logsumexp(logits, dim=-1)
-    index = torch.tensor(targets, device=logits.device)[:, None]
-    scores = logits.gather(-1, index)[:, 0] - log_total
-    request.prompt_logprobs += scores.tolist()
-    request.prompt_top += top_logprobs(
-        logits, log_total, [request.params.top_logprobs] * len(targets)
-    )
-    return bool(log_total.isfinite().all())
+    tokens = on_device(targets, logits.device)
+    counts = [request.params.top_logprobs] * len(targets)
+    _, totals, logprobs, tops = fetch(logits[: len(targets)], tokens, counts)
+    request.prompt_logprobs += logprobs
+    request.prompt_top += tops
+    return all(map(math.isfinite, totals))
 
 
-def top_logprobs(
-    logits: Tensor, log_total: Tensor, counts: list[int]
-) -> list[dict[int, float] | None]:
-    """The ``counts[i]`` most likely tokens of each row i of logits; None if 0."""
+def fetch(
+    logits: Tensor, tokens: Tensor, counts: list[int]
+) -> tuple[list[int], list[float], list[float], list[dict[int, float] | None]]:
+    """Log-probabilities of each row i of logits [R, V], in one copy to the host: the only moment
+    of a step in which the host waits for the device.
+
+    Returns:
+        - ``tokens`` [R];
+        - log(sum(exp(logits))): finite if the logits are, except for individual -inf;
+        - the tokens' log-probabilities;
+        - the ``counts[i]`` highest log-probabilities by id, None if that is 0.
+    """
+    log_total = torch.logsumexp(logits, dim=-1)  # [R]
+    scores = logits.gather(-1, tokens[:, None])[:, 0] - log_total
+    columns = torch.stack((tokens.float(), log_total, scores))  # exact for ids < 2^24
     k = min(max(counts), logits.shape[-1])
-    if k == 0:
-        return [None] * len(counts)
-    values, ids = logits.topk(k, dim=-1)
-    rows = zip(counts, ids.tolist(), (values - log_total[:, None]).tolist(), strict=True)
-    return [dict(zip(i[:n], v[:n], strict=True)) if n else None for n, i, v in rows]
+    if k > 0:
+        values, ids = logits.topk(k, dim=-1)
+        columns = torch.cat((columns, ids.t().float(), values.t() - log_total))  # [3 + 2 k, R]
+    chosen, totals, logprobs, *tops = columns.tolist()
+    top = [
+        {int(tops[j][i]): tops[k + j][i] for j in range(min(k, n))} or None
+        for i, n in enumerate(counts)
+    ]
+    return [int(token) for token in chosen], totals, logprobs, top

@@ -1,5 +1,7 @@
 """Each fast path is actually taken and matches the plain implementation."""
 
+import copy
+import functools
 import json
 import os
 import platform
@@ -28,8 +30,9 @@ from reference import relative_error
 from torch import Tensor, nn
 
 from llama import Llama, Transformer, accel, memory
-from llama.accel import cpu, cuda
-from llama.accel.compile import rotate_real
+from llama.accel import cpu, cuda, projection
+from llama.accel.compile import compiled_decode, rotate_real
+from llama.accel.projection import JointProjection, join_projections
 from llama.attention import attention
 from llama.cache import Decode, Prefill
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
@@ -280,6 +283,97 @@ def test_flash_attention_equals_attention_with_the_documented_kernel(
     assert relative_error(results[1], results[0]) < 1e-5
 
 
+# --- Joint projections ----------------------------------------------------------------------------
+
+
+def joined(weights: dict[str, Tensor]) -> Transformer:
+    model = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
+    join_projections(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_projections_equal_the_plain_ones(
+    dtype: torch.dtype, weights: dict[str, Tensor]
+) -> None:
+    halved = {key: weight.to(dtype) for key, weight in weights.items()}
+    plain = new_model(PARAMS, halved, max_batch_size=4, max_seq_len=16)
+    fast = joined(halved)
+    prompts = Prefill([3, 0, 2], [0, 0, 0], [3, 1, 6], torch.device("cpu"), [0, 1, 2])
+    positions = torch.tensor([3, 1, 6])
+    for tokens, batch in (
+        (torch.arange(10), prompts),
+        (positions, Decode(positions, 7, ragged=True)),
+    ):
+        error = relative_error(fast.hidden(tokens, batch), plain.hidden(tokens, batch))
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    for key, weight in plain.state_dict().items():
+        assert torch.equal(fast.state_dict()[key], weight)
+
+
+class Doubled(ColumnParallelLinear):
+    def forward(self, input_: Tensor) -> Tensor:
+        return 2 * super().forward(input_)
+
+
+@pytest.mark.parametrize(
+    "change", ["in place", "replaced", "loaded", "hook", "copy", "to", "module"]
+)
+def test_joint_projections_give_way_to_changes(change: str, weights: dict[str, Tensor]) -> None:
+    """Keys are doubled, in some way; all must give what the plain model gives."""
+    own = {key: weight.clone() for key, weight in weights.items()}
+    expected = new_model(PARAMS, own, max_batch_size=4, max_seq_len=16)
+    changed = joined(weights)
+    if change == "copy":
+        changed = copy.deepcopy(changed)
+    if change == "to":
+        changed = changed.to(torch.float64).to(torch.float32)
+    for model in (expected, changed):
+        wk = attentions(model)[1].wk
+        if change == "hook":
+            wk.register_forward_hook(lambda _module, _input, output: 2 * output)
+        elif change == "replaced" and model is changed:
+            wk.weight = nn.Parameter(2 * wk.weight, requires_grad=False)
+        elif change == "loaded" and model is changed:
+            wk.load_state_dict({"weight": 2 * wk.weight}, assign=True)
+        elif change == "module" and model is changed:
+            attentions(model)[1].wk = other = copy.copy(wk)  # with the same weight
+            other.__class__ = Doubled
+        else:
+            wk.weight.mul_(2)
+    tokens = torch.arange(12)[None]
+    assert relative_error(changed(tokens, 0), expected(tokens, 0)) < 1e-5
+
+
+def test_layers_may_be_called_with_other_rotations(weights: dict[str, Tensor]) -> None:
+    """As a model without positions in some layers would."""
+    results = []
+    for model in (new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16), joined(weights)):
+        model.layers[1].register_forward_pre_hook(
+            lambda _block, args: (args[0], args[1], torch.ones_like(args[2]), args[3])
+        )
+        results.append(model(torch.arange(12)[None], 0))
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
+def test_a_wrong_rotation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = torch.bfloat16, torch.device("cpu")
+    assert projection.check_rotation(16, *where) is None
+    right = projection._rotate
+    monkeypatch.setattr(projection, "_rotate", lambda x, first, second: right(x, second, first))
+    assert "relative error" in str(projection.check_rotation(16, *where))
+    monkeypatch.delattr(projection, "_rotation")
+    assert "_rotation" in str(projection.check_rotation(16, *where))
+
+
+def test_joint_projections_hold_no_second_copy(weights: dict[str, Tensor]) -> None:
+    for attention_layer in attentions(joined(weights)):
+        assert isinstance(attention_layer.project, JointProjection)
+        joint = attention_layer.project.weight.untyped_storage().data_ptr()
+        for part in (attention_layer.wq, attention_layer.wk, attention_layer.wv):
+            assert part.weight.untyped_storage().data_ptr() == joint
+
+
 # --- Static shapes for CUDA graphs ----------------------------------------------------------------
 
 
@@ -339,6 +433,54 @@ def compiler() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()
+
+
+@torch.library.custom_op("tests::flash", mutates_args=())
+def flash_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor,
+    starts_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    seqused_k: Tensor,
+) -> Tensor:
+    return documented_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, seqused_k=seqused_k)
+
+
+@flash_operator.register_fake
+def _(q: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def test_a_step_with_cudas_forms_is_traced_as_one_graph(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention and joint projections, without a compiler. Before Python 3.12,
+    cached_property would break the graph."""
+    monkeypatch.setattr(
+        cuda,
+        "_flash_kernel",
+        lambda *args, seqused_k: flash_operator(*args, seqused_k),
+    )
+    torch._dynamo.reset()
+    backend = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=16)
+    model = joined(weights)
+    for layer in attentions(model):
+        layer.attend = cuda.flash_attention
+    decode = compiled_decode(model)
+    prompts = Prefill([0, 1, 2], [0, 0, 0], [3, 1, 6], torch.device("cpu"))
+    with torch.inference_mode():
+        plain(torch.arange(10), prompts)
+        model(torch.arange(10), prompts)
+        for positions in (torch.tensor([3, 1, 6]), torch.tensor([6])):
+            batch = [Decode(positions, 7, ragged=len(positions) > 1) for _ in range(2)]
+            expected = plain.decode(positions, batch[0])
+            assert relative_error(decode(positions, batch[1]), expected) < 1e-5
+    assert backend.frame_count == 2  # one row, several
 
 
 @pytest.mark.slow

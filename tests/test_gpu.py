@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama import Llama, ModelArgs, Tokenizer, accel, memory
 from llama.accel.cuda import GraphedStep, flash_attention, why_not_flash
+from llama.accel.projection import join_projections
 from llama.accel.selfcheck import check_attention
 from llama.attention import attention
 from llama.cache import Decode, Prefill
 from llama.model import Attention
-from llama.sampling import sample, sample_top_p
+from llama.sampling import SamplingParams, sample, sample_top_p
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,6 +158,37 @@ def test_flash_attention_matches_attention() -> None:
             chunks = model.hidden(torch.arange(136, device="cuda"), pieces)
         results.append(torch.cat((prefill, step, chunks)).double().cpu())
     assert relative_error(results[1], results[0]) < 0.05
+
+
+def test_joint_projections_match_plain_ones() -> None:
+    """In one kernel each, float32 numbers are rounded to bfloat16 once."""
+    results = []
+    for joins in (False, True):
+        weights = {key: w.bfloat16() for key, w in random_weights(PARAMS).items()}
+        model = new_model(PARAMS, weights, max_batch_size=4, max_seq_len=64).to("cuda")
+        if joins:
+            join_projections(model)
+        results.append(model(torch.arange(40, device="cuda")[None], 0))
+    assert relative_error(results[1].double().cpu(), results[0].double().cpu()) < 0.02
+
+
+def test_a_step_waits_for_the_device_once(folder: Path) -> None:
+    """torch's own detector; tests/test_steps.py counts on fake tensors."""
+    llm = Llama.build(str(folder), max_seq_len=64, device="cuda", dtype="bfloat16")
+    params = [SamplingParams(temperature=t, top_logprobs=2) for t in (0, 0.7)]
+    for row, each in enumerate(params):
+        llm.engine.add([llm.engine.request([7, 20, 300], each, row)])
+    for _ in range(3):
+        llm.engine.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            llm.engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        llm.engine.cancel_all()
+    assert [str(w.message) for w in caught if "synchroniz" in str(w.message)][1:] == []
 
 
 def test_attention_runs_in_the_flash_kernel(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """ModelArgs, the layers, and the KV cache."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -290,16 +291,22 @@ def test_prefill_and_decode_batches() -> None:
     prompts = Prefill([5, 2], [0, 3], [2, 1], torch.device("cpu"), logits_for=[1])
     assert (prompts.slots.tolist(), prompts.positions.tolist()) == ([5, 5, 2], [0, 1, 3])
     assert (prompts.max_seqlen_q, prompts.max_seqlen_k) == (2, 4)
-    assert (prompts.cu_seqlens_q.tolist(), prompts.seqlens_k.tolist()) == ([0, 2, 3], [2, 4])
+    assert prompts.seqlens_k.tolist() == [2, 4]
+    starts, key_starts = prompts.cu_seqlens(max_seq_len=16)
+    assert (starts.tolist(), key_starts.tolist()[:2]) == ([0, 2, 3], [5 * 16, 2 * 16])
     assert prompts.select(torch.arange(sum(prompts.seqlens))).tolist() == [2]
     last = prompts.of_last_tokens()
     assert (last.slots.tolist(), last.positions.tolist()) == ([2], [3])
     step = Decode(torch.tensor([1, 2]), 3, ragged=True)
-    assert step.mask is not None
-    assert step.mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
-    assert (step.slots.tolist(), step.cu_seqlens_q.tolist()) == ([0, 1], [0, 1, 2])
-    assert step.seqlens_k.tolist() == [2, 3]
-    assert Decode(torch.tensor([4, 4]), 5, ragged=False).mask is None
+    mask = step.mask(torch.float32)
+    assert mask is not None
+    assert mask.tolist() == [[[[0, 0, -math.inf]]], [[[0, 0, 0]]]]
+    assert step.mask(torch.float32) is mask  # computed once
+    assert (step.slots.tolist(), step.seqlens_k.tolist()) == ([0, 1], [2, 3])
+    starts, key_starts = step.cu_seqlens(max_seq_len=16)
+    assert (starts.tolist(), key_starts.tolist()) == ([0, 1, 2], [0, 16, 32])
+    assert step.cu_seqlens(max_seq_len=16)[1] is key_starts
+    assert Decode(torch.tensor([4, 4]), 5, ragged=False).mask(torch.float32) is None
 
 
 @pytest.mark.parametrize(

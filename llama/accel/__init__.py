@@ -5,12 +5,12 @@
 | CPU with AMX, bfloat16                 | weight on the left| SDPA      | eager                 |
 | CPU with AVX512-BF16 only, bfloat16    | packed weights    | SDPA      | eager                 |
 | other CPUs and dtypes, MPS             | F.linear          | SDPA      | eager                 |
-| CUDA from Ampere on, bfloat16, float16 | F.linear          | flash     | CUDA graph            |
-| CUDA otherwise, ROCm                   | F.linear          | SDPA      | CUDA graph per length |
+| CUDA from Ampere on, bfloat16, float16 | q, k, v in one    | flash     | CUDA graph            |
+| CUDA otherwise, ROCm                   | q, k, v in one    | SDPA      | CUDA graph per length |
 
-``cuda.why_not_flash`` has all conditions of flash attention. It and each CUDA graph are checked on
-the device (``selfcheck``); if that fails, the plain form runs. ``compile=True`` adds torch.compile
-to the decoding step. Measurements: benchmarks/README.md.
+``cuda.why_not_flash`` has all conditions of flash attention. It, each CUDA graph and the rotation
+of ``projection`` are checked on the device (``selfcheck``); if that fails, the plain form runs.
+``compile=True`` adds torch.compile to the decoding step. Measurements: benchmarks/README.md.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import torch
 from llama.accel.compile import compiled_decode
 from llama.accel.cpu import choose_linear, keep_freed_memory, linear_form
 from llama.accel.cuda import CudaCapture, GraphedStep, flash_attention, why_not_flash
+from llama.accel.projection import JOINT, check_rotation, join_projections
 from llama.accel.selfcheck import agree, check_attention, warn
 from llama.accel.ways import Ways, why_off
 from llama.config import ModelArgs
@@ -39,6 +40,12 @@ def choose(
     chosen.linear, reason = linear_form(device, dtype)
     if reason:
         chosen.reasons["linear"] = reason
+    if device.type == "cuda":
+        fault = check_rotation(args.head_dim, dtype, device)
+        if fault is None:
+            chosen.linear = JOINT
+        else:
+            chosen.reasons["linear"] = f"the joint rotation failed its self-check: {fault}"
     fault = None
     reason = why_not_flash(args.head_dim, dtype, device)
     if reason is None:
@@ -83,6 +90,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
         for layer in model.modules():
             if isinstance(layer, Attention):
                 layer.attend = flash_attention
+    if chosen.linear == JOINT:
+        join_projections(model)
     chosen.decode = "eager"
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]

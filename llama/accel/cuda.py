@@ -50,14 +50,12 @@ def flash_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
     and reads the lengths there, so that a CUDA graph can capture it."""
     # the cache as one sequence of max_batch_size * max_seq_len tokens [., K, D]
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (cache.k, cache.v))
-    slots = batch.slots[batch.cu_seqlens_q[:-1].long()]
-    cu_seqlens_k = torch.empty_like(batch.cu_seqlens_q)
-    cu_seqlens_k[:-1] = slots * cache.k.shape[2]
+    cu_seqlens_q, cu_seqlens_k = batch.cu_seqlens(cache.k.shape[2])
     return _flash_kernel(
         q,
         k,
         v,
-        batch.cu_seqlens_q,
+        cu_seqlens_q,
         cu_seqlens_k,
         batch.max_seqlen_q,
         batch.max_seqlen_k,

@@ -11,7 +11,8 @@ class Ways:
     """The forms that were chosen.
 
     Attributes:
-        linear: of large linear layers: "F.linear", "weight on the left" or "packed weights".
+        linear: of large linear layers: "F.linear", "F.linear, q, k and v in one", "weight on the
+            left" or "packed weights".
         attention: "SDPA" or "FlashAttention".
         decode: a decoding step: "eager", "compiled", "CUDA graph" or "compiled, CUDA graph".
         reasons: by attribute, why it isn't a faster form.
