@@ -238,8 +238,9 @@ def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
     """Zeros with ``like``'s dtype and device. Not torch.empty: masked positions are multiplied by
     0, and 0 * NaN is NaN. On the CPU the pages are mapped but take no memory until written;
     MAP_PRIVATE gives a forked process its own copy. On CUDA the memory order is [slot, position,
-    head, D], which the kernels prefer; MPS has misread it (pytorch#181133)."""
-    if like.device.type == "mps":
+    head, D], which the kernels prefer; MPS and ROCm have misread it (pytorch#181133,
+    ROCm/pytorch#3230)."""
+    if like.device.type == "mps" or (like.device.type == "cuda" and torch.version.hip is not None):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     if like.device.type != "cpu":
         n_slots, n_heads, n_positions, head_dim = shape

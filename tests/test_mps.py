@@ -1,4 +1,5 @@
-"""Layouts on MPS, whose attention kernels have misread permuted tensors (pytorch#181133)."""
+"""Layouts on MPS and ROCm, whose attention kernels have misread permuted tensors (pytorch#181133,
+ROCm/pytorch#3230)."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,14 @@ def test_the_cache_is_head_major_and_queries_are_made_dense() -> None:
     for device, expected in (("mps", "dense"), ("cuda", "as it is"), ("cpu", "as it is")):
         q: Any = SimpleNamespace(device=torch.device(device), contiguous=lambda: "dense")
         assert attention._dense(q) == (q if expected == "as it is" else "dense")
+
+
+def test_the_cache_is_head_major_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        like = torch.empty(1, device="cuda", dtype=torch.float16)
+        assert not cache._zeros((2, 3, 8, 4), like).is_contiguous()
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert cache._zeros((2, 3, 8, 4), like).is_contiguous()
 
 
 def test_every_kernel_gets_such_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
