@@ -4,11 +4,12 @@
 each, on stdin and stdout: {"prompts": [[id, ...], ...], "n_new": N} gives {"first_s": seconds to
 the first new token of every prompt, "step_s": seconds of each further step}. Decoding is greedy and
 no token stops it. The peers run in a minimal correct loop, without the overhead of
-their own ``generate``.
+their own ``generate``. Under torchrun, every rank works, and the first one reads and answers.
 """
 
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -166,9 +167,11 @@ class Reference(Engine):
         # like its own build: in the default dtype and on the default device
         torch.set_default_dtype(getattr(torch, dtype))
         torch.set_default_device(self.device)
-        weights = torch.load(folder / "consolidated.00.pth", map_location="cpu", weights_only=True)
+        file = folder / "consolidated.00.pth"
+        weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         self.model = Transformer(args)
         self.model.load_state_dict(weights, strict=False)
+        self.model.to(self.device)  # fairscale's layers ignore the default device
 
     @torch.inference_mode()
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
@@ -213,27 +216,24 @@ class HuggingFace(Engine):
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).to(self.device)
+        self.static = self.device.type == "cuda"
+        self.caches: dict[int, Any] = {}  # by batch
         self.forward: Any = self.model.forward
-        if self.device.type == "cuda":
+        if self.static:
             self.forward = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True)
 
     @torch.inference_mode()
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
-        from transformers import DynamicCache, StaticCache
-
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
         padded = [[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)]
         tokens = torch.tensor(padded, device=self.device)
-        on_cuda = self.device.type == "cuda"
-        cache: Any = (
-            StaticCache(self.model.config, max_cache_len=self.max_seq_len)
-            if on_cuda
-            else DynamicCache(config=self.model.config)
-        )
+        cache = self._cache(len(prompts))
         mask = None
         if any(pads):
-            kept = [[0] * pad + [1] * (longest + n_new - pad) for pad in pads]
+            # a static cache has one length, and so has its mask: one graph serves every step
+            length = self.max_seq_len if self.static else longest + n_new
+            kept = [[0] * pad + [1] * (length - pad) for pad in pads]
             mask = torch.tensor(kept, device=self.device)
         places = torch.tensor([[-pad] for pad in pads], device=self.device)
         forward = self.model.forward  # prefill isn't compiled
@@ -242,7 +242,7 @@ class HuggingFace(Engine):
             span = torch.arange(end - tokens.shape[1], end, device=self.device)
             logits = forward(
                 input_ids=tokens,
-                attention_mask=None if mask is None else mask[:, :end],
+                attention_mask=mask if mask is None or self.static else mask[:, :end],
                 position_ids=(span + places).clamp(min=0),
                 past_key_values=cache,
                 use_cache=True,
@@ -253,18 +253,31 @@ class HuggingFace(Engine):
             forward = self.forward
             yield
 
+    def _cache(self, batch: int) -> Any:
+        """An empty cache. Static ones are used again: the compiled step holds their addresses."""
+        from transformers import DynamicCache, StaticCache
+
+        if not self.static:
+            return DynamicCache(config=self.model.config)
+        if batch not in self.caches:
+            self.caches[batch] = StaticCache(self.model.config, max_cache_len=self.max_seq_len)
+        self.caches[batch].reset()
+        return self.caches[batch]
+
 
 ENGINES: dict[str, type[Engine]] = {"ours": Ours, "reference": Reference, "hf": HuggingFace}
 
 
 def serve(name: str, **options: Any) -> None:
     """Load an engine, report load time and memory growth, then answer requests."""
-    torch.mm(torch.ones(2, 2), torch.ones(2, 2))  # loads libraries that torch loads lazily
+    if options["device"] == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # libraries that torch loads lazily, and the device's context
+    torch.mm(torch.ones(2, 2, device=options["device"]), torch.ones(2, 2, device=options["device"]))
     before, start = _resident_bytes(), time.perf_counter()
     engine = ENGINES[name](**options)
     _answer(load_s=time.perf_counter() - start, rss_rise=_resident_bytes() - before)
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request in _requests():
         if "paths" in request:
             assert isinstance(engine, Ours)
             _answer(**engine.paths())
@@ -276,8 +289,24 @@ def serve(name: str, **options: Any) -> None:
         _answer(first_s=steps[0], step_s=steps[1:], rss_rise=_resident_bytes() - before)
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    """The requests on stdin; under torchrun the first rank's, on every rank."""
+    while True:
+        lines = [sys.stdin.readline() if _is_first_rank() else ""]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            torch.distributed.broadcast_object_list(lines, src=0)
+        if not lines[0]:
+            return
+        yield json.loads(lines[0])
+
+
 def _answer(**values: Any) -> None:
-    print(json.dumps(values), file=sys.__stdout__, flush=True)
+    if _is_first_rank():
+        print(json.dumps(values), file=sys.__stdout__, flush=True)
 
 
 def _resident_bytes() -> int:
@@ -290,18 +319,34 @@ def _resident_bytes() -> int:
 
 
 class Process:
-    """An engine in a separate process."""
+    """An engine in a separate process, or in ``n_processes`` under torchrun.
 
-    def __init__(self, name: str, folder: Path, **options: Any) -> None:
+    Attributes:
+        n_ranks: parts of the model, of which each process (or the only one) has one.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, *, n_ranks: int, n_processes: int = 1, **options: Any
+    ) -> None:
         self.name = name
+        self.n_processes, self.n_ranks = n_processes, max(n_ranks, n_processes)
+        module = ["-m", "benchmarks.engines"]
+        if n_processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+            module = [*launcher, str(n_processes), *module]
+        options["n_ranks"] = n_ranks
         self.process = subprocess.Popen(  # noqa: S603 - this file
-            [sys.executable, "-m", "benchmarks.engines", name, json.dumps(options), str(folder)],
+            [sys.executable, *module, name, json.dumps(options), str(folder)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        loaded = self._read()
+        try:
+            loaded = self._read()
+        except BaseException:
+            self.kill()
+            raise
         self.load_s: float = loaded["load_s"]
         self.rss_rise: int = loaded["rss_rise"]
 
@@ -320,13 +365,29 @@ class Process:
         self.process.stdin.close()
         self.process.wait()
 
+    def kill(self) -> None:
+        """End a process that may be busy or hang. torchrun ends its ranks when it is terminated."""
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
-                return dict(json.loads(line))
+                answer = dict(json.loads(line))
+                if "error" in answer:
+                    raise RuntimeError(f"{self.name}: {answer['error']}")
+                return answer
         raise RuntimeError(f"the process of {self.name!r} ended: its message is above")
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], folder=Path(sys.argv[3]), **json.loads(sys.argv[2]))
+    try:
+        serve(sys.argv[1], folder=Path(sys.argv[3]), **json.loads(sys.argv[2]))
+    except Exception as error:
+        _answer(error=f"{type(error).__name__}: {error}")
+        raise

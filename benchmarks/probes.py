@@ -7,16 +7,20 @@ import torch
 
 
 class Machine:
-    """Read bandwidth and matrix rate of a device, measured again at every call: shared or hot
-    machines vary from one second to the next."""
+    """Rates of a device, measured again at every call: shared or hot machines vary from one second
+    to the next."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        gib = 1 if device.type == "cpu" else 4
-        self._memory = torch.ones(gib * 2**28, device=device)  # larger than any cache
+        on_cpu = device.type == "cpu"
+        self._memory = torch.ones(probe_bytes(device) // 4, device=device)
         self._vector = torch.ones(4096, device=device)
-        size = 4096 if device.type == "cpu" else 8192
-        self._matrix = torch.ones(size, size, device=device, dtype=dtype)
+        size = 4096 if on_cpu else 8192
+        # random: a GPU draws less power on equal numbers, and multiplies them faster
+        self._matrix = torch.randn(size, size, device=device, dtype=dtype)
+        pinned = device.type == "cuda"
+        self._host = torch.ones(64 if on_cpu else 256, 2**20, dtype=torch.uint8, pin_memory=pinned)
+        self._copied = torch.empty_like(self._host, device=device)
 
     def bandwidth(self) -> float:
         """Bytes per second read from uncached memory: the better of a sum and a float32
@@ -30,12 +34,32 @@ class Machine:
         n = len(self._matrix)
         return 2 * n**3 / self._best(lambda: torch.mm(self._matrix, self._matrix))
 
+    def host_to_device(self) -> float:
+        """Bytes per second copied from pinned memory to the device (on the CPU, from memory to
+        memory), best of three."""
+        copy = self._best(lambda: self._copied.copy_(self._host, non_blocking=True))
+        return self._host.nbytes / copy
+
     def _best(self, run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):
+        on_cuda = self.device.type == "cuda"
+        # three times, and long enough for an idle GPU to raise its clocks
+        end = time.perf_counter() + (0.1 if on_cuda else 0)
+        times: list[float] = []
+        while len(times) < 3 or time.perf_counter() < end:
             start = time.perf_counter()
             run()
-            if self.device.type == "cuda":
+            if on_cuda:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - start)
         return min(times)
+
+
+def probe_bytes(device: torch.device) -> int:
+    """Bytes that ``bandwidth`` reads: more than any cache, and on a GPU at most a sixteenth of its
+    memory."""
+    if device.type == "cpu":
+        return 2**30
+    if device.type == "cuda":
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return min(4 * 2**30, total // 16) // 2**24 * 2**24
+    return 4 * 2**30

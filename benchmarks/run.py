@@ -5,14 +5,19 @@ python benchmarks/run.py --shape 1B --vs reference,hf
 
 import contextlib
 import datetime
+import functools
+import importlib.metadata
 import json
 import os
 import platform
 import random
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +28,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cost  # noqa: E402
+from benchmarks import cost, report  # noqa: E402
 from benchmarks.engines import ENGINES, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
-from benchmarks.shapes import SHAPES, checkpoint_of  # noqa: E402
-from llama import ModelArgs, sampling  # noqa: E402
+from benchmarks.shapes import SHAPES, checkpoint_of, largest_shape  # noqa: E402
+from llama import ModelArgs, memory, sampling  # noqa: E402
 from llama.accel.cpu import cpu_features  # noqa: E402
-from llama.device import default_dtype  # noqa: E402
+from llama.checkpoint.folder import find_checkpoint  # noqa: E402
+from llama.checkpoint.reader import load  # noqa: E402
+from llama.device import default_dtype, resolve_device  # noqa: E402
 
 FIGURES = ("load", "prefill", "decode", "ragged", "sampling", "overhead")
+MORE_FIGURES = ("weights", "ranks")  # for GPUs
 PREFILL_LENGTHS = (128, 512, 2048, 8192)
 DECODE_BATCHES = (1, 8, 32)
 DECODE_CONTEXTS = (128, 2048, 4096, 8192)
@@ -50,35 +58,69 @@ def main(
     plot: bool = False,
     models: str = str(ROOT / "benchmarks" / "models"),
     results: str = str(ROOT / "benchmarks" / "results"),
+    limit: float = 0,
+    tests: str | None = None,
+    prepare: bool = False,
 ) -> None:
     """Measure, and write a JSON line per figure and a table.
 
     Args:
-        shape: tiny, 1B, 3B, 8B or 70B-rank-of-8; random weights are written once.
+        shape: tiny, 1B, 3B, 8B or 70B-rank-of-8, or auto: the largest of 8B, 3B and 1B that fits
+            with a peer. Random weights are written once.
         vs: peers to interleave with this library: reference, hf.
-        figures: load, prefill, decode, ragged, sampling, overhead.
+        figures: load, prefill, decode, ragged, sampling, overhead; weights: loading without the
+            rest of build; ranks: two ranks under torchrun.
         device: default cuda if available, else cpu.
         dtype: of the weights, by default that of ``Llama.build`` for the device.
         compile: build with compile=True.
         repeats: samples of each figure, and pairs of each comparison.
         plot: write the decoding rates as PNG files (needs matplotlib, the extra [bench]).
         models: folder of the random checkpoints.
-        results: folder of the JSON lines and the plots.
+        results: folder of the JSON lines, the table and the plots.
+        limit: seconds after which a figure or a peer is given up; 0: none.
+        tests: output of pytest; its last line is added to the configuration.
+        prepare: only write the random weights, for the peers too.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the engines
     if vs and shape in SHAPES and SHAPES[shape].n_ranks > 1:
         raise SystemExit(f"--vs needs a whole model, not {shape}")
     peers = _listed("vs", vs, tuple(name for name in ENGINES if name != "ours"))
-    chosen = _listed("figures", figures, FIGURES)
+    chosen = _listed("figures", figures, FIGURES + MORE_FIGURES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or str(default_dtype(torch.device(device))).removeprefix("torch.")
-    bench = Benchmark(shape, device, dtype, compile, repeats, Path(models), Path(results))
+    torch_device = resolve_device(device)
+    dtype = dtype or str(default_dtype(torch_device)).removeprefix("torch.")
+    choice = None
+    if shape == "auto":
+        shape, choice = largest_shape(
+            torch_device, getattr(torch, dtype), _total_memory(torch_device)
+        )
+        print(f"shape: {choice}", flush=True)
+    if prepare:
+        folder = checkpoint_of(shape, Path(models), device)
+        if "hf" in peers:
+            _huggingface_folder(folder)
+        return
+    bench = Benchmark(
+        shape,
+        device,
+        dtype,
+        compile,
+        repeats,
+        Path(models),
+        Path(results),
+        limit=limit,
+        tests=tests,
+        choice=choice,
+    )
     for name in chosen:
-        getattr(bench, name)()
+        bench.attempt(name, getattr(bench, name))
     for peer in peers:
-        bench.compare(peer)
-    bench.table()
+        bench.attempt(f"compare with {peer}", functools.partial(bench.compare, peer))
+    print(f"\n{report.markdown(bench.records)}")
     if plot:
         bench.plot()
+    if bench.failed:
+        raise SystemExit(f"failed: {', '.join(bench.failed)}")
 
 
 def _listed(name: str, given: str | tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,19 +141,36 @@ class Benchmark:
         repeats: int,
         models: Path,
         results: Path,
+        *,
+        limit: float,
+        tests: str | None,
+        choice: str | None,
     ) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.compile, self.repeats, self.models = compile, repeats, models
-        self.folder = checkpoint_of(shape, models)
+        self.limit, self.tests, self.choice = limit, tests, choice
+        self.folder = checkpoint_of(shape, models, device)
         self.args = ModelArgs(**SHAPES[shape].params)
         self.n_ranks, self.size = SHAPES[shape].n_ranks, getattr(torch, dtype).itemsize
         self.machine = Machine(torch.device(device), getattr(torch, dtype))
         self.random = random.Random(1)
-        self.records: list[dict[str, Any]] = []
+        self.records: list[report.Record] = []
+        self.failed: list[str] = []
         results.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
         self.path = results / f"{shape}-{device}-{dtype}-{now}"
         self._record("configuration", **self._configuration())
+
+    def attempt(self, name: str, measure: Callable[[], None]) -> None:
+        """Measure; an error or the limit of time ends only this figure. What it has recorded
+        stays."""
+        try:
+            with _at_most(self.limit):
+                measure()
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append(name)
+            self._record(name, note=f"failed: {type(error).__name__}: {error}")
 
     # --- The figures ----------------------------------------------------------------------------
 
@@ -177,15 +236,48 @@ class Benchmark:
                 times.append(1000 * statistics.median(steps))
         self._record("overhead, 16 layers", unit="ms per token", **_summary(times[1:]))
 
+    def weights(self) -> None:
+        """Bytes of weights per second from the file, which is cached, to the device."""
+        ckpt, device = find_checkpoint(str(self.folder)), torch.device(self.device)
+        rates, limits = [], []
+        for _ in range(self.repeats + 1):
+            before, start = self.machine.host_to_device(), time.perf_counter()
+            tensors = load(
+                ckpt, self.args, 1, 0, dtype=self.machine.dtype, device=device, progress=False
+            )
+            _synchronize(self.device)
+            seconds = time.perf_counter() - start
+            rates.append(sum(tensor.nbytes for tensor in tensors.values()) / seconds / 1e9)
+            del tensors
+            if self.device == "cuda":
+                torch.cuda.empty_cache()  # for the other processes
+            limits.append((before + self.machine.host_to_device()) / 2e9)
+        against = {}
+        if self.device != "cpu":  # where weights stay mapped
+            shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+            against["limit"] = statistics.median(limits[1:])
+            against["of_limit"] = statistics.median(shares[1:])
+        self._record("weights", unit="GB/s", **_summary(rates[1:]), **against)
+
+    def ranks(self) -> None:
+        """One row and a long prompt on two ranks under torchrun."""
+        if self.device == "cuda" and torch.cuda.device_count() < 2:
+            self._record("ranks", note="skipped: one GPU")
+            return
+        with self._engine("ours", max(PREFILL_LENGTHS) + 64, 1, n_processes=2) as engine:
+            self._decode(engine, 1, 128)
+            self._prefill(engine, max(PREFILL_LENGTHS))
+
     # --- With peers -----------------------------------------------------------------------------
 
     def compare(self, peer: str) -> None:
         """Ours and a peer, interleaved: the ratio of every pair."""
-        folder = self._huggingface_folder() if peer == "hf" else self.folder
+        folder = _huggingface_folder(self.folder) if peer == "hf" else self.folder
         with (
             self._engine("ours", 1024, 8) as ours,
             self._engine(peer, 1024, 8, folder=folder) as theirs,
         ):
+            self._record(f"load: {peer}", unit="s", **_summary([theirs.load_s]))
             cases: dict[str, Callable[[Process], float]] = {
                 "decode, batch 1": lambda e: self._decode_sample(e, 1, 128),
                 "decode, batch 8": lambda e: self._decode_sample(e, 8, 128),
@@ -215,7 +307,6 @@ class Benchmark:
                     ],
                     **_summary([pair[2] for pair in pairs]),
                 )
-        self._record(f"load: {peer}", unit="s", **_summary([theirs.load_s]))
 
     # --- Samples, in seconds --------------------------------------------------------------------
 
@@ -244,11 +335,11 @@ class Benchmark:
             seconds = self._decode_sample(engine, batch, context)
             bandwidth = (before + self.machine.bandwidth()) / 2
             rates.append(batch / seconds)
-            read = cost.step_bytes(self.args, self.n_ranks, self.size, batch, context + NEW // 2)
+            read = cost.step_bytes(self.args, engine.n_ranks, self.size, batch, context + NEW // 2)
             limits.append(batch * bandwidth / read)
         fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
         self._record(
-            "decode",
+            f"decode{_ranks(engine)}",
             batch=batch,
             context=context,
             unit="tokens/s",
@@ -265,10 +356,10 @@ class Benchmark:
             seconds = self._prefill_sample(engine, length)
             flops = (before + self.machine.matrix_rate()) / 2
             rates.append(length / seconds)
-            limits.append(length * flops / cost.prefill_flops(self.args, self.n_ranks, length))
+            limits.append(length * flops / cost.prefill_flops(self.args, engine.n_ranks, length))
         fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
         self._record(
-            "prefill",
+            f"prefill{_ranks(engine)}",
             length=length,
             unit="tokens/s",
             **_summary(rates),
@@ -281,12 +372,18 @@ class Benchmark:
 
     @contextlib.contextmanager
     def _engine(
-        self, name: str, max_seq_len: int, max_batch: int, folder: Path | None = None
+        self,
+        name: str,
+        max_seq_len: int,
+        max_batch: int,
+        folder: Path | None = None,
+        n_processes: int = 1,
     ) -> Iterator[Process]:
         engine = Process(
             name,
             folder or self.folder,
             n_ranks=self.n_ranks,
+            n_processes=n_processes,
             device=self.device,
             dtype=self.dtype,
             max_seq_len=max_seq_len,
@@ -295,25 +392,26 @@ class Benchmark:
         )
         try:
             yield engine
-        finally:
-            engine.close()
-
-    def _huggingface_folder(self) -> Path:
-        folder = self.folder.with_name(self.folder.name + "-hf")
-        if not folder.exists():
-            command = [sys.executable, "-m", "llama", "convert", self.folder, folder]
-            command += ["--format", "hf"]
-            subprocess.run([str(c) for c in command], cwd=ROOT, check=True)  # noqa: S603 - our own program
-        return folder
+        except BaseException:
+            engine.kill()
+            raise
+        engine.close()
 
     def _configuration(self) -> dict[str, Any]:
         features = cpu_features()
-        with self._engine("ours", 512, 2) as engine:
-            paths = engine.paths()
+        paths: dict[str, Any]
+        try:
+            with _at_most(self.limit), self._engine("ours", 512, 2) as engine:
+                paths = engine.paths()
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append("paths")
+            paths = {"failed": f"{type(error).__name__}: {error}"}
         shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}
         return {
             "shape": self.shape,
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "choice of the shape": self.choice,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else self.device,
             "dtype": self.dtype,
             "compile": self.compile,
             "repeats": self.repeats,
@@ -323,8 +421,14 @@ class Benchmark:
             "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            **{name: _version(name) for name in ("transformers", "llama-models")},
+            **(_gpu() if self.device == "cuda" else {}),
+            "tests": "".join(Path(self.tests).read_text().splitlines()[-1:])
+            if self.tests
+            else None,
             "bandwidth_gb_s": self.machine.bandwidth() / 1e9,
             "matrix_gflop_s": self.machine.matrix_rate() / 1e9,
+            "host_to_device_gb_s": self.machine.host_to_device() / 1e9,
             "paths": paths,
         }
 
@@ -335,21 +439,8 @@ class Benchmark:
         print(line, flush=True)
         with self.path.with_suffix(".jsonl").open("a") as file:
             file.write(line + "\n")
-
-    def table(self) -> None:
-        print("\n| figure | median | low - high | limit | of the limit |")
-        print("|---|---|---|---|---|")
-        for record in self.records[1:]:
-            where = [
-                f"{key} {record[key]}" for key in ("batch", "context", "length") if key in record
-            ]
-            limit = f"{record['limit']:.4g}" if "limit" in record else ""
-            share = f"{100 * record['of_limit']:.0f} %" if "of_limit" in record else ""
-            print(
-                f"| {', '.join([record['figure'], *where])} "
-                f"| {record['median']:.3g} {record['unit']} "
-                f"| {record['low']:.3g} - {record['high']:.3g} | {limit} | {share} |"
-            )
+        # after every record: a run may be killed
+        self.path.with_suffix(".md").write_text(report.markdown(self.records))
 
     def plot(self) -> None:
         """Decoding rate and its limit over the batch and over the context."""
@@ -388,9 +479,76 @@ def _summary(values: list[float]) -> dict[str, float]:
 def _seconds(run: Callable[[], object], device: str) -> float:
     start = time.perf_counter()
     run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+
+
+def _ranks(engine: Process) -> str:
+    return f", {engine.n_processes} ranks" if engine.n_processes > 1 else ""
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds; 0: never."""
+    if not seconds:
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"given up after {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _huggingface_folder(native: Path) -> Path:
+    folder = native.with_name(native.name + "-hf")
+    if not folder.exists():
+        command = [sys.executable, "-m", "llama", "convert", native, folder, "--format", "hf"]
+        subprocess.run([str(c) for c in command], cwd=ROOT, check=True)  # noqa: S603 - our own program
+    return folder
+
+
+def _total_memory(device: torch.device) -> int:
+    """Not the free memory: the choice of a shape must not depend on the moment."""
+    if device.type == "cuda":
+        total: int = torch.cuda.get_device_properties(device).total_memory
+        return total
+    return memory.free_bytes(device, 1) or 0
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _gpu() -> dict[str, Any]:
+    """What a CUDA device's speed depends on, besides its name."""
+    properties = torch.cuda.get_device_properties()
+    driver = None
+    if nvidia_smi := shutil.which("nvidia-smi"):
+        fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
+        command = [nvidia_smi, "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)  # noqa: S603
+        driver = result.stdout.strip() or None
+    return {
+        "gpus": torch.cuda.device_count(),
+        "memory_gib": properties.total_memory / memory.GIB,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver, power, clocks, temperature": driver,
+    }
 
 
 if __name__ == "__main__":

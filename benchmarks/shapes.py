@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from llama import ModelArgs
+from benchmarks.probes import probe_bytes
+from llama import ModelArgs, memory
 from llama.checkpoint.sharding import local_slices, shard_specs
 
 
@@ -65,8 +66,30 @@ SHAPES = {
 }
 
 
-def checkpoint_of(name: str, where: Path) -> Path:
+def largest_shape(device: torch.device, dtype: torch.dtype, total: int) -> tuple[str, str]:
+    """The largest of 8B, 3B and 1B that the benchmark can measure in ``total`` bytes, and the
+    reason. A comparison holds two copies of the weights: this library's and a peer's."""
+    spare = probe_bytes(device) + 3 * memory.GIB  # contexts of three processes, and their kernels
+    too_large = []
+    for name in ("8B", "3B", "1B"):
+
+        def planned(batch: int, length: int, name: str = name) -> int:
+            args = ModelArgs(**SHAPES[name].params, max_batch_size=batch, max_seq_len=length)
+            return memory.plan(args, 1, dtype, device).total
+
+        needed = spare + max(2 * planned(8, 1024), planned(128, 256), planned(1, 8256))
+        if needed <= total:
+            break
+        too_large.append(f"{name} needs {needed / memory.GIB:.0f} GiB with a peer")
+    found = f"{total / memory.GIB:.0f} GiB of memory"
+    return name, "; ".join([f"{name} for {found}", *too_large])
+
+
+def checkpoint_of(name: str, where: Path, device: str = "cpu") -> Path:
     """The folder of a random bfloat16 checkpoint of a shape; written if it doesn't exist yet.
+
+    Args:
+        device: draws the numbers; the 16 GB of 8B take minutes on a CPU.
 
     Raises:
         ValueError: the name is unknown.
@@ -78,7 +101,7 @@ def checkpoint_of(name: str, where: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     params = SHAPES[name].params
-    torch.save(random_weights(SHAPES[name]), folder / "consolidated.00.pth")
+    torch.save(random_weights(SHAPES[name], device), folder / "consolidated.00.pth")
     _write_tokenizer(folder / "tokenizer.model", params["vocab_size"] - 256)
     partial = folder / ".params.json"
     partial.write_text(json.dumps(params))
@@ -86,16 +109,17 @@ def checkpoint_of(name: str, where: Path) -> Path:
     return folder
 
 
-def random_weights(shape: Shape) -> dict[str, torch.Tensor]:
-    """Weights that keep the size of the activations, as a trained model's do."""
-    generator = torch.Generator().manual_seed(1)
+def random_weights(shape: Shape, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Weights that keep the size of the activations, as a trained model's do, in host memory."""
+    generator = torch.Generator(device).manual_seed(1)
     weights = {}
     for key, spec in shard_specs(ModelArgs(**shape.params)).items():
         sizes = [stop - start for start, stop in local_slices(spec, shape.n_ranks, 0)]
-        weights[key] = torch.ones(sizes, dtype=torch.bfloat16)
+        tensor = torch.ones(sizes, dtype=torch.bfloat16, device=device)
         if len(sizes) == 2:
             std = 1.0 if key.startswith("tok_embeddings") else spec.sizes[1] ** -0.5
-            weights[key].normal_(std=std, generator=generator)
+            tensor.normal_(std=std, generator=generator)
+        weights[key] = tensor.cpu()
     return weights
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from llama.accel.cpu import packs_weights
+from llama.accel.cuda import why_not_flash
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import ModelArgs
 from llama.engine import MAX_PREFILL_TOKENS
@@ -164,19 +165,19 @@ def _cuda_runtime(args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: tor
     n_powers = (args.max_batch_size - 1).bit_length()  # of two, below max_batch_size
     n_rows = 2**n_powers - 1 + args.max_batch_size  # of all sizes together
     n_lengths = 1
-    if not _reads_lengths(dtype, device):
+    if not _reads_lengths(args, dtype, device):
         n_lengths += max(0, (args.max_seq_len - 1).bit_length() - 8)  # 256, 512, ...
     logits = n_rows * args.vocab_size * (2 * dtype.itemsize + 4)
     graphs = n_lengths * ((n_powers + 1) * _GRAPH_BLOCKS + logits)
     return _KERNELS + _CUBLAS_WORKSPACES + graphs + (_NCCL if n_ranks > 1 else 0)
 
 
-def _reads_lengths(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention reads the lengths on the device (``accel``), so that one graph serves all.
-    A device that isn't there is planned as a current one."""
-    if dtype == torch.float32:
-        return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+def _reads_lengths(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention reads the lengths on the device, so that one graph serves all. A device
+    that isn't there is planned as a current one."""
+    if not torch.cuda.is_available():
+        return dtype != torch.float32
+    return why_not_flash(args.head_dim, dtype, device) is None
 
 
 def free_bytes(device: torch.device, n_local_ranks: int) -> int | None:

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEMO, PARAMS, PROGRAMS, needs_packing, new_model, random_weights, run, torchrun
+from conftest import (
+    CAN_PACK,
+    DEMO,
+    PARAMS,
+    PROGRAMS,
+    needs_packing,
+    new_model,
+    random_weights,
+    run,
+    torchrun,
+)
 from cuda_standin import OnCpu
 from reference import relative_error
 from torch import Tensor, nn
@@ -81,7 +91,28 @@ def test_onednn_compiles_for_few_row_counts() -> None:
     assert max(met) == 256
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)])
+def test_no_rows() -> None:
+    """A chunk of a long prompt needs no logits."""
+    x, weight = torch.zeros(0, 64).bfloat16(), torch.zeros(32, 64).bfloat16()
+    assert cpu.linear(x, weight).shape == cpu.weight_lhs_matmul(x, weight).shape == (0, 32)
+
+
+@pytest.mark.parametrize("processor", ["avx2", "amx_bf16", "avx512_bf16"])
+def test_a_long_prompt_in_bfloat16(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if processor == "avx512_bf16" and not CAN_PACK:
+        pytest.skip("needs oneDNN with bfloat16")
+    monkeypatch.setattr(cpu, "cpu_features", lambda: {processor})
+    sizes: dict[str, Any] = {"max_seq_len": 128, "device": "cpu", "dtype": "bfloat16"}
+    llm = Llama.build(str(DEMO), max_prefill_tokens=16, **sizes)
+    whole = Llama.build(str(DEMO), **sizes)
+    prompt = list(range(5, 105))
+    tokens, _ = llm.generate([prompt], max_gen_len=4, temperature=0)
+    assert tokens == whole.generate([prompt], max_gen_len=4, temperature=0)[0]
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 64), (1, 64), (2, 64), (7, 64), (256, 64), (601, 64), (3, 2, 64)]
+)
 def test_swiglu_weight_lhs_equals_swiglu(shape: tuple[int, ...]) -> None:
     """In float32, where only the sums are rounded; includes inputs split into chunks of rows."""
     x = torch.randn(shape)
@@ -95,7 +126,7 @@ def test_swiglu_weight_lhs_equals_swiglu(shape: tuple[int, ...]) -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("n_rows", [1, 2, 5, 130])
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 5, 130])
 def test_packed_linear_equals_linear(n_rows: int) -> None:
     x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
     exact = x.double() @ weight.double().T

@@ -196,6 +196,9 @@ def test_older_cards_capture_a_graph_per_length(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(
+        torch.backends.cuda, "is_flash_attention_available", lambda: True, raising=False
+    )
     args = ModelArgs(**SHAPE_8B, max_batch_size=1, max_seq_len=8192)
     graph = 22 * 2**20 + 128256 * 8
     assert memory.plan(args, 1, torch.float16, CUDA).runtime == 364 * 2**20 + n_lengths * graph

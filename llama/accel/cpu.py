@@ -31,7 +31,7 @@ def _in_chunks(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     rows = x.flatten(0, -2)
     if len(rows) <= _FEW_ROWS:
         y = product(rows)[: len(rows)].contiguous()
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
     results = []
     for chunk in rows.split(_MAX_ROWS):
         n_rows = len(chunk)
@@ -39,12 +39,12 @@ def _in_chunks(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         padded = F.pad(chunk, (0, 0, 0, n_padding)) if n_padding else chunk
         results.append(product(padded)[:n_rows])
     y = results[0].contiguous() if len(results) == 1 else torch.cat(results)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _columns(rows: Tensor) -> Tensor:
     """[dim, T]. A single row is repeated: torch's kernel for one column is slower."""
-    return rows.t() if len(rows) > 1 else rows.t().expand(-1, 2)
+    return rows.t() if len(rows) != 1 else rows.t().expand(-1, 2)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
