@@ -433,6 +433,7 @@ def compiler() -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @torch.library.custom_op("tests::flash", mutates_args=())
