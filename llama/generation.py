@@ -61,7 +61,7 @@ class Llama:
         prefix_caching: bool = True,
         adapter: str | None = None,
     ) -> "Llama":
-        """Load a checkpoint folder in Meta's or Hugging Face's layout: any text Llama, 2 to 3.3.
+        """Load a folder in Meta's or Hugging Face's layout: any text-only Llama model, 2 to 3.3.
 
         Under torchrun each rank loads its part; the number of ranks needn't match that of shards.
 
