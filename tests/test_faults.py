@@ -13,6 +13,9 @@ import pytest
 from conftest import PARAMS, PROGRAMS, TORCHRUN, environment, run, torchrun, write_checkpoint
 from torch import Tensor
 
+from llama.distributed import watchdog
+from llama.distributed.watchdog import Watchdog
+
 SCRIPT = PROGRAMS / "faults.py"
 
 
@@ -193,6 +196,22 @@ def test_ranks_exit_with_torchrun(shards: Path, how: str) -> None:
         "killed": ["torchrun is gone; all ranks exit"],
     }
     assert messages(result) == expected[how]
+
+
+def test_a_rank_that_ends_while_it_is_looked_at_was_not_killed() -> None:
+    """Its final heartbeat comes before its end, and is read after it."""
+    watch: Any = object.__new__(Watchdog)
+    watch._pids, beats = [10, 11], ["5 1", "5 1"]
+
+    def ends(rank: int) -> str:
+        beats[1] = watchdog._TERMINATED
+        return "Z" if rank == 1 else "R"
+
+    watch._state, watch._heartbeats = ends, lambda: list(beats)
+    assert watch._killed() is None
+    watch._state = lambda rank: "Z" if rank == 1 else "R"
+    beats[1] = "5 1"
+    assert "rank 1 (process 11) was killed or has crashed" in watch._killed()
 
 
 @pytest.mark.slow

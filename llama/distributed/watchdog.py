@@ -179,8 +179,11 @@ class Watchdog:
 
     def _killed(self) -> str | None:
         """Find a rank on this machine whose process died without a report."""
-        for rank, beat in enumerate(self._heartbeats()):
-            if beat not in (_LEFT, _TERMINATED) and self._state(rank) in ("Z", "X"):
+        # states first: a process writes its final heartbeat before it exits
+        dead = [rank for rank in range(len(self._pids)) if self._state(rank) in ("Z", "X")]
+        beats = self._heartbeats() if dead else []
+        for rank in dead:
+            if beats[rank] not in (_LEFT, _TERMINATED):
                 return (
                     f"rank {rank} (process {self._pids[rank]}) was killed or has crashed; "
                     "torchrun's report has the signal (SIGKILL often means that the machine ran "
