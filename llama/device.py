@@ -70,6 +70,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device is 'mps', but {fault}; or give device='cpu'")
     if resolved.type != "cuda":
         return resolved
+    if fault := _architecture_fault(resolved):
+        raise ValueError(f"device is {str(device)!r}, but {fault}, or give device='cpu'")
     if no_nccl:
         raise ValueError(
             f"device is {str(device)!r}, but this build of torch has no NCCL, which the "
@@ -104,6 +106,23 @@ def _driver_fault() -> str | None:
         remedy = "update the driver"
     return (
         f"{fault}, and this build for CUDA {torch.version.cuda} needs {oldest} or newer: {remedy}"
+    )
+
+
+def _architecture_fault(device: torch.device) -> str | None:
+    """Why this build of torch can't run on a device that it finds: it lacks kernels for it."""
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", a) for a in torch.cuda.get_arch_list()]
+    built = [(m[1], int(m[2]), int(m[3])) for m in found if m is not None]  # none on ROCm
+    major, minor = torch.cuda.get_device_capability(device) if built else (0, 0)
+    # binaries run on the same major version, PTX ("compute") on any later version
+    if not built or any(
+        (a, b) <= (major, minor) and (kind == "compute" or a == major) for kind, a, b in built
+    ):
+        return None
+    return (
+        f"torch {torch.__version__} has no kernels for its compute capability {major}.{minor} (but "
+        f"{', '.join(torch.cuda.get_arch_list())}): install another build of torch, such as "
+        "--index-url https://download.pytorch.org/whl/cu126 for older devices"
     )
 
 
@@ -164,7 +183,8 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 if the device supports it natively, else its fast dtype."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it looks at the current one
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32

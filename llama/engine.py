@@ -276,7 +276,7 @@ class Engine:
     ) -> list[tuple[Request, TokenEvent]]:
         """The next token of each row of logits [R, V], the same on every rank."""
         if self.model.groups.rank == 0:
-            tokens = self._draw(rows, logits)
+            tokens = self._draw(rows, logits).to(torch.int64).contiguous()
         else:
             tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         self.model.groups.broadcast_from_first(tokens)

@@ -37,7 +37,7 @@ class Llama:
         model: the Transformer, or this rank's shard of it.
         tokenizer, formatter: the tokenizer and its chat format.
         engine: runs the requests of all calls.
-        ways: the kernels that were chosen, and why not faster ones.
+        ways: the kernels in use, and the reason where a faster one is off.
     """
 
     @classmethod

@@ -70,6 +70,7 @@ class FakeCuda(TorchDispatchMode):
         self.n_replays = 0
         self.graphs: list[Graph] = []
         self.capturing: Graph | None = None
+        self.recording: set[object] = set()  # memory pools
         self.workspaces: dict[Stream, Graph | None] = {}  # and the graph whose memory has it
         self._state = threading.local()
         self._defaults = [Stream(0), Stream(1)]
@@ -81,6 +82,7 @@ class FakeCuda(TorchDispatchMode):
             def __init__(
                 self,
                 cuda_graph: Graph,
+                pool: object = None,
                 stream: Stream | None = None,
                 capture_error_mode: str = "global",
             ) -> None:
@@ -89,28 +91,41 @@ class FakeCuda(TorchDispatchMode):
                     graph.default_capture_stream = fake.new_stream()
                 chosen = graph.default_capture_stream if stream is None else stream
                 assert chosen is not None
-                self.graph, self.graph.stream = cuda_graph, chosen
-                self.context = fake.stream(chosen)
+                self.graph, self.graph.stream, self.pool = cuda_graph, chosen, pool
 
             def __enter__(self) -> None:
-                self.context.__enter__()
+                # not a context manager of fake's: a generator that is dropped would end it later
+                stream = self.graph.stream
+                self.before = fake.current_stream(torch.device("cuda", stream.index))
+                fake.set_stream(stream)
                 fake.capturing = self.graph
+                fake.recording.add(self.pool)
 
             def __exit__(self, kind: object, *rest: Any) -> None:
                 fake.capturing = None
                 if kind is not None:
                     raise RuntimeError("operation failed due to a previous error during capture")
+                fake.recording.remove(self.pool)
                 if not self.graph.operations:
                     warnings.warn("The CUDA Graph is empty. This usually ...", stacklevel=2)
                 if fake.is_broken:
                     self.graph.operations.clear()
-                self.context.__exit__(None, None, None)
+                fake.set_stream(self.before)
 
         patch.setattr(torch.cuda, "graph", graph)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         patch.setattr(torch.cuda, "Stream", self.new_stream)
+        patch.setattr(torch.cuda, "graph_pool_handle", object)
+        end, release = "_cuda_endAllocateToPool", "_cuda_releasePool"
+        patch.setattr(torch._C, end, lambda _, pool: self.end_recording(pool), raising=False)
+        patch.setattr(torch._C, release, lambda *_: None, raising=False)
         for name in ("device", "stream", "current_stream", "set_stream"):
             patch.setattr(torch.cuda, name, getattr(self, name))
+
+    def end_recording(self, pool: object) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to the pool")
+        self.recording.remove(pool)
 
     # --- Devices and streams, by thread ---------------------------------------------------------
 
@@ -130,7 +145,9 @@ class FakeCuda(TorchDispatchMode):
         self._state.streams = {**getattr(self._state, "streams", {}), stream.index: stream}
 
     def is_as_found(self) -> bool:
-        """Whether device 0 and the default streams are current."""
+        """Whether device 0 and the default streams are current, and no pool is recorded into."""
+        if self.recording:
+            return False
         streams = [self.current_stream(torch.device("cuda", i)) for i in range(2)]
         return self.current_device == 0 and streams == self._defaults
 

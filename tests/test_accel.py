@@ -20,7 +20,7 @@ import torch.distributed as dist
 from conftest import DEMO, PARAMS, PROGRAMS, new_model, torchrun
 from cuda_standin import FakeCuda
 from test_fast import PROMPTS, attentions, documented_kernel
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, accel
@@ -290,6 +290,31 @@ def test_a_wrong_replay_is_noticed(
     with pytest.warns(UserWarning, match="its relative error is") as caught:
         assert generated(graphed(llm), fake) == expected
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("replaced", ["weight", "module", "assigned"])
+def test_graphs_are_captured_again_if_weights_are_replaced(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, replaced: str
+) -> None:
+    """They hold the old addresses."""
+    ours = graphed(llm)
+    fake = FakeCuda(monkeypatch)
+    before = generated(ours, fake)
+    layer: Any = ours.model.layers[0]
+    ffn = layer.feed_forward
+    new = nn.Parameter(ffn.w2.weight * -3, requires_grad=False)
+    if replaced == "weight":
+        ffn.w2.weight = new
+    elif replaced == "module":
+        layer.feed_forward = copy.deepcopy(ffn)
+        layer.feed_forward.w2.weight = new
+    else:
+        state = ours.model.state_dict() | {"layers.0.feed_forward.w2.weight": new}
+        ours.model.load_state_dict(state, assign=True)
+    after, n_replays = generated(ours, fake), fake.n_replays
+    assert n_replays > 0
+    del vars(ours.model)["decode"]
+    assert after == generated(ours, fake) != before
 
 
 def test_a_failed_capture_is_left_behind(

@@ -396,3 +396,29 @@ def test_an_interrupt_is_one_line(command: list[str]) -> None:
     if "torch.distributed.run" not in command:
         assert process.returncode == 130
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "fits"),
+    [
+        ((9, 0), ["sm_80", "sm_90", "compute_90"], True),
+        ((8, 9), ["sm_80", "sm_86"], True),
+        ((10, 0), ["sm_90", "compute_90"], True),
+        ((7, 0), ["sm_75", "sm_80", "compute_90"], False),
+        ((8, 0), ["sm_86"], False),
+        ((9, 4), ["gfx942"], True),
+    ],
+)
+def test_a_build_without_kernels_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    architectures: list[str],
+    fits: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    fault = device._architecture_fault(torch.device("cuda"))
+    assert (fault is None) is fits
+    if fault:
+        major, minor = capability
+        assert f"has no kernels for its compute capability {major}.{minor} (but sm_" in fault

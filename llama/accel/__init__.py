@@ -34,8 +34,8 @@ __all__ = ["Ways", "accelerate", "choose", "ways", "why_off"]
 def choose(
     args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Ways, str | None]:
-    """The forms for a model, without its weights; and the fault of flash attention if it should
-    run here but failed its check."""
+    """The forms for a model, without its weights; and why FlashAttention failed its self-check, if
+    it did."""
     chosen = Ways(decode="CUDA graph" if device.type == "cuda" else "eager")
     chosen.linear, reason = linear_form(device, dtype)
     if reason:
@@ -96,7 +96,10 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]
         chosen.decode = "compiled"
-    if device.type == "cuda":
+    if device.type == "cuda" and model.groups.size > 1 and model.groups.control is None:
+        # ranks couldn't agree on a failed capture
+        chosen.reasons["decode"] = "CUDA graphs need process groups that Llama.build made"
+    elif device.type == "cuda":
         model.decode = GraphedStep(  # type: ignore[method-assign]
             model, model.decode, any_length=flash, capture=CudaCapture(device), ways=chosen
         )

@@ -50,8 +50,10 @@ def compiled_decode(model: Transformer) -> DecodeFunction:
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
     decode = model.decode
 
-    def step(tokens: Tensor, positions: Tensor, max_seqlen_k: int, ragged: bool) -> Tensor:
-        return decode(tokens, Decode(positions, max_seqlen_k, ragged=ragged))
+    def step(
+        tokens: Tensor, positions: Tensor, seqlens_k: Tensor, max_seqlen_k: int, ragged: bool
+    ) -> Tensor:
+        return decode(tokens, Decode(positions, max_seqlen_k, ragged=ragged, seqlens_k=seqlens_k))
 
     mode = "max-autotune-no-cudagraphs" if model.device.type == "cuda" else "default"
     one, many = _for_any_size(step, mode=mode), _for_any_size(step)
@@ -59,8 +61,7 @@ def compiled_decode(model: Transformer) -> DecodeFunction:
     def compiled(tokens: Tensor, batch: Decode) -> Tensor:
         if not is_unmodified(model):
             return decode(tokens, batch)
-        if len(tokens) == 1:
-            return one(tokens, batch.positions, batch.max_seqlen_k, batch.ragged)
-        return many(tokens, batch.positions, batch.max_seqlen_k, True)
+        run, ragged = (one, batch.ragged) if len(tokens) == 1 else (many, True)
+        return run(tokens, batch.positions, batch.seqlens_k, batch.max_seqlen_k, ragged)
 
     return compiled

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -139,7 +138,7 @@ class GraphedStep:
         self._direct = self._ways.decode
         self._ways.decode = "CUDA graph" if self._direct == "eager" else "compiled, CUDA graph"
         self._captured: dict[tuple[int, int], _Captured] = {}
-        self._cache: list[Tensor] = []
+        self._held: list[object] = []
         self._has_failed = False
 
     def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
@@ -152,10 +151,10 @@ class GraphedStep:
         length = args.max_seq_len
         if not self._any_length:
             length = _round_up(batch.max_seqlen_k, args.max_seq_len, 256)
-        cache = [layer.k for layer in self._model.cache]
-        if [*map(id, cache)] != [*map(id, self._cache)]:  # the graphs hold the old addresses
+        held = _held(self._model)
+        if [*map(id, held)] != [*map(id, self._held)]:
             self._drop()
-            self._cache = cache
+            self._held = held
         captured = self._captured.get((n_rows, length))
         if captured is None:  # padding rows write to the last position, which idle slots never use
             all_tokens = tokens.new_zeros(n_rows)
@@ -224,6 +223,14 @@ class GraphedStep:
         self._capture.reset()
 
 
+def _held(model: Transformer) -> list[object]:
+    """The modules, weights and caches whose addresses a graph holds. Users may replace them; a
+    change of ``parameter.data`` isn't seen."""
+    modules = list(model.modules())
+    weights = [p for module in modules for p in module._parameters.values() if p is not None]
+    return [*modules, *weights, *(cache.k for cache in model.cache)]
+
+
 def _round_up(n: int, limit: int, least: int = 1) -> int:
     """Round up to a power of two, at least ``least`` and at most ``limit``."""
     return min(max(least, 1 << (n - 1).bit_length()), limit)
@@ -252,32 +259,45 @@ class CudaCapture:
             return run()
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """See ``Capture``. Raises the error that made the capture fail, of which torch's own "due
-        to a previous error" only tells that there was one."""
-        outside = sys.exc_info()[1]
+        """See ``Capture``. Raises the error that made the capture fail; torch's own message only
+        says "due to a previous error"."""
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        failure: BaseException | None = None
         try:
-            return self._record(run)
-        except Exception as error:
-            first: BaseException = error
-            while first.__context__ is not None and first.__context__ is not outside:
-                first = first.__context__
-            raise first  # noqa: B904
-
-    def _record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with self._lock, self._on_stream() as stream, warnings.catch_warnings():
-            # nothing was captured: the kernels went to another device or stream
-            warnings.filterwarnings("error", ".*CUDA Graph is empty")
-            # NCCL's watchdog thread may call CUDA during the capture
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                output = run()
+            with self._lock, self._on_stream() as stream, warnings.catch_warnings():
+                # nothing was captured: the kernels went to another device or stream
+                warnings.filterwarnings("error", ".*CUDA Graph is empty")
+                # NCCL's watchdog thread may call CUDA during the capture
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    try:
+                        output = run()
+                    except BaseException as error:
+                        failure = error
+                        raise
+        except BaseException as error:
+            self._end_recording(pool)
+            raise failure or error from None
         self._graphs.append(graph)
         return graph.replay, output
 
+    def _end_recording(self, pool: object) -> None:
+        """A capture that fails leaves the allocator recording into its pool, which makes
+        torch.cuda.empty_cache and later captures fail."""
+        index = self._device.index
+        device = torch.cuda.current_device() if index is None else index
+        # if the capture was complete, it has ended, and the graph releases the pool itself
+        with contextlib.suppress(AttributeError, RuntimeError):
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                getattr(torch._C, name)(device, pool)
+
     def reset(self) -> None:
-        for graph in self._graphs:
-            graph.reset()
-        self._graphs.clear()
+        # on ROCm, dropping a graph makes its device current
+        with torch.cuda.device(self._device) if self._graphs else contextlib.nullcontext():
+            for graph in self._graphs:
+                graph.reset()
+            self._graphs.clear()
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[torch.cuda.Stream]:
@@ -289,6 +309,8 @@ class CudaCapture:
                 self._stream = torch.cuda.Stream(self._device)
             before = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(before)
-            with torch.cuda.stream(self._stream):
-                yield self._stream
-            before.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield self._stream
+            finally:  # kernels of a step that failed may still use the caller's tensors
+                before.wait_stream(self._stream)

@@ -37,7 +37,7 @@ def join_projections(model: Transformer) -> None:
     for layer in model.modules():
         if isinstance(layer, Attention):
             layer.project = JointProjection(layer)
-            # the memory of the three weights has the wrong sizes for the next layer's matrix
+            # the freed blocks are too small for the next layer's matrix
             torch.cuda.empty_cache()
 
 
