@@ -1,9 +1,7 @@
 """python -m llama: inspect, verify or convert a checkpoint folder, or run a prompt."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +15,7 @@ from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
-from llama.files import escaped
+from llama.files import escaped, expanded
 from llama.generation import Llama
 from llama.request import TokenEvent
 from llama.tokenizer import Tokenizer
@@ -36,10 +34,6 @@ def _opened(
     path = tokenizer_path or str(ckpt.tokenizer_path)
     tokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
     return ckpt, tokenizer, ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size)
-
-
-def _path(given: str | Path) -> Path:
-    return Path(os.path.expanduser(given))
 
 
 def _family(args: ModelArgs) -> str:
@@ -124,7 +118,7 @@ def verify(ckpt_dir: str, *, tokenizer_path: str | None = None) -> None:
         tokenizer_path: tokenizer file; default: the one in the folder.
     """
     ckpt, _, args = _opened(ckpt_dir, tokenizer_path)
-    path = _path(tokenizer_path or ckpt.tokenizer_path)
+    path = expanded(tokenizer_path or ckpt.tokenizer_path)
     faults = verification.verify(ckpt, args, path, progress=True)
     for fault in faults:
         print(fault)
@@ -164,15 +158,15 @@ def convert_folder(
     convert.convert(
         ckpt,
         args,
-        _path(dst),
+        expanded(dst),
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
         tokenizer=tokenizer,
-        tokenizer_path=_path(tokenizer_path or ckpt.tokenizer_path),
+        tokenizer_path=expanded(tokenizer_path or ckpt.tokenizer_path),
         force=force,
         progress=True,
-        adapter=None if adapter is None else _path(adapter),
+        adapter=None if adapter is None else expanded(adapter),
     )
     print(f"{dst} written")
     new = find_checkpoint(dst)

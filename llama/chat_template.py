@@ -58,8 +58,8 @@ _OPEN = "\ue000open\ue000 "
 class TemplateChatFormat:
     """A chat format defined by a jinja template, rendered in a sandbox as transformers does.
 
-    The rendered text includes control tokens by name, and content can't be told from them: content
-    that holds such a name is refused.
+    The rendered text includes control tokens by name, from which content can't be distinguished:
+    content that holds such a name is refused.
 
     Attributes:
         tool_call_id, eom_id: None; tool calls are part of the text.
@@ -121,7 +121,7 @@ class TemplateChatFormat:
         return render(self.template, self.tokenizer, messages, add_generation_prompt)
 
     def _normalized(self, message: Any, where: str) -> Message:
-        """The message with its content as one string. Its other keys are the template's matter."""
+        """The message with its content as one string. Other keys are left to the template."""
         calls_tools = isinstance(message, dict) and message.get("tool_calls")
         if calls_tools and message.get("content") is None:
             content = None
@@ -159,7 +159,7 @@ class TemplateChatFormat:
 
 
 class NoChatFormat:
-    """For a tokenizer whose chat format can't be told: refuses every dialog."""
+    """For a tokenizer whose chat format is unknown: refuses every dialog."""
 
     tool_call_id: int | None = None
     eom_id: int | None = None

@@ -24,6 +24,10 @@ class RopeScaling(NamedTuple):
     original_context: int = 8192
 
 
+# The same, as fields of ModelArgs.
+ROPE_FIELDS = tuple(f"rope_{name}" for name in RopeScaling._fields)
+
+
 @dataclasses.dataclass
 class ModelArgs:
     """Hyperparameters of a model, named as in params.json, and the size of its KV cache.
@@ -125,7 +129,7 @@ class ModelArgs:
     def rope_scaling(self) -> RopeScaling | Literal[False]:
         if not self.use_scaled_rope:
             return False
-        return RopeScaling(*(getattr(self, f"rope_{name}") for name in RopeScaling._fields))
+        return RopeScaling(*(getattr(self, name) for name in ROPE_FIELDS))
 
     @property
     def ffn_hidden_dim(self) -> int:

@@ -62,6 +62,11 @@ def seems(start: bytes) -> str | None:
     return None
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` expanded. An unknown user's is left as it is: it won't be found."""
+    return Path(os.path.expanduser(path))
+
+
 def read_bounded(path: Path, largest: int) -> bytes:
     """Read a file of at most ``largest`` bytes.
 

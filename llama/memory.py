@@ -19,8 +19,8 @@ from llama.model import Transformer
 from llama.scoring import SCORING_LOGITS
 
 MIB, GIB = 2**20, 2**30
-# On CUDA devices, beside the tensors of a pass. Not the context (0.3 to 0.5 GiB): ``free_bytes``
-# has created it when it asks how much is free.
+# On CUDA devices, in addition to the tensors of a pass. The context (0.3 to 0.5 GiB) isn't counted:
+# ``free_bytes`` creates it when it asks how much is free.
 # Code that the driver loads at a kernel's first launch (CUDA_MODULE_LOADING=LAZY) and the handles
 # of cuBLAS: 100 to 300 MiB, estimated from the sizes of the modules that torch's wheels hold.
 _KERNELS = 300 * MIB

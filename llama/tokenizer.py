@@ -11,7 +11,13 @@ from typing import Any, Literal
 import tiktoken
 
 from llama.chat import ChatFormat, Dialog, Message, Role
-from llama.vocab.file import check_text, is_sentencepiece, known_ids, read_vocabulary
+from llama.vocab.file import (
+    check_text,
+    is_sentencepiece,
+    is_tokenizer_json,
+    known_ids,
+    read_vocabulary,
+)
 from llama.vocab.huggingface import HuggingFaceTokenizer
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 from llama.vocab.tiktoken_file import SPLIT_PATTERN, parse_tiktoken
@@ -94,7 +100,7 @@ class Tokenizer:
         start = read_vocabulary(model_path, 16)
         if is_sentencepiece(start):
             return SentencePieceTokenizer(model_path)
-        if start.lstrip()[:1] == b"{":
+        if is_tokenizer_json(start):
             return HuggingFaceTokenizer(model_path)
         return super().__new__(cls)
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from test_convert import cli
 from test_tokenizer import MULTILINGUAL
 from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama import ChatFormat, Llama, Tokenizer
 from llama.chat import Llama2ChatFormat
@@ -39,7 +38,6 @@ from llama.vocab.tokenizer_json import tokenizer_json
 LLAMA3 = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 LLAMA2 = SHARED / "llama2-tokenizer" / "tokenizer.model"
 STORIES = SHARED / "stories260K" / "native" / "tokenizer.model"
-LETTERS = bytes_to_unicode()  # Hugging Face's own byte alphabet
 TEXTS = [
     "Once upon a time",
     "  two  spaces \n\n\tand 12345",
@@ -260,9 +258,6 @@ def test_the_interface_of_llama2s_package() -> None:
     assert tokenizer.decode(np.int64(ids[1])) == tokenizer.decode(ids[1])
     llama3 = Tokenizer(str(DEMO / "tokenizer.model"))
     assert llama3.decode(llama3.encode("a", False, False)[0]) == "a"
-
-
-PRE = "pre_tokenizer"
 
 
 @pytest.mark.parametrize(

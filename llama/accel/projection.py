@@ -29,7 +29,7 @@ def check_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> s
         return difference(_rotate(x, *_rotation(freqs_cis)), rotate(x, freqs_cis))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a kernel raises, the plain form can do without it
+    except Exception as error:  # whatever a kernel raises, the plain form still works
         return summary(error)
 
 

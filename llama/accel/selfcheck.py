@@ -77,7 +77,7 @@ def check_attention(
                     return f"for {name} {found}"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a kernel raises, SDPA can do without it
+    except Exception as error:  # whatever a kernel raises, SDPA still works
         return summary(error)
     return None
 

@@ -28,14 +28,13 @@ from llama.checkpoint.lora import read_adapter
 from llama.checkpoint.pth_writer import PthWriter
 from llama.checkpoint.reader import Weights, chunks
 from llama.checkpoint.sharding import n_bytes
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ROPE_FIELDS, ModelArgs, RopeScaling
 from llama.files import LARGEST_INDEX, listed, md5, read_json
 from llama.tokenizer import AnyTokenizer
-from llama.vocab.file import read_vocabulary
+from llama.vocab.file import is_tokenizer_json, read_vocabulary
 from llama.vocab.tokenizer_json import tokenizer_config, tokenizer_json
 
 _CPU = torch.device("cpu")
-_ROPE_FIELDS = {f"rope_{name}" for name in RopeScaling._fields}
 # The tensors of one safetensors file are in memory together.
 _SAFETENSORS_BYTES = 2 * 2**30
 
@@ -59,7 +58,7 @@ def convert(
     Args:
         n_shards: for a native folder; ignored for a Hugging Face folder.
         dtype: None keeps every tensor's own.
-        tokenizer_path: the file of ``tokenizer``, which is copied with the files beside it that
+        tokenizer_path: the file of ``tokenizer``, which is copied with the files next to it that
             Hugging Face's tokenizers read. For a Hugging Face folder, those missing are written.
         force: replace ``target`` if it is an empty folder, or a checkpoint folder that contains
             nothing else and none of the source's files.
@@ -155,8 +154,8 @@ _TOKENIZER_FILES = (
 
 
 def _copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copy a vocabulary, named by its content, and the files beside it."""
-    is_json = read_vocabulary(str(path), 16).lstrip()[:1] == b"{"
+    """Copy a vocabulary, named by its content, and the files next to it."""
+    is_json = is_tokenizer_json(read_vocabulary(str(path), 16))
     shutil.copyfile(path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
     for name in _TOKENIZER_FILES:
         source = path.parent / name
@@ -283,9 +282,9 @@ def resolved_params(args: ModelArgs) -> dict[str, Any]:
     if args.head_dim * args.n_heads == args.dim:
         dropped.add("attention_head_dim")
     if not args.use_scaled_rope:
-        dropped |= {"use_scaled_rope", *_ROPE_FIELDS}
+        dropped |= {"use_scaled_rope", *ROPE_FIELDS}
     elif args.rope_scaling == RopeScaling(args.rope_scaling_factor):
-        dropped |= _ROPE_FIELDS - {"rope_scaling_factor"}
+        dropped |= {*ROPE_FIELDS} - {"rope_scaling_factor"}
     return {key: value for key, value in params.items() if key not in dropped}
 
 

@@ -6,7 +6,6 @@ only tensors are unpickled, and every key, shape and dtype is checked.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
-from llama.files import listed
+from llama.files import expanded, listed
 from llama.pages import release_pages, will_read_in_order
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
@@ -272,7 +271,7 @@ def load(
         FileNotFoundError: ``adapter`` or a file in it is missing.
         ValueError: a file can't be read or doesn't match ``args``; the message names it.
     """
-    updates = None if adapter is None else read_adapter(Path(adapter).expanduser(), args)
+    updates = None if adapter is None else read_adapter(expanded(adapter), args)
     weights = Weights(ckpt, args, updates)
     loaded: dict[str, Tensor] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data

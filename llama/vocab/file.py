@@ -3,7 +3,7 @@
 import operator
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
@@ -13,6 +13,7 @@ from llama.files import check_regular, seems
 
 _LARGEST = 2**25  # bytes; Llama 3's tokenizer.json has 17 million
 LARGEST_VOCABULARY = 2**20  # tokens
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # in SentencePiece's pieces
 
 
 def read_vocabulary(path: str, size: int = -1) -> bytes:
@@ -48,6 +49,11 @@ def read_vocabulary(path: str, size: int = -1) -> bytes:
 def is_sentencepiece(data: bytes) -> bool:
     """Whether this is a SentencePiece vocabulary, judging by its first piece."""
     return b"<unk>" in data[:16]
+
+
+def is_tokenizer_json(data: bytes) -> bool:
+    """Whether this is Hugging Face's tokenizer.json, judging by its first character."""
+    return data.lstrip()[:1] == b"{"
 
 
 def check_size(n_tokens: int, path: str) -> None:
@@ -111,7 +117,33 @@ def check_special(
         )
 
 
-def split_special(s: str, names: Collection[str]) -> list[str]:
+def encode_with_special(
+    s: str,
+    special: Mapping[str, int],
+    allowed: Literal["all"] | AbstractSet[str],
+    encode: Callable[[str], list[int]],
+    *,
+    drops_inner_spaces: bool,
+) -> list[int]:
+    """Encode a text in which names of allowed special tokens become their ids.
+
+    Args:
+        encode: encodes the texts between them.
+        drops_inner_spaces: after a special token, drop the space that ``encode`` adds to a text.
+    """
+    names = special.keys() if allowed == "all" else special.keys() & allowed
+    ids: list[int] = []
+    for i, piece in enumerate(_split_special(s, names)):
+        if piece in names:
+            ids.append(special[piece])
+        elif i and drops_inner_spaces:  # after a byte, which never merges
+            ids += encode("\n" + piece)[len(encode("\n")) :]
+        else:
+            ids += encode(piece)
+    return ids
+
+
+def _split_special(s: str, names: Collection[str]) -> list[str]:
     """Split a text into the special tokens in it and the texts between them."""
     if not names:
         return [s]

@@ -1,36 +1,40 @@
-"""Hugging Face's tokenizer.json, read with their library, and the files beside it."""
+"""Hugging Face's tokenizer.json, read with their library, and the files next to it."""
 
 import json
 import re
 import threading
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from llama.files import LARGEST_INDEX, check_values, read_bounded, read_json, summary
+from llama.files import LARGEST_INDEX, check_values, expanded, read_bounded, read_json, summary
 from llama.vocab.file import (
+    SPACE,
     check_size,
     check_special,
     check_text,
+    encode_with_special,
     known_ids,
     read_vocabulary,
-    split_special,
 )
 
-_BOS_NAMES = ("<|begin_of_text|>", "<s>")  # Llama's own: always added, whatever the file says
+_BOS_NAMES = (
+    "<|begin_of_text|>",
+    "<s>",
+)  # Llama's own, always added
 _EOS_NAMES = ("<|end_of_text|>", "</s>")
 _STOP_NAMES = (*_EOS_NAMES, "<|eot_id|>", "<|eom_id|>")
 # Often added as ordinary tokens, but chat templates use them as control tokens.
 _LOOKS_LIKE_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _LOCK = threading.Lock()  # encode_special_tokens is a switch of the whole model
 _NO_DEFAULT = "{{ raise_exception('it has several templates, expected one named default') }}"
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class TokenizerConfig(NamedTuple):
-    """What the files beside a vocabulary say about it.
+    """Settings of a tokenizer, from the files next to its vocabulary.
 
     Attributes:
         bos, eos: names of the tokens that begin and end a text.
@@ -39,7 +43,7 @@ class TokenizerConfig(NamedTuple):
         added: ids of the tokens in added_tokens.json, by name.
         names: names of special tokens, by ``bos_token``, ``pad_token`` and the like.
         legacy: SentencePiece adds a space to the text after each control token too.
-        is_llama: the class is LlamaTokenizer, which heeds ``legacy`` whatever tokenizer.json says.
+        is_llama: the class is LlamaTokenizer, where ``legacy`` overrides tokenizer.json.
         chat_template: a jinja template.
     """
 
@@ -62,7 +66,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     Raises:
         ValueError: one can't be read.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
 
     def read(name: str) -> dict[str, Any]:
         path = folder / name
@@ -213,19 +217,16 @@ class HuggingFaceTokenizer:
         check_text(s)
         check_special(s, self.special_tokens, allowed_special, disallowed_special)
         ids = [self.bos_id] if bos and self._adds_bos and self.bos_id >= 0 else []
-        special = self.special_tokens
         if allowed_special == "all" and not self._drops_inner_spaces:
             ids += self._ids(s, special=True)
         else:
-            names = special.keys() if allowed_special == "all" else special.keys() & allowed_special
-            for i, piece in enumerate(split_special(s, names)):
-                if piece in names:
-                    ids.append(special[piece])
-                elif i and self._drops_inner_spaces:  # after a byte, which never merges
-                    start = len(self._ids("\n", special=False))
-                    ids += self._ids("\n" + piece, special=False)[start:]
-                else:
-                    ids += self._ids(piece, special=False)
+            ids += encode_with_special(
+                s,
+                self.special_tokens,
+                allowed_special,
+                partial(self._ids, special=False),
+                drops_inner_spaces=self._drops_inner_spaces,
+            )
         return [*ids, self.eos_id] if eos and self.eos_id >= 0 else ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
@@ -265,7 +266,7 @@ class HuggingFaceTokenizer:
             return b"".join([BYTE_OF_LETTER.get(letter, letter.encode()) for letter in piece])
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
 
 def _decoder_kind(model: Any, path: str) -> tuple[bool, bool]:
@@ -278,7 +279,7 @@ def _decoder_kind(model: Any, path: str) -> tuple[bool, bool]:
         return True, False
     if "Metaspace" in kinds:
         return False, any(step.get("prepend_scheme", "always") != "never" for step in steps)
-    if {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "} in steps:
+    if {"type": "Replace", "pattern": {"String": SPACE}, "content": " "} in steps:
         return False, any(step.get("type") == "Strip" and step.get("start") for step in steps)
     raise ValueError(
         f"{path!r} has the decoder {str(state)[:80]}, expected a byte-level one (Llama 3), or "

@@ -8,13 +8,14 @@ from typing import Any, Literal
 from llama.files import summary
 from llama.vocab.file import (
     LARGEST_VOCABULARY,
+    SPACE,
     check_size,
     check_special,
     check_text,
+    encode_with_special,
     is_sentencepiece,
     known_ids,
     read_vocabulary,
-    split_special,
 )
 from llama.vocab.huggingface import read_tokenizer_config
 
@@ -114,16 +115,13 @@ class SentencePieceTokenizer:
         """
         check_text(s)
         check_special(s, self.special_tokens, allowed_special, disallowed_special)
-        special = self.special_tokens
-        names = special.keys() if allowed_special == "all" else special.keys() & allowed_special
-        ids: list[int] = []
-        for i, piece in enumerate(split_special(s, names)):
-            if piece in names:
-                ids.append(special[piece])
-            elif i == 0 or self.is_legacy:
-                ids += self.model.encode(piece)
-            else:  # without a first space: after a byte, which never merges
-                ids += self.model.encode("\n" + piece)[len(self.model.encode("\n")) :]
+        ids = encode_with_special(
+            s,
+            self.special_tokens,
+            allowed_special,
+            self.model.encode,
+            drops_inner_spaces=not self.is_legacy,
+        )
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int] | int) -> str:
@@ -151,7 +149,7 @@ class SentencePieceTokenizer:
         piece: str = self.model.id_to_piece(token)
         if self.model.is_byte(token):  # written "<0x0A>"
             return bytes([int(piece[1:-1], 16)])
-        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
 
 def _count_pieces(data: bytes) -> int:

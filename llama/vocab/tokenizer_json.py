@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from llama.vocab.file import SPACE
 from llama.vocab.huggingface import BYTE_OF_LETTER
 from llama.vocab.tiktoken_file import SPLIT_PATTERN
 
 _LETTER_OF_BYTE = {byte[0]: letter for letter, byte in BYTE_OF_LETTER.items()}
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 # sentencepiece_model.proto: types of pieces, and of the model
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BPE = 2
@@ -162,10 +162,10 @@ def _of_sentencepiece(tokenizer: Any) -> dict[str, Any]:
             replace = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
             normalizers.append(replace)
     if rules.get(3, 1):  # add_dummy_prefix
-        normalizers.append({"type": "Prepend", "prepend": _SPACE})
-    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
