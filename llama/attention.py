@@ -16,7 +16,7 @@ def attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
 
 def decode_attention(q: Tensor, cache: KVCache, batch: Decode) -> Tensor:
     n_rows, length = q.shape[0], batch.max_seqlen_k
-    k, v = cache.k[:n_rows, :, :length], cache.v[:n_rows, :, :length]  # [B, K, L, D]
+    k, v = (kv[:n_rows, :, :length].to(q.dtype) for kv in (cache.k, cache.v))  # [B, K, L, D]
     # Fold the H / K query heads per key head into query positions: with enable_gqa and a mask, SDPA
     # may fall back to its math kernel.
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, D]
@@ -29,7 +29,7 @@ def prefill_attention(q: Tensor, cache: KVCache, batch: Prefill) -> Tensor:
     sequences = zip(batch.slot_ids, batch.start_pos, q.split(list(batch.seqlens)), strict=True)
     for slot, start, x in sequences:
         n_tokens, end = len(x), start + len(x)
-        k, v = cache.k[slot, :, None, :end], cache.v[slot, :, None, :end]  # [K, 1, L, D]
+        k, v = (kv[slot, :, None, :end].to(q.dtype) for kv in (cache.k, cache.v))  # [K, 1, L, D]
         grouped = x.transpose(0, 1).unflatten(0, (len(k), -1))  # [K, H / K, S, D]
         k, v = (kv.expand(-1, grouped.shape[1], -1, -1) for kv in (k, v))
         mask = None

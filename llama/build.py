@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from llama import accel, memory
+from llama.accel.cpu import activation_dtype
 from llama.checkpoint import hub
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.reader import load
@@ -84,6 +85,7 @@ def build_model(
     settings = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
     settings |= {"max_prefill_tokens": max_prefill_tokens, "adapter": adapter}
     settings |= {"accelerate": off is None}
+    settings |= {"activations": activation_dtype(torch_device, torch_dtype)}
     check_same_on_all_ranks("Llama.build", dataclasses.asdict(args) | settings, collectives.world)
     with raise_on_all_ranks(), memory.explain_oom(lambda: plan):
         tensors = load(

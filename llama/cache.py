@@ -23,23 +23,28 @@ class KVCache:
     """Keys and values of one layer: two tensors [max_batch_size, K, max_seq_len, D].
 
     The first axis indexes the slots, one sequence each. Both are empty until the first pass.
+
+    Attributes:
+        dtype: of both; None for that of the first keys.
     """
 
     k: Tensor
     v: Tensor
+    dtype: torch.dtype | None = None
 
     def __init__(self, args: ModelArgs, tp_size: int) -> None:
         self.args, self._n_kv_heads = args, args.n_local_kv_heads(tp_size)
         self.free()
 
     def allocate(self, like: Tensor) -> None:
-        """Allocate zeros with ``like``'s dtype and device, unless that was done."""
+        """Allocate zeros on ``like``'s device, unless that was done."""
         k, args = self.k, self.args
-        if k.dtype == like.dtype and k.device == like.device and k.numel() > 0:
+        dtype = self.dtype or like.dtype
+        if k.dtype == dtype and k.device == like.device and k.numel() > 0:
             return
         shape = (args.max_batch_size, self._n_kv_heads, args.max_seq_len, args.head_dim)
         with torch.inference_mode(False):  # inference tensors couldn't be written to later
-            self.k, self.v = _zeros(shape, like), _zeros(shape, like)
+            self.k, self.v = (_zeros(shape, dtype, like.device) for _ in range(2))
 
     def free(self) -> None:
         """Drop the content; the next pass allocates again."""
@@ -49,8 +54,8 @@ class KVCache:
     def update(self, k: Tensor, v: Tensor, batch: "Prefill | Decode") -> None:
         """Store the keys and values [T, K, D] of a pass."""
         self.allocate(k)
-        self.k[batch.slots, :, batch.positions] = k
-        self.v[batch.slots, :, batch.positions] = v
+        self.k[batch.slots, :, batch.positions] = k.to(self.k.dtype)
+        self.v[batch.slots, :, batch.positions] = v.to(self.v.dtype)
 
     @property
     def n_writes(self) -> int:
@@ -234,20 +239,22 @@ class CacheLock:
         return CacheLock, ()
 
 
-def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """Zeros with ``like``'s dtype and device. Not torch.empty: masked positions are multiplied by
+def _zeros(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Not torch.empty: masked positions are multiplied by
     0, and 0 * NaN is NaN. On the CPU the pages are mapped but take no memory until written;
     MAP_PRIVATE gives a forked process its own copy. On CUDA the memory order is [slot, position,
     head, D], which the kernels prefer; MPS and ROCm have misread it (pytorch#181133,
     ROCm/pytorch#3230)."""
-    if like.device.type == "mps" or (like.device.type == "cuda" and torch.version.hip is not None):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    if like.device.type != "cpu":
+    if device.type == "mps" or (device.type == "cuda" and torch.version.hip is not None):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if device.type != "cpu":
         n_slots, n_heads, n_positions, head_dim = shape
         shape = (n_slots, n_positions, n_heads, head_dim)
-        return torch.zeros(shape, dtype=like.dtype, device=like.device).transpose(1, 2)
-    n_bytes = math.prod(shape) * like.element_size()
+        return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+    n_bytes = math.prod(shape) * dtype.itemsize
     # Windows has neither the flags nor forks
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     pages = mmap.mmap(-1, n_bytes, **flags)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

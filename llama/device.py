@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from llama.accel.cpu import cpu_computes_bfloat16
+from llama.accel import kernels
+from llama.accel.features import cpu_computes_bfloat16
 from llama.distributed import groups
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -181,11 +182,12 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device supports it natively, else its fast dtype."""
+    """bfloat16 if the device or the kernels for the CPU support it, else the device's fast dtype."""
     if device.type == "cuda":
         with torch.cuda.device(device):  # it looks at the current one
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
-    return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+    has_bfloat16 = kernels.instruction_set() is not None or cpu_computes_bfloat16()
+    return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama.accel.cpu import packs_weights
+from llama.accel.cpu import activation_dtype
 from llama.accel.cuda import why_not_flash
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import ModelArgs
@@ -46,7 +46,7 @@ class Plan:
         tied: the embedding is also the output layer, and is stored once.
         device: the target; None leaves out the device-specific additions of ``accel``.
         max_prefill_tokens: tokens in the largest pass.
-        weights: the parameters, and packed copies on some CPUs (``accel.cpu``).
+        weights: the parameters.
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: activations at the peak of a pass.
         runtime: what CUDA and its libraries allocate: kernels, workspaces, graphs, connections.
@@ -91,16 +91,11 @@ def plan(
     specs = shard_specs(args)
     sizes = {key: n_bytes(spec, n_ranks, dtype) for key, spec in specs.items()}
     weights = sum(sizes.values()) - (sizes["output.weight"] if tied else 0)
-    if device is not None and packs_weights(device, dtype):
-        weights += sum(
-            sizes[key]
-            for key, spec in specs.items()
-            if len(spec.sizes) == 2 and not key.startswith("tok_embeddings")
-        )
     positions = args.max_batch_size * args.max_seq_len
     kv_width = args.n_local_kv_heads(n_ranks) * args.head_dim
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
-    workspace = _workspace(args, n_ranks, dtype, max_prefill_tokens)
+    activations = dtype if device is None else activation_dtype(device, dtype)
+    workspace = _workspace(args, n_ranks, activations, max_prefill_tokens)
     if device is not None and device.type == "cpu":
         workspace *= 3  # keep_freed_memory fragments the heap: 1.3 to 2.5 was measured
     runtime = 0
@@ -117,7 +112,7 @@ def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
     return plan(
         model.params,
         model.groups.size,
-        model.dtype,
+        model.tok_embeddings.weight.dtype,
         model.device,
         tied=tied,
         max_prefill_tokens=max_prefill_tokens,

@@ -3,8 +3,8 @@
 | device and dtype                       | linear layers     | attention | a decoding step       |
 |----------------------------------------|-------------------|-----------|-----------------------|
 | CPU with AMX, bfloat16                 | weight on the left| SDPA      | eager                 |
-| CPU with AVX512-BF16 only, bfloat16    | packed weights    | SDPA      | eager                 |
-| other CPUs and dtypes, MPS             | F.linear          | SDPA      | eager                 |
+| other CPUs, bfloat16, float16          | C kernels         | C kernels | eager                 |
+| CPU in float32, MPS                    | F.linear          | SDPA      | eager                 |
 | CUDA from Ampere on, bfloat16, float16 | q, k, v in one    | flash     | CUDA graph            |
 | CUDA otherwise, ROCm                   | q, k, v in one    | SDPA      | CUDA graph per length |
 
@@ -18,7 +18,14 @@ import dataclasses
 import torch
 
 from llama.accel.compile import compiled_decode
-from llama.accel.cpu import choose_linear, keep_freed_memory, linear_form
+from llama.accel import kernels
+from llama.accel.cpu import (
+    activation_dtype,
+    choose_linear,
+    keep_freed_memory,
+    linear_form,
+    use_float32_activations,
+)
 from llama.accel.cuda import CudaCapture, GraphedStep, flash_attention, why_not_flash
 from llama.accel.projection import JOINT, check_rotation, join_projections
 from llama.accel.selfcheck import agree, check_attention, warn
@@ -46,6 +53,11 @@ def choose(
             chosen.linear = JOINT
         else:
             chosen.reasons["linear"] = f"the joint rotation failed its self-check: {fault}"
+    if activation_dtype(device, dtype) != dtype:
+        chosen.activations = "float32"
+        if kernels.can_attend(args.head_dim):
+            chosen.attention = "SDPA, C kernels in decoding steps"
+            return chosen, None
     fault = None
     reason = why_not_flash(args.head_dim, dtype, device)
     if reason is None:
@@ -77,6 +89,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
             for parameter in model.parameters():
                 use_huge_pages(parameter)
             choose_linear(model)
+            if chosen.activations:
+                use_float32_activations(model)
     reason = agree(chosen.reasons.get("attention"), collectives.world)
     fault = agree(fault, collectives.world)
     if reason is not None:

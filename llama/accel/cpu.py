@@ -1,24 +1,26 @@
 """Linear layers and memory allocation on the CPU."""
 
 import ctypes
-import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from llama.accel import features, kernels
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
-from llama.hooks import is_unmodified, version
-from llama.model import FeedForward, Transformer, swiglu
+from llama.hooks import is_unmodified
+from llama.model import Attention, FeedForward, RMSNorm, Transformer, swiglu
+from llama.quantize import QuantizedLinear
 
 # oneDNN reorders the right-hand matrix of a matmul in every call, and F.linear passes the weight
 # there: a third of a decoding step's time.
 
 _MAX_ROWS = 256  # per matmul, so that intermediate results stay in cache
 _FEW_ROWS = 8  # up to here, each row count may have its own kernel
+_KERNEL_ROWS = 4  # with AMX: up to here, the kernels are faster
+_KERNELS = "C kernels"
 _MIN_WEIGHT_BYTES = 2**20  # smaller weights stay in cache, and F.linear has less overhead
 
 
@@ -62,6 +64,8 @@ def swiglu_weight_lhs(
 ) -> Tensor:
     """``model.swiglu`` with all three weights on the left. Intermediate results stay transposed;
     only the last one is transposed back."""
+    if x.shape[:-1].numel() <= _KERNEL_ROWS and kernels.instruction_set() is not None:
+        return swiglu(x, w1, w2, w3)
     if not (is_unmodified(w1) and is_unmodified(w2) and is_unmodified(w3)):
         return swiglu(x, w1, w2, w3)
 
@@ -73,82 +77,63 @@ def swiglu_weight_lhs(
     return w2.groups.all_reduce(_in_chunks(x, product))
 
 
-class PackedLinear:
-    """``F.linear`` on a copy of the weight packed in oneDNN's layout."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.source, self.version = weight, version(weight)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight is not self.source or version(weight) != self.version:
-            return linear(x, weight)  # the weight was changed or replaced
-        product = torch.ops.mkldnn._linear_pointwise
-        return _in_chunks(x, lambda rows: product(rows, self.packed, None, "none", [], ""))
+def _weight_lhs_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``weight_lhs_matmul``, or for a few rows the kernel, which reads faster."""
+    few = x.shape[:-1].numel() <= _KERNEL_ROWS and kernels.instruction_set() is not None
+    return kernels.linear(x, weight) if few else weight_lhs_matmul(x, weight)
 
 
-# Values of ONEDNN_MAX_CPU_ISA (dnnl::cpu_isa in oneDNN's reference) that exclude AMX.
-_WITHOUT_BFLOAT16 = {
-    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-}
-_WITHOUT_AMX = {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
-
-
-def cpu_features() -> set[str]:
-    """CPU features as listed by Linux, without those disabled for oneDNN."""
-    if platform.system() != "Linux":
-        return set()
-    features = set(Path("/proc/cpuinfo").read_text().split())
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if limit in _WITHOUT_BFLOAT16 | _WITHOUT_AMX:  # oneDNN ignores other values
-        features = {feature for feature in features if not feature.startswith("amx")}
-    if limit in _WITHOUT_BFLOAT16:
-        features.discard("avx512_bf16")
-    return features
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether the processor has bfloat16 matrix instructions."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features())
+def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of activations for weights of ``dtype``: float32 for 16-bit weights on a CPU with
+    the kernels, except with AMX, whose matrix products are in bfloat16."""
+    return torch.float32 if linear_form(device, dtype)[0].startswith(_KERNELS) else dtype
 
 
 def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """The form of large linear layers, and why it isn't a faster one; see ``Ways``."""
     if device.type != "cpu":
         return "F.linear", None
-    if dtype != torch.bfloat16:
-        return "F.linear", f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
-    features = cpu_features()
-    if "amx_bf16" in features:
+    if dtype not in kernels.HALF:
+        return "F.linear", f"the dtype is {str(dtype).removeprefix('torch.')}, not 16 bits"
+    if dtype == torch.bfloat16 and "amx_bf16" in features.cpu_features():
         return "weight on the left", None
-    if "avx512_bf16" in features:
-        return "packed weights", None
-    return "F.linear", "the processor has neither AMX nor AVX512-BF16"
-
-
-def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether large linear layers will hold a second, packed copy of their weights."""
-    return linear_form(device, dtype)[0] == "packed weights"
+    instructions = kernels.instruction_set()
+    return (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
 
 
 def choose_linear(model: Transformer) -> None:
     """Choose the matmul implementations of the linear layers and SwiGLU."""
-    form, _ = linear_form(model.device, model.dtype)
-    if form == "F.linear":
-        return
-    packs = form == "packed weights"
+    dtype = model.dtype
+    form, _ = linear_form(model.device, dtype)
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
-        if layer.weight.nbytes < _MIN_WEIGHT_BYTES:
-            layer.linear = linear
-        else:
-            layer.linear = PackedLinear(layer.weight) if packs else weight_lhs_matmul
+        if isinstance(layer.linear, QuantizedLinear):
+            if kernels.instruction_set() is not None:
+                layer.linear = kernels.TiledLinear(layer.linear.quantized)
+        elif form.startswith(_KERNELS):
+            layer.linear = kernels.linear
+        elif dtype != torch.float32:
+            is_small = layer.weight.nbytes < _MIN_WEIGHT_BYTES or form == "F.linear"
+            layer.linear = linear if is_small else _weight_lhs_linear
     for ffn in model.modules():
-        if not isinstance(ffn, FeedForward) or packs:
+        if not isinstance(ffn, FeedForward) or form != "weight on the left":
             continue
-        if ffn.w1.weight.nbytes >= _MIN_WEIGHT_BYTES:
+        w1 = ffn.w1.weight
+        if w1 is not None and w1.nbytes >= _MIN_WEIGHT_BYTES:
             ffn.compute = swiglu_weight_lhs
+
+
+def use_float32_activations(model: Transformer) -> None:
+    """Compute in float32, with keys and values cached in the weights' dtype."""
+    dtype = model.dtype
+    for module in model.modules():
+        if isinstance(module, RMSNorm):  # everything else follows from their dtype
+            module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
+        elif isinstance(module, Attention):
+            module.cache.dtype = dtype
+            if kernels.can_attend(module.head_dim):
+                module.attend = kernels.decode_attention
 
 
 def keep_freed_memory() -> bool:

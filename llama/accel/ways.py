@@ -12,8 +12,9 @@ class Ways:
 
     Attributes:
         linear: of large linear layers: "F.linear", "F.linear, q, k and v in one", "weight on the
-            left" or "packed weights".
-        attention: "SDPA" or "FlashAttention".
+            left" or "C kernels" with their instruction set.
+        attention: "SDPA", "FlashAttention", or "SDPA, C kernels in decoding steps".
+        activations: their dtype, "float32", where it isn't that of the weights.
         decode: a decoding step: "eager", "compiled", "CUDA graph" or "compiled, CUDA graph".
         reasons: by attribute, why it isn't a faster form.
     """
@@ -21,6 +22,7 @@ class Ways:
     linear: str = "F.linear"
     attention: str = "SDPA"
     decode: str = "eager"
+    activations: str | None = None
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -34,6 +36,8 @@ class Ways:
         for name, label in labels.items():
             reason = f" ({self.reasons[name]})" if name in self.reasons else ""
             parts.append(f"{label}: {getattr(self, name)}{reason}")
+        if self.activations:
+            parts.append(f"activations: {self.activations}")
         return "; ".join(parts)
 
 

@@ -1,0 +1,106 @@
+/* The attention of a decoding step: softmax(q k^T / sqrt(D)) v for one query per sequence, with
+   keys and values in float32, bfloat16 or float16, as they lie in the cache.
+
+   The query heads that share a key head are computed together, so that keys and values are read
+   once. Each sequence reads its own length. */
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "simd.h"
+
+enum { MAX_HEAD_DIM = 256 };
+
+INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, float *row) {
+    for (int i = 0; i < head_dim; i += LANES) {
+        if (kind == F32) f_store(row + i, f_load((const float *)cache + at + i));
+        else if (kind == BF16) f_store(row + i, f_from_bf16((const uint16_t *)cache + at + i));
+        else f_store(row + i, f_from_f16((const uint16_t *)cache + at + i));
+    }
+}
+
+/* e^x = 2^n 2^r with |r| <= 1/2, and the Taylor series of 2^r = e^(r ln 2) to the 7th power, whose
+   error is below float32's. 0 below -87. */
+INLINE vf f_exp(vf x) {
+    const vf y = f_mul(f_max(x, f_set1(-87)), f_set1(1.44269504f));
+    const vf n = f_round(y), r = f_mul(f_fma(f_set1(-1), n, y), f_set1(0.693147181f));
+    vf sum = f_set1(1.f / 5040);
+    const float divisors[] = {720, 120, 24, 6, 2, 1, 1};
+    for (int i = 0; i < 7; i++) sum = f_fma(sum, r, f_set1(1 / divisors[i]));
+    return f_mul(sum, f_power_of_two(n));
+}
+
+/* scores [length] to softmax weights; padded to a multiple of LANES with -inf by the caller. */
+INLINE void softmax(float *scores, int64_t padded) {
+    vf most = f_set1(-INFINITY), sum = f_set1(0);
+    for (int64_t t = 0; t < padded; t += LANES) most = f_max(most, f_load(scores + t));
+    float lanes[LANES];
+    f_store(lanes, most);
+    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    for (int64_t t = 0; t < padded; t += LANES) {
+        const vf e = f_exp(f_add(f_load(scores + t), f_set1(-lanes[0])));
+        f_store(scores + t, e);
+        sum = f_add(sum, e);
+    }
+    const vf inverse = f_set1(1 / f_sum(sum));
+    for (int64_t t = 0; t < padded; t += LANES)
+        f_store(scores + t, f_mul(f_load(scores + t), inverse));
+}
+
+/* One key head of one sequence. q, y: [n_queries][head_dim]; scores: room for
+   n_queries * padded. */
+INLINE void attend_head(
+    const float *q, const void *k, const void *v, int kind, int64_t at, int64_t length,
+    int n_queries, int head_dim, float *scores, int64_t padded, float *y) {
+    float row[MAX_HEAD_DIM];
+    const float scale = 1 / sqrtf((float)head_dim);
+    for (int64_t t = 0; t < length; t++) {
+        load_row(k, kind, at + t * head_dim, head_dim, row);
+        for (int h = 0; h < n_queries; h++) {
+            vf sum = f_set1(0);
+            for (int i = 0; i < head_dim; i += LANES)
+                sum = f_fma(f_load(row + i), f_load(q + h * head_dim + i), sum);
+            scores[h * padded + t] = f_sum(sum) * scale;
+        }
+    }
+    for (int h = 0; h < n_queries; h++) {
+        for (int64_t t = length; t < padded; t++) scores[h * padded + t] = -INFINITY;
+        softmax(scores + h * padded, padded);
+        for (int i = 0; i < head_dim; i++) y[h * head_dim + i] = 0;
+    }
+    for (int64_t t = 0; t < length; t++) {
+        load_row(v, kind, at + t * head_dim, head_dim, row);
+        for (int h = 0; h < n_queries; h++) {
+            const vf weight = f_set1(scores[h * padded + t]);
+            float *out = y + h * head_dim;
+            for (int i = 0; i < head_dim; i += LANES)
+                f_store(out + i, f_fma(weight, f_load(row + i), f_load(out + i)));
+        }
+    }
+}
+
+/* y [rows][n_kv_heads * n_queries][head_dim]. Row b attends to the first lengths[b] positions of
+   k and v [slots][n_kv_heads][max_length][head_dim], in slot b. head_dim is a multiple of LANES, up
+   to MAX_HEAD_DIM. Returns 0, or -1 without memory for the scores. */
+int NAME(decode_attention)(
+    const float *q, const void *k, const void *v, int kind, const int32_t *lengths, int64_t rows,
+    int64_t n_kv_heads, int64_t n_queries, int64_t max_length, int64_t head_dim, float *y) {
+    int64_t longest = 0;
+    for (int64_t b = 0; b < rows; b++) longest = lengths[b] > longest ? lengths[b] : longest;
+    const int64_t padded = (longest + LANES - 1) / LANES * LANES, size = n_queries * head_dim;
+    float *scores = malloc((size_t)(rows * n_kv_heads * n_queries * padded) * sizeof(float));
+    if (!scores) return -1;
+    /* dynamic: rows have different lengths */
+#pragma omp parallel for schedule(dynamic) if (rows * longest * size > 1 << 14)
+    for (int64_t i = 0; i < rows * n_kv_heads; i++) {
+        const int64_t length = lengths[i / n_kv_heads], at = i * max_length * head_dim;
+        float *own = scores + i * n_queries * padded;
+        const int64_t used = (length + LANES - 1) / LANES * LANES;
+        attend_head(
+            q + i * size, k, v, kind, at, length, (int)n_queries, (int)head_dim, own, used,
+            y + i * size);
+    }
+    free(scores);
+    return 0;
+}

@@ -1,0 +1,170 @@
+/* y = x W^T with W [N][K] in bfloat16 or float16, as it lies in the file, for a few rows of x.
+
+   Each product of a row of W and a row of x has CHAINS vectors of partial sums, so that it doesn't
+   depend on the other rows. For one row of x, W is read from start to end, which the processor
+   prefetches best. More rows of x are limited by arithmetic: tiles of some rows of W and up to
+   MAX_HALF_ROWS rows of x share every load.
+
+   x is float32, in blocks of WIDTH columns, [K / WIDTH][rows][WIDTH]: rows a power of two apart in
+   memory would compete for the same cache lines. With AVX512-BF16, x is rounded to bfloat16 for
+   bfloat16 weights; products of two of them are exact, and the sums float32. */
+#pragma once
+
+#include <stdlib.h>
+
+#include "simd.h"
+
+/* WIDTH columns per step; HEIGHT(rows) rows of W in a tile, as many as have registers. */
+#if defined(__AVX512F__)
+#define MAX_HALF_ROWS 6
+enum { CHAINS = 1 };
+#define HEIGHT(rows) ((rows) == 1 ? 1 : 4)
+#elif defined(__AVX2__)
+#define MAX_HALF_ROWS 3
+enum { CHAINS = 2 };
+#define HEIGHT(rows) ((rows) == 1 ? 1 : 2)
+#elif defined(__ARM_NEON)
+#define MAX_HALF_ROWS 6
+enum { CHAINS = 2 };
+#define HEIGHT(rows) ((rows) <= 2 ? 4 : 2)
+#endif
+
+#if defined(__AVX512BF16__)
+enum { WIDTH = 2 * LANES, BF16_X_SIZE = 2 };
+typedef vi bf16s;
+INLINE vi load_bf16(const uint16_t *p) { return i_load(p); }
+INLINE void dot_bf16(vf *sum, vi w, const uint8_t *x) {
+    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)w, (__m512bh)i_load(x));
+}
+#else
+enum { WIDTH = CHAINS * LANES, BF16_X_SIZE = 4 };
+typedef struct {
+    vf chain[CHAINS];
+} bf16s;
+INLINE bf16s load_bf16(const uint16_t *p) {
+    bf16s w;
+    for (int c = 0; c < CHAINS; c++) w.chain[c] = f_from_bf16(p + c * LANES);
+    return w;
+}
+INLINE void dot_bf16(vf *sum, bf16s w, const uint8_t *x) {
+    for (int c = 0; c < CHAINS; c++)
+        sum[c] = f_fma(w.chain[c], f_load((const float *)x + c * LANES), sum[c]);
+}
+#endif
+
+typedef struct {
+    vf part[WIDTH / LANES];
+} f16s;
+INLINE f16s load_f16(const uint16_t *p) {
+    f16s w;
+    for (int i = 0; i < WIDTH / LANES; i++) w.part[i] = f_from_f16(p + i * LANES);
+    return w;
+}
+INLINE void dot_f16(vf *sum, f16s w, const uint8_t *x) {
+    for (int i = 0; i < WIDTH / LANES; i++)
+        sum[i % CHAINS] = f_fma(w.part[i], f_load((const float *)x + i * LANES), sum[i % CHAINS]);
+}
+
+#define DEFINE_TILE(KIND)                                                                 \
+    INLINE void KIND##_tile(                                                              \
+        const uint16_t *w, int64_t k, const uint8_t *x, const int rows, const int height, \
+        const int x_size, float *y, int64_t n) {                                          \
+        vf sum[MAX_HALF_ROWS][4][CHAINS];                                                 \
+        UNROLL for (int r = 0; r < rows; r++)                                             \
+            UNROLL for (int i = 0; i < height; i++)                                       \
+                for (int c = 0; c < CHAINS; c++) sum[r][i][c] = f_set1(0);                \
+        for (int64_t at = 0; at < k; at += WIDTH, x += rows * WIDTH * x_size) {           \
+            KIND##s weights[4];                                                           \
+            UNROLL for (int i = 0; i < height; i++) {                                     \
+                if (k - at < WIDTH) {                                                     \
+                    uint16_t tail[WIDTH] = {0};                                           \
+                    memcpy(tail, w + i * k + at, (k - at) * sizeof(uint16_t));            \
+                    weights[i] = load_##KIND(tail);                                       \
+                } else {                                                                  \
+                    weights[i] = load_##KIND(w + i * k + at);                             \
+                    if (rows > 1) __builtin_prefetch(w + (i + height) * k + at);          \
+                }                                                                         \
+            }                                                                             \
+            UNROLL for (int r = 0; r < rows; r++)                                         \
+                UNROLL for (int i = 0; i < height; i++)                                   \
+                    dot_##KIND(sum[r][i], weights[i], x + r * WIDTH * x_size);            \
+        }                                                                                 \
+        UNROLL for (int r = 0; r < rows; r++)                                             \
+            UNROLL for (int i = 0; i < height; i++) {                                     \
+                vf total = sum[r][i][0];                                                  \
+                for (int c = 1; c < CHAINS; c++) total = f_add(total, sum[r][i][c]);      \
+                y[r * n + i] = f_sum(total);                                              \
+            }                                                                             \
+    }
+DEFINE_TILE(bf16)
+DEFINE_TILE(f16)
+#undef DEFINE_TILE
+
+/* Columns begin to end of y for ``rows`` rows of x. */
+INLINE void half_columns(
+    const uint16_t *w, const int is_bf16, int64_t begin, int64_t end, int64_t k, const uint8_t *x,
+    const int rows, float *y, int64_t n) {
+    const int x_size = is_bf16 ? BF16_X_SIZE : 4, height = HEIGHT(rows);
+    int64_t i = begin;
+    for (; i + height <= end; i += height)
+        if (is_bf16) bf16_tile(w + i * k, k, x, rows, height, x_size, y + i, n);
+        else f16_tile(w + i * k, k, x, rows, height, x_size, y + i, n);
+    for (; i < end; i++)
+        if (is_bf16) bf16_tile(w + i * k, k, x, rows, 1, x_size, y + i, n);
+        else f16_tile(w + i * k, k, x, rows, 1, x_size, y + i, n);
+}
+
+/* y [rows][n] = x [rows][k] W^T. Returns 0, or -1 without memory for the copy of x. */
+int NAME(half_product)(
+    const uint16_t *w, int is_bf16, int64_t n, int64_t k, const float *x, int64_t rows, float *y) {
+    const int64_t n_steps = (k + WIDTH - 1) / WIDTH;
+    const int64_t n_chunks = (rows + MAX_HALF_ROWS - 1) / MAX_HALF_ROWS;
+    const int x_size = is_bf16 ? BF16_X_SIZE : 4;
+    const int64_t row_bytes = n_steps * WIDTH * x_size;
+    uint8_t *copy = aligned_alloc(64, (size_t)(rows * row_bytes + 63) / 64 * 64);
+    if (!copy) return -1;
+#pragma omp parallel if (n * k > 1 << 15)
+    {
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < n_chunks; c++) {
+            const int64_t first = c * rows / n_chunks, after = (c + 1) * rows / n_chunks;
+            uint8_t *to = copy + first * row_bytes;
+            for (int64_t at = 0; at < k; at += WIDTH)
+                for (int64_t m = first; m < after; m++, to += WIDTH * x_size) {
+                    float values[WIDTH] = {0};
+                    const int64_t left = k - at;
+                    memcpy(values, x + m * k + at, (left < WIDTH ? left : WIDTH) * sizeof(float));
+                    if (x_size == 4) memcpy(to, values, sizeof(values));
+                    else
+                        for (int i = 0; i < WIDTH; i++) {
+                            const uint16_t h = float_to_bf16(values[i]);
+                            memcpy(to + 2 * i, &h, 2);
+                        }
+                }
+        }
+        /* for every chunk of x while some rows of W are in cache */
+#pragma omp for schedule(static)
+        for (int64_t begin = 0; begin < n; begin += 16) {
+            const int64_t end = n < begin + 16 ? n : begin + 16;
+            for (int64_t c = 0; c < n_chunks; c++) {
+                const int64_t first = c * rows / n_chunks, after = (c + 1) * rows / n_chunks;
+                const uint8_t *chunk = copy + first * row_bytes;
+                float *out = y + first * n;
+#define CASE(R)                                                           \
+    case R:                                                               \
+        if (is_bf16) half_columns(w, 1, begin, end, k, chunk, R, out, n); \
+        else half_columns(w, 0, begin, end, k, chunk, R, out, n);         \
+        break;
+                switch (after - first) {
+                    CASE(1) CASE(2) CASE(3)
+#if MAX_HALF_ROWS > 3
+                    CASE(4) CASE(5) CASE(6)
+#endif
+                }
+#undef CASE
+            }
+        }
+    }
+    free(copy);
+    return 0;
+}

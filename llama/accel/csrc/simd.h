@@ -1,0 +1,163 @@
+/* The vector operations that the kernels are written in, for AVX512, AVX2 and NEON.
+
+   vf is a vector of LANES floats, vi of LANES int32. Every operation is rounded as the scalar one
+   (a fused multiply-add once), so that all architectures give the same bits where the order of the
+   operations is the same. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+/* Of numbers in memory. */
+enum { BF16, F16, F32 };
+/* Rows in a tile of integer weights, columns in a group. */
+enum { TILE = 16, GROUP = 32 };
+
+#define INLINE static inline __attribute__((always_inline))
+/* compilers give up on nests of more than 16 bodies, and keep their variables in memory then */
+#define UNROLL _Pragma("GCC unroll 8")
+
+#if defined(__AVX512F__)
+
+#include <immintrin.h>
+#define LANES 16
+typedef __m512 vf;
+typedef __m512i vi;
+INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void f_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE vf f_set1(float a) { return _mm512_set1_ps(a); }
+INLINE vf f_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf f_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE vf f_from_bf16(const uint16_t *p) {
+    vi wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE vf f_from_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+}
+INLINE vf f_power_of_two(vf n) {
+    vi exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+INLINE vf f_from_i(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vi i_set1(int32_t a) { return _mm512_set1_epi32(a); }
+INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vi i_load_u8(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+}
+INLINE vi i_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+INLINE vi i_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+INLINE vi i_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi i_high_nibbles(vi a) { return i_low_nibbles(_mm512_srli_epi16(a, 4)); }
+
+#elif defined(__AVX2__)
+
+#include <immintrin.h>
+#define LANES 8
+typedef __m256 vf;
+typedef __m256i vi;
+INLINE vf f_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void f_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
+INLINE vf f_set1(float a) { return _mm256_set1_ps(a); }
+INLINE vf f_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vf f_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf f_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf f_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf f_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf f_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+INLINE float f_sum(vf a) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+INLINE vf f_from_bf16(const uint16_t *p) {
+    vi wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vf f_from_f16(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+}
+INLINE vf f_power_of_two(vf n) {
+    vi exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+INLINE vf f_from_i(vi a) { return _mm256_cvtepi32_ps(a); }
+INLINE vi i_set1(int32_t a) { return _mm256_set1_epi32(a); }
+INLINE vi i_load(const void *p) { return _mm256_loadu_si256(p); }
+INLINE vi i_load_u8(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+}
+INLINE vi i_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+INLINE vi i_mul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+INLINE vi i_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE vi i_high_nibbles(vi a) { return i_low_nibbles(_mm256_srli_epi16(a, 4)); }
+
+#elif defined(__ARM_NEON)
+
+#include <arm_neon.h>
+#define LANES 4
+typedef float32x4_t vf;
+typedef int32x4_t vi;
+INLINE vf f_load(const float *p) { return vld1q_f32(p); }
+INLINE void f_store(float *p, vf a) { vst1q_f32(p, a); }
+INLINE vf f_set1(float a) { return vdupq_n_f32(a); }
+INLINE vf f_add(vf a, vf b) { return vaddq_f32(a, b); }
+INLINE vf f_mul(vf a, vf b) { return vmulq_f32(a, b); }
+INLINE vf f_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+INLINE vf f_min(vf a, vf b) { return vminq_f32(a, b); }
+INLINE vf f_max(vf a, vf b) { return vmaxq_f32(a, b); }
+INLINE vf f_round(vf a) { return vrndnq_f32(a); }
+INLINE float f_sum(vf a) { return vaddvq_f32(a); }
+INLINE vf f_from_bf16(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+INLINE vf f_from_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE vf f_power_of_two(vf n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+INLINE vf f_from_i(vi a) { return vcvtq_f32_s32(a); }
+INLINE vi i_set1(int32_t a) { return vdupq_n_s32(a); }
+INLINE vi i_load(const void *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+INLINE vi i_load_u8(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, 4);
+    uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+}
+INLINE vi i_sub(vi a, vi b) { return vsubq_s32(a, b); }
+INLINE vi i_mul(vi a, vi b) { return vmulq_s32(a, b); }
+INLINE vi i_low_nibbles(vi a) {
+    return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(a), vdupq_n_u8(15)));
+}
+INLINE vi i_high_nibbles(vi a) {
+    return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(a), 4));
+}
+
+#endif
+
+INLINE float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE float f16_to_float(uint16_t h) {
+#if defined(__ARM_NEON)
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
+#else
+    return _cvtsh_ss(h);
+#endif
+}
+
+INLINE uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 64; /* NaN */
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;              /* nearest, ties to even */
+}

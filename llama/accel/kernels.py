@@ -1,0 +1,254 @@
+"""The C kernels of ``csrc``, through ctypes.
+
+They are built when the package is installed, if there is a C compiler, for all instruction sets of
+the architecture; the best that the processor has is chosen here. Their OpenMP threads are torch's:
+the library has no OpenMP runtime of its own, and takes the one that torch has loaded.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import quantize as plain
+from llama.accel import features
+from llama.attention import attention
+from llama.cache import Batch, Decode, KVCache
+from llama.files import summary
+from llama.quantize import Bits, QuantizedWeight
+
+# Instruction sets, the fastest first, and the features of /proc/cpuinfo that they need.
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+INSTRUCTION_SETS = {
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "neon": {"asimd", "asimddp", "asimdhp"},
+}
+_LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "neon": 4}
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+HALF = (torch.bfloat16, torch.float16)
+_TILE = 16  # rows, see csrc/quantized.h
+_MAX_HEAD_DIM = 256  # see csrc/attention.h
+_VARIABLE = "LLAMA_KERNELS"
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_ARGUMENTS: dict[str, list[Any]] = {
+    "half_product": [_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _POINTER],
+    "quantized_product": [
+        *(_POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG),
+        *(_POINTER, _LONG, _POINTER),
+    ],
+    "decode_attention": [
+        *(_POINTER, _POINTER, _POINTER, _INT, _POINTER),
+        *(_LONG, _LONG, _LONG, _LONG, _LONG, _POINTER),
+    ],
+    "quantize": [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER],
+    "interleave": [_POINTER, _LONG, _LONG, _INT, _POINTER],
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    folder = Path(__file__).parent
+    for path in (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES):
+        if path.is_file():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:
+                return f"{path.name} can't be loaded: {summary(error)}"
+    return "the kernels aren't built: install the package again where there is a C compiler"
+
+
+@functools.cache
+def _choose() -> tuple[str | None, str | None]:
+    """The instruction set, or None and why the kernels can't be used. LLAMA_KERNELS is read once."""
+    wanted = os.environ.get(_VARIABLE, "")
+    if wanted not in ("", "none", *INSTRUCTION_SETS):
+        raise ValueError(
+            f"{_VARIABLE} is {wanted!r}, expected none or one of {', '.join(INSTRUCTION_SETS)}"
+        )
+    if wanted == "none":
+        return None, f"{_VARIABLE} is none"
+    library = _library()
+    if isinstance(library, str):
+        return None, library
+    found = features.cpu_features()
+    for name, needed in INSTRUCTION_SETS.items():
+        built = hasattr(library, f"half_product_{name}")
+        if built and needed <= found and wanted in ("", name):
+            return name, None
+    which = " or ".join(INSTRUCTION_SETS) if wanted == "" else wanted
+    return None, f"the processor, or this build of the kernels, lacks {which}"
+
+
+def instruction_set() -> str | None:
+    """The name of the instruction set that the kernels use; None if there are no kernels."""
+    return _choose()[0]
+
+
+def why_not() -> str | None:
+    """Why the kernels can't be used, if so.
+
+    Raises:
+        ValueError: LLAMA_KERNELS isn't an instruction set.
+    """
+    return _choose()[1]
+
+
+@functools.cache
+def _function(name: str, instructions: str) -> Callable[..., int]:
+    function = getattr(_library(), f"{name}_{instructions}")
+    function.argtypes = _ARGUMENTS[name]
+    return function
+
+
+def _run(name: str, *arguments: Tensor | int | None) -> None:
+    """Call a kernel. Tensors are passed by address: dense, and alive until it returns."""
+    instructions = instruction_set()
+    assert instructions is not None
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    if _function(name, instructions)(*values) != 0:
+        raise MemoryError(f"the kernel {name} has no memory for its copy of the activations")
+
+
+# --- Linear layers ------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.linear``; weights in 16 bits are read as they are, and summed in float32."""
+    if torch.compiler.is_compiling():
+        return _linear_op(x, weight)
+    is_dense = weight.dtype in HALF and weight.is_contiguous() and weight.device.type == "cpu"
+    if not is_dense or x.shape[-1:] != weight.shape[1:]:
+        return F.linear(x, weight.to(x.dtype))
+    rows = _rows(x)
+    y = torch.empty(len(rows), len(weight))
+    is_bf16 = weight.dtype == torch.bfloat16
+    _run("half_product", weight, is_bf16, *weight.shape, rows, len(rows), y)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float().contiguous()
+
+
+class TiledLinear:
+    """``QuantizedLinear`` by a kernel, on a copy of the weight in the kernel's order."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.bits, self.shape = weight.bits, weight.shape
+        self.packed, self.scale = _interleave(weight.packed), _interleave(weight.scale)
+        self.zero = None if weight.zero is None else _interleave(weight.zero)
+
+    def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _quantized_op(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
+        return _quantized_linear(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See ``QuantizedWeight``."""
+        zero = None if self.zero is None else self._rows_of(self.zero)
+        packed, scale = self._rows_of(self.packed), self._rows_of(self.scale)
+        return QuantizedWeight(self.bits, self.shape, packed, scale, zero).dequantize(dtype)
+
+    def _rows_of(self, tiles: Tensor) -> Tensor:
+        return tiles.transpose(1, 2).flatten(0, 1)[: self.shape[0]]
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """[N, W] as [N / 16, W, 16], padded with zeros."""
+    n, width = rows.shape
+    tiles = torch.empty(-(-n // _TILE), width, _TILE, dtype=rows.dtype)
+    _run("interleave", rows.contiguous(), n, width, rows.element_size(), tiles)
+    return tiles
+
+
+def _quantized_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int, k: int
+) -> Tensor:
+    if x.shape[-1] != k:
+        raise RuntimeError(f"the input has {x.shape[-1]} columns, but the weight {k}")
+    rows = _rows(x)
+    y = torch.empty(len(rows), n)
+    kind = _KINDS[scale.dtype]
+    _run("quantized_product", packed, scale, kind, zero, bits, n, k, rows, len(rows), y)
+    return y.view(*x.shape[:-1], n).to(x.dtype)
+
+
+def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
+    """``llama.quantize.quantize``, by the kernel where there is one."""
+    if instruction_set() is None or weight.dtype not in _KINDS or weight.device.type != "cpu":
+        return plain.quantize(weight, bits)
+    n, k = weight.shape
+    n_groups = -(-k // plain.GROUP)
+    packed = torch.empty(n, n_groups * bits, dtype=torch.int32)
+    scale = torch.empty(n, n_groups, dtype=torch.bfloat16)
+    kind = _KINDS[weight.dtype]
+    _run("quantize", weight.contiguous(), kind, n, k, bits, packed, scale)
+    return QuantizedWeight(bits, (n, k), packed, scale)
+
+
+# --- Attention ----------------------------------------------------------------------------------
+
+
+def decode_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
+    """``attention``, of decoding steps by a kernel."""
+    if not isinstance(batch, Decode):
+        return attention(q, cache, batch)
+    if torch.compiler.is_compiling():
+        return _attention_op(q, cache.k, cache.v, batch.seqlens_k)
+    return _decode_attention(q, cache.k, cache.v, batch.seqlens_k)
+
+
+def can_attend(head_dim: int) -> bool:
+    """Whether ``decode_attention`` supports heads of this size."""
+    instructions = instruction_set()
+    return (
+        instructions is not None
+        and head_dim % _LANES[instructions] == 0
+        and head_dim <= _MAX_HEAD_DIM
+    )
+
+
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor) -> Tensor:
+    n_rows, n_heads, head_dim = q.shape
+    n_kv_heads, max_seq_len = k.shape[1], k.shape[2]
+    queries, y = q.float().contiguous(), torch.empty(q.shape)
+    sizes = n_rows, n_kv_heads, n_heads // n_kv_heads, max_seq_len, head_dim
+    _run("decode_attention", queries, k, v, _KINDS[k.dtype], seqlens_k.contiguous(), *sizes, y)
+    return y.to(q.dtype)
+
+
+# --- For torch.compile, which can't trace ctypes ------------------------------------------------
+
+
+def _as_op(name: str, function: Callable[..., Tensor], like: Callable[..., Tensor]) -> Any:
+    op = torch.library.custom_op(f"llama::{name}", function, mutates_args=())
+    op.register_fake(like)
+    return op
+
+
+def _linear_eagerly(x: Tensor, weight: Tensor) -> Tensor:
+    return linear(x, weight)
+
+
+_linear_op = _as_op(
+    "linear", _linear_eagerly, lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0])
+)
+_quantized_op = _as_op(
+    "quantized_linear",
+    _quantized_linear,
+    lambda x, packed, scale, zero, bits, n, k: x.new_empty(*x.shape[:-1], n),
+)
+_attention_op = _as_op(
+    "decode_attention", _decode_attention, lambda q, k, v, seqlens_k: torch.empty_like(q)
+)
