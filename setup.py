@@ -78,7 +78,14 @@ setup(
     extras_require={
         "llama2": LLAMA2,
         "hf": HF,
-        "bench": [*HF, "matplotlib>=3.8", "llama-models==0.3.0", "transformers>=5"],
+        "bench": [
+            *HF,
+            "matplotlib>=3.8",
+            "llama-models==0.3.0",
+            "transformers>=5",
+            "gguf>=0.19",
+            "xllamacpp",
+        ],
         "demo": ["transformers>=5", "tokenizers>=0.20"],
         "test": TEST,
     },

@@ -22,10 +22,15 @@ def linear_parameters(args: ModelArgs) -> int:
     return args.n_layers * layer
 
 
-def weight_bytes(args: ModelArgs, n_ranks: int, size: int) -> float:
-    """Bytes of weights that one rank reads in a step, at ``size`` bytes each (one row of the
-    embedding is negligible)."""
-    return size * (linear_parameters(args) + args.vocab_size * args.dim) / n_ranks
+# Bytes per weight, in the layers and in the output layer: 32 integers share a 16-bit scale.
+QUANTIZED = {"int8": (8.5 / 8, 8.5 / 8), "int4": (4.5 / 8, 8.5 / 8)}
+
+
+def weight_bytes(args: ModelArgs, n_ranks: int, size: int, quantize: str | None = None) -> float:
+    """Bytes of weights that one rank reads in a step, at ``size`` bytes each unless they are
+    quantized (one row of the embedding is negligible)."""
+    layers, output = QUANTIZED[quantize] if quantize else (size, size)
+    return (layers * linear_parameters(args) + output * args.vocab_size * args.dim) / n_ranks
 
 
 def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
@@ -33,9 +38,12 @@ def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:
     return 2 * args.n_layers * args.n_local_kv_heads(n_ranks) * args.head_dim * size
 
 
-def step_bytes(args: ModelArgs, n_ranks: int, size: int, batch: int, context: int) -> float:
+def step_bytes(
+    args: ModelArgs, n_ranks: int, size: int, batch: int, context: int, quantize: str | None = None
+) -> float:
     """Bytes that one rank reads to decode a token for each of ``batch`` rows."""
-    return weight_bytes(args, n_ranks, size) + batch * context * cache_bytes(args, n_ranks, size)
+    weights = weight_bytes(args, n_ranks, size, quantize)
+    return weights + batch * context * cache_bytes(args, n_ranks, size)
 
 
 def step_flops(args: ModelArgs, n_ranks: int, batch: int, context: int) -> float:

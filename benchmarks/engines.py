@@ -7,6 +7,7 @@ no token stops it. The peers run in a minimal correct loop, without the overhead
 their own ``generate``. Under torchrun, every rank works, and the first one reads and answers.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,26 +24,34 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an engine loads its model.
+
+    Attributes:
+        n_ranks: the folder holds the first of this many shards. The other ranks are simulated, and
+            communication takes no time.
+        quantize: for this library; a peer's folder or file has its format.
+    """
+
+    device: str
+    dtype: str
+    max_seq_len: int
+    max_batch: int
+    n_ranks: int = 1
+    compile: bool = False
+    quantize: str | None = None
+
+
 class Engine:
     """A model with one method.
 
     Args:
-        folder: a native checkpoint; for Hugging Face's a folder in its layout.
-        n_ranks: the folder holds the first of this many shards. The other ranks are simulated, and
-            communication takes no time.
+        folder: a native checkpoint; for Hugging Face's a folder in its layout, for llama.cpp a GGUF
+            file.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        n_ranks: int,
-        device: str,
-        dtype: str,
-        max_seq_len: int,
-        max_batch: int,
-        compile: bool,
-    ) -> None:
+    def __init__(self, folder: Path, options: Options) -> None:
         raise NotImplementedError
 
     def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
@@ -51,41 +60,35 @@ class Engine:
 
 
 class Ours(Engine):
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        n_ranks: int,
-        device: str,
-        dtype: str,
-        max_seq_len: int,
-        max_batch: int,
-        compile: bool,
-    ) -> None:
+    def __init__(self, folder: Path, options: Options) -> None:
         from llama import Llama, ModelArgs, Tokenizer, Transformer
         from llama.accel import accelerate
 
-        if n_ranks == 1:
+        if options.n_ranks == 1:
+            quantize: dict[str, Any] = {"quantize": options.quantize} if options.quantize else {}
             self.llm = Llama.build(
                 str(folder),
-                max_seq_len=max_seq_len,
-                max_batch_size=max_batch,
-                device=device,
-                dtype=dtype,
-                compile=compile,
+                max_seq_len=options.max_seq_len,
+                max_batch_size=options.max_batch,
+                device=options.device,
+                dtype=options.dtype,
+                compile=options.compile,
                 prefix_caching=False,
+                **quantize,
             )
         else:
-            _imagine_ranks(n_ranks)
+            _imagine_ranks(options.n_ranks)
             params = json.loads((folder / "params.json").read_text())
-            args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch)
+            args = ModelArgs(
+                **params, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch
+            )
             with torch.device("meta"):
                 model = Transformer(args)
             weights = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
             model.load_state_dict(weights, assign=True)
-            model.to(device=device, dtype=getattr(torch, dtype))
+            model.to(device=options.device, dtype=getattr(torch, options.dtype))
             tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-            accelerate(model, compile=compile)
+            accelerate(model, compile=options.compile)
             self.llm = Llama(model, tokenizer, prefix_caching=False)
         self.llm.tokenizer.stop_tokens = set()
 
@@ -138,18 +141,8 @@ class Reference(Engine):
     """The published code: llama-models' Transformer. Its ``generate`` prefills up to the shortest
     prompt's length, then continues token by token, using a prompt's own tokens while it has any."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        n_ranks: int,
-        device: str,
-        dtype: str,
-        max_seq_len: int,
-        max_batch: int,
-        compile: bool,
-    ) -> None:
-        assert n_ranks == 1
+    def __init__(self, folder: Path, options: Options) -> None:
+        assert options.n_ranks == 1
         import fairscale.nn.model_parallel.initialize as groups
         import torch.distributed as dist
         from llama_models.llama3.args import ModelArgs
@@ -158,14 +151,14 @@ class Reference(Engine):
 
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         groups.initialize_model_parallel(1)
-        self.device = torch.device(device)
+        self.device = torch.device(options.device)
         args = ModelArgs(
             **json.loads((folder / "params.json").read_text()),
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch,
+            max_seq_len=options.max_seq_len,
+            max_batch_size=options.max_batch,
         )
         # like its own build: in the default dtype and on the default device
-        torch.set_default_dtype(getattr(torch, dtype))
+        torch.set_default_dtype(getattr(torch, options.dtype))
         torch.set_default_device(self.device)
         file = folder / "consolidated.00.pth"
         weights = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -197,24 +190,14 @@ class Reference(Engine):
 class HuggingFace(Engine):
     """transformers with SDPA; prompts of a ragged batch are left-padded."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        n_ranks: int,
-        device: str,
-        dtype: str,
-        max_seq_len: int,
-        max_batch: int,
-        compile: bool,
-    ) -> None:
-        assert n_ranks == 1
+    def __init__(self, folder: Path, options: Options) -> None:
+        assert options.n_ranks == 1
         from transformers import AutoModelForCausalLM
 
-        self.device = torch.device(device)
-        self.max_seq_len = max_seq_len
+        self.device = torch.device(options.device)
+        self.max_seq_len = options.max_seq_len
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
         ).to(self.device)
         self.static = self.device.type == "cuda"
         self.caches: dict[int, Any] = {}  # by batch
@@ -265,17 +248,51 @@ class HuggingFace(Engine):
         return self.caches[batch]
 
 
-ENGINES: dict[str, type[Engine]] = {"ours": Ours, "reference": Reference, "hf": HuggingFace}
+class LlamaCpp(Engine):
+    """llama.cpp: one llama_decode call per step, with a sequence per prompt, as its server's
+    slots."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        assert (options.n_ranks, options.device) == (1, "cpu")
+        from benchmarks.llamacpp import Model
+
+        self.model = Model(folder, options.max_batch, options.max_seq_len, torch.get_num_threads())
+
+    def steps(self, prompts: list[list[int]], n_new: int) -> Iterator[None]:
+        self.model.clear()
+        rows = range(len(prompts))
+        where = [(row, i) for row in rows for i in range(len(prompts[row]))]
+        logits = self.model.forward(
+            [prompts[row][i] for row, i in where],
+            [i for _, i in where],
+            [row for row, _ in where],
+            [i == len(prompts[row]) - 1 for row, i in where],
+        )
+        for step in range(n_new):
+            chosen = torch.from_numpy(logits).argmax(-1).tolist()
+            yield
+            if step < n_new - 1:
+                positions = [len(prompt) + step for prompt in prompts]
+                logits = self.model.forward(chosen, positions, list(rows), [True] * len(prompts))
 
 
-def serve(name: str, **options: Any) -> None:
+ENGINES: dict[str, type[Engine]] = {
+    "ours": Ours,
+    "reference": Reference,
+    "hf": HuggingFace,
+    "llamacpp": LlamaCpp,
+}
+
+
+def serve(name: str, folder: Path, options: Options) -> None:
     """Load an engine, report load time and memory growth, then answer requests."""
-    if options["device"] == "cuda":
+    if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # libraries that torch loads lazily, and the device's context
-    torch.mm(torch.ones(2, 2, device=options["device"]), torch.ones(2, 2, device=options["device"]))
+    one = torch.ones(1, 1, device=options.device)
+    torch.mm(one, one)
     before, start = _resident_bytes(), time.perf_counter()
-    engine = ENGINES[name](**options)
+    engine = ENGINES[name](folder, options)
     _answer(load_s=time.perf_counter() - start, rss_rise=_resident_bytes() - before)
     for request in _requests():
         if "paths" in request:
@@ -325,18 +342,15 @@ class Process:
         n_ranks: parts of the model, of which each process (or the only one) has one.
     """
 
-    def __init__(
-        self, name: str, folder: Path, *, n_ranks: int, n_processes: int = 1, **options: Any
-    ) -> None:
+    def __init__(self, name: str, folder: Path, options: Options, n_processes: int = 1) -> None:
         self.name = name
-        self.n_processes, self.n_ranks = n_processes, max(n_ranks, n_processes)
+        self.n_processes, self.n_ranks = n_processes, max(options.n_ranks, n_processes)
         module = ["-m", "benchmarks.engines"]
         if n_processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             module = [*launcher, str(n_processes), *module]
-        options["n_ranks"] = n_ranks
         self.process = subprocess.Popen(  # noqa: S603 - this file
-            [sys.executable, *module, name, json.dumps(options), str(folder)],
+            [sys.executable, *module, name, json.dumps(dataclasses.asdict(options)), str(folder)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -387,7 +401,7 @@ class Process:
 
 if __name__ == "__main__":
     try:
-        serve(sys.argv[1], folder=Path(sys.argv[3]), **json.loads(sys.argv[2]))
+        serve(sys.argv[1], Path(sys.argv[3]), Options(**json.loads(sys.argv[2])))
     except Exception as error:
         _answer(error=f"{type(error).__name__}: {error}")
         raise

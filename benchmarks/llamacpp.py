@@ -233,7 +233,7 @@ class Model:
             (ctypes.c_void_p * n)(*range(first, first + 4 * n, 4)),
             (ctypes.c_int8 * n)(*outputs),
         )
-        token, pos, n_seq_id, seq_id, logits = map(ctypes.addressof, arrays)
+        token, pos, n_seq_id, seq_id, logits = [ctypes.addressof(array) for array in arrays]
         batch = _Batch(n, token, None, pos, n_seq_id, seq_id, logits)
         status = self.lib.llama_decode(self.context, batch)
         if status != 0:

@@ -28,15 +28,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cost, report  # noqa: E402
-from benchmarks.engines import ENGINES, Process  # noqa: E402
+from benchmarks import cost, llamacpp, report  # noqa: E402
+from benchmarks.engines import ENGINES, Options, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of, largest_shape  # noqa: E402
 from llama import ModelArgs, memory, sampling  # noqa: E402
-from llama.accel.cpu import cpu_features  # noqa: E402
+from llama.accel.features import cpu_features  # noqa: E402
 from llama.checkpoint.folder import find_checkpoint  # noqa: E402
 from llama.checkpoint.reader import load  # noqa: E402
 from llama.device import default_dtype, resolve_device  # noqa: E402
+from llama.quantize import parse_quantize  # noqa: E402
 
 FIGURES = ("load", "prefill", "decode", "ragged", "sampling", "overhead")
 MORE_FIGURES = ("weights", "ranks")  # for GPUs
@@ -44,6 +45,8 @@ PREFILL_LENGTHS = (128, 512, 2048, 8192)
 DECODE_BATCHES = (1, 8, 32)
 DECODE_CONTEXTS = (128, 2048, 4096, 8192)
 RAGGED_LENGTHS, RAGGED_NEW = (16, 64, 256, 512), 16
+# llama.cpp's type of the same size, by ``quantize`` and else by dtype
+GGUF_TYPES = {"int8": "Q8_0", "int4": "Q4_0", "float32": "F32", "bfloat16": "BF16"}
 NEW = 32  # steps of a decoding sample; its figure is their median
 
 
@@ -53,6 +56,7 @@ def main(
     figures: str | tuple[str, ...] = FIGURES,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     compile: bool = False,
     repeats: int = 3,
     plot: bool = False,
@@ -67,11 +71,13 @@ def main(
     Args:
         shape: tiny, 1B, 3B, 8B or 70B-rank-of-8, or auto: the largest of 8B, 3B and 1B that fits
             with a peer. Random weights are written once.
-        vs: peers to interleave with this library: reference, hf.
+        vs: peers to interleave with this library: reference, hf, llamacpp.
         figures: load, prefill, decode, ragged, sampling, overhead; weights: loading without the
             rest of build; ranks: two ranks under torchrun.
         device: default cuda if available, else cpu.
         dtype: of the weights, by default that of ``Llama.build`` for the device.
+        quantize: build with int8 or int4; llama.cpp then has Q8_0 or Q4_0, the other peers don't
+            quantize.
         compile: build with compile=True.
         repeats: samples of each figure, and pairs of each comparison.
         plot: write the decoding rates as PNG files (needs matplotlib, the extra [bench]).
@@ -82,11 +88,14 @@ def main(
         prepare: only write the random weights, for the peers too.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the engines
-    if vs and shape in SHAPES and SHAPES[shape].n_ranks > 1:
-        raise SystemExit(f"--vs needs a whole model, not {shape}")
+    parse_quantize(quantize)
+    if (vs or quantize) and shape in SHAPES and SHAPES[shape].n_ranks > 1:
+        raise SystemExit(f"--vs and --quantize need a whole model, not {shape}")
     peers = _listed("vs", vs, tuple(name for name in ENGINES if name != "ours"))
     chosen = _listed("figures", figures, FIGURES + MORE_FIGURES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "llamacpp" in peers and device != "cpu":
+        raise SystemExit(f"--vs llamacpp is for --device cpu, not {device}")
     torch_device = resolve_device(device)
     dtype = dtype or str(default_dtype(torch_device)).removeprefix("torch.")
     choice = None
@@ -97,13 +106,14 @@ def main(
         print(f"shape: {choice}", flush=True)
     if prepare:
         folder = checkpoint_of(shape, Path(models), device)
-        if "hf" in peers:
-            _huggingface_folder(folder)
+        for peer in peers:
+            _files_for(peer, folder, GGUF_TYPES.get(quantize or dtype))
         return
     bench = Benchmark(
         shape,
         device,
         dtype,
+        quantize,
         compile,
         repeats,
         Path(models),
@@ -137,6 +147,7 @@ class Benchmark:
         shape: str,
         device: str,
         dtype: str,
+        quantize: str | None,
         compile: bool,
         repeats: int,
         models: Path,
@@ -146,7 +157,7 @@ class Benchmark:
         tests: str | None,
         choice: str | None,
     ) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.quantize = shape, device, dtype, quantize
         self.compile, self.repeats, self.models = compile, repeats, models
         self.limit, self.tests, self.choice = limit, tests, choice
         self.folder = checkpoint_of(shape, models, device)
@@ -158,7 +169,7 @@ class Benchmark:
         self.failed: list[str] = []
         results.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-        self.path = results / f"{shape}-{device}-{dtype}-{now}"
+        self.path = results / f"{shape}-{device}-{quantize or dtype}-{now}"
         self._record("configuration", **self._configuration())
 
     def attempt(self, name: str, measure: Callable[[], None]) -> None:
@@ -176,7 +187,10 @@ class Benchmark:
 
     def load(self) -> None:
         """Seconds until ``build`` returns, and growth of the peak resident memory."""
-        weights = sum(file.stat().st_size for file in self.folder.glob("*.pth"))
+        weights = (
+            self.size * self.args.vocab_size * self.args.dim / self.n_ranks
+            + cost.weight_bytes(self.args, self.n_ranks, self.size, self.quantize)
+        )
         seconds, rises = [], []
         for _ in range(self.repeats):
             with self._engine("ours", 512, 1) as engine:
@@ -272,7 +286,7 @@ class Benchmark:
 
     def compare(self, peer: str) -> None:
         """Ours and a peer, interleaved: the ratio of every pair."""
-        folder = _huggingface_folder(self.folder) if peer == "hf" else self.folder
+        folder = _files_for(peer, self.folder, GGUF_TYPES.get(self.quantize or self.dtype))
         with (
             self._engine("ours", 1024, 8) as ours,
             self._engine(peer, 1024, 8, folder=folder) as theirs,
@@ -335,7 +349,9 @@ class Benchmark:
             seconds = self._decode_sample(engine, batch, context)
             bandwidth = (before + self.machine.bandwidth()) / 2
             rates.append(batch / seconds)
-            read = cost.step_bytes(self.args, engine.n_ranks, self.size, batch, context + NEW // 2)
+            read = cost.step_bytes(
+                self.args, engine.n_ranks, self.size, batch, context + NEW // 2, self.quantize
+            )
             limits.append(batch * bandwidth / read)
         fractions = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
         self._record(
@@ -379,17 +395,16 @@ class Benchmark:
         folder: Path | None = None,
         n_processes: int = 1,
     ) -> Iterator[Process]:
-        engine = Process(
-            name,
-            folder or self.folder,
+        options = Options(
             n_ranks=self.n_ranks,
-            n_processes=n_processes,
             device=self.device,
             dtype=self.dtype,
             max_seq_len=max_seq_len,
             max_batch=max_batch,
             compile=self.compile,
+            quantize=self.quantize,
         )
+        engine = Process(name, folder or self.folder, options, n_processes)
         try:
             yield engine
         except BaseException:
@@ -413,6 +428,7 @@ class Benchmark:
             "choice of the shape": self.choice,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else self.device,
             "dtype": self.dtype,
+            "quantize": self.quantize,
             "compile": self.compile,
             "repeats": self.repeats,
             "machine": platform.machine(),
@@ -422,6 +438,7 @@ class Benchmark:
             "python": platform.python_version(),
             "torch": torch.__version__,
             **{name: _version(name) for name in ("transformers", "llama-models")},
+            "llama.cpp": llamacpp.description(),
             **(_gpu() if self.device == "cuda" else {}),
             "tests": "".join(Path(self.tests).read_text().splitlines()[-1:])
             if self.tests
@@ -510,7 +527,19 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _huggingface_folder(native: Path) -> Path:
+def _files_for(peer: str, native: Path, gguf_type: str | None) -> Path:
+    """The checkpoint in a peer's format; written if it doesn't exist yet."""
+    if peer == "reference":
+        return native
+    if peer == "llamacpp":
+        if gguf_type is None:
+            raise ValueError(f"llama.cpp has no type for this dtype: {', '.join(GGUF_TYPES)}")
+        from benchmarks.gguf_files import write_gguf
+
+        file = native.with_name(f"{native.name}-{gguf_type}.gguf")
+        if not file.exists():
+            write_gguf(native, file, gguf_type)
+        return file
     folder = native.with_name(native.name + "-hf")
     if not folder.exists():
         command = [sys.executable, "-m", "llama", "convert", native, folder, "--format", "hf"]
