@@ -33,7 +33,7 @@ from benchmarks.engines import ENGINES, Process  # noqa: E402
 from benchmarks.probes import Machine  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of, largest_shape  # noqa: E402
 from llama import ModelArgs, memory, sampling  # noqa: E402
-from llama.accel.cpu import cpu_features  # noqa: E402
+from llama.accel.features import cpu_features  # noqa: E402
 from llama.checkpoint.folder import find_checkpoint  # noqa: E402
 from llama.checkpoint.reader import load  # noqa: E402
 from llama.device import default_dtype, resolve_device  # noqa: E402

@@ -15,7 +15,6 @@ from conftest import DEMO, PARAMS, PROGRAMS, run, write_checkpoint
 from torch import Tensor
 
 from llama import Llama
-from llama.accel.cpu import packs_weights
 from llama.checkpoint import reader
 
 
@@ -331,12 +330,8 @@ def test_build_takes_little_more_memory_than_the_weights(
     ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
     print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")
     assert n_bytes > 1e9
-    if packs_weights(torch.device("cpu"), getattr(torch, dtype)):  # reads them, and keeps a copy
-        assert ratio <= 2.15
-        assert touched <= 2.15
-    else:
-        assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # the stored dtype: mapped, not read
-        assert touched <= 1.15
+    assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # the stored dtype: mapped, not read
+    assert touched <= 1.15
 
 
 # --- The demo's own folder ----------------------------------------------------------------------

@@ -17,8 +17,8 @@ import dataclasses
 
 import torch
 
-from llama.accel.compile import compiled_decode
 from llama.accel import kernels
+from llama.accel.compile import compiled_decode
 from llama.accel.cpu import (
     activation_dtype,
     choose_linear,

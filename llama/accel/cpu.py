@@ -98,7 +98,9 @@ def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | No
     if dtype == torch.bfloat16 and "amx_bf16" in features.cpu_features():
         return "weight on the left", None
     instructions = kernels.instruction_set()
-    return (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
+    return (
+        (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
+    )
 
 
 def choose_linear(model: Transformer) -> None:

@@ -70,7 +70,7 @@ def _library() -> ctypes.CDLL | str:
 
 @functools.cache
 def _choose() -> tuple[str | None, str | None]:
-    """The instruction set, or None and why the kernels can't be used. LLAMA_KERNELS is read once."""
+    """The instruction set, or None and why the kernels can't be used."""
     wanted = os.environ.get(_VARIABLE, "")
     if wanted not in ("", "none", *INSTRUCTION_SETS):
         raise ValueError(
