@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.accel import features, kernels
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.distributed.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from llama.hooks import is_unmodified
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, swiglu
 from llama.quantize import QuantizedLinear
@@ -130,8 +134,10 @@ def use_float32_activations(model: Transformer) -> None:
     """Compute in float32, with keys and values cached in the weights' dtype."""
     dtype = model.dtype
     for module in model.modules():
-        if isinstance(module, RMSNorm):  # everything else follows from their dtype
+        if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
+        elif isinstance(module, VocabParallelEmbedding):
+            module.out_dtype = torch.float32
         elif isinstance(module, Attention):
             module.cache.dtype = dtype
             if kernels.can_attend(module.head_dim):
