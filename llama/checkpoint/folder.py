@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.checkpoint import huggingface, lora
+from llama.checkpoint.quantization_config import Quantization
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, ModelArgs
 from llama.files import listed, read_json
 
@@ -35,6 +36,7 @@ class Checkpoint:
         context: longest context the model was trained for, in tokens; None if not known.
         stop_tokens: ids that end a generation, in addition to the tokenizer's own.
         tied: the embedding is also the output layer.
+        quantization: how linear layers are stored in 8 or 4 bits; None if they aren't.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Checkpoint:
     context: int | None
     stop_tokens: set[int]
     tied: bool = False
+    quantization: Quantization | None = None
 
     @property
     def n_shards(self) -> int:
@@ -138,7 +141,16 @@ def find_checkpoint(folder: str) -> Checkpoint:
     if files := huggingface.weight_files(path):
         config = huggingface.read_config(path / "config.json")
         stops = huggingface.stop_tokens(path)
-        return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
+        return Checkpoint(
+            path,
+            "hf",
+            files,
+            config.params,
+            config.context,
+            stops,
+            config.tied,
+            config.quantization,
+        )
     if adapter := lora.describe(path):
         raise ValueError(
             f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and a LoRA "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.config import ModelArgs
+from llama.quantize import GROUP, Bits
 
 
 class ShardSpec(NamedTuple):
@@ -128,3 +129,25 @@ def n_bytes(spec: ShardSpec, n_ranks: int, dtype: torch.dtype) -> int:
     for a, b in local_slices(spec, n_ranks, 0):
         size *= b - a
     return size
+
+
+def is_linear(key: str, spec: ShardSpec) -> bool:
+    """Whether a tensor is the weight of a linear layer."""
+    return len(spec.sizes) == 2 and not key.startswith("tok_embeddings")
+
+
+def quantized_bits(key: str, spec: ShardSpec, quantize: Bits | None) -> Bits | None:
+    """The bits of a tensor that ``quantize`` quantizes; None for others.
+
+    Embedding and norms are small or read row by row. The output layer has 8 bits in both modes.
+    """
+    if quantize is None or not is_linear(key, spec):
+        return None
+    return 8 if key == "output.weight" else quantize
+
+
+def quantized_bytes(spec: ShardSpec, n_ranks: int, bits: Bits) -> int:
+    """Bytes of a rank's part of a weight in ``bits``, with a scale of 2 bytes per group."""
+    (row, end_row), (column, end_column) = local_slices(spec, n_ranks, 0)
+    n_groups = -(-(end_column - column) // GROUP)
+    return (end_row - row) * n_groups * (GROUP * bits // 8 + 2)
