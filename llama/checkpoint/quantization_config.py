@@ -107,6 +107,28 @@ def parse_quantization(found: Any, path: Path, n_layers: int) -> Quantization | 
     )
 
 
+def quantization_config(bits: Mapping[str, Bits]) -> dict[str, Any]:
+    """The quantization_config of a folder with these bits of its linear layers, by native key.
+
+    An output layer with other bits is a group of its own.
+    """
+
+    def group(targets: list[str], n: Bits) -> dict[str, Any]:
+        weights = {"num_bits": n, "type": "int", "symmetric": True, "strategy": "group"}
+        return {"targets": targets, "weights": weights | {"group_size": GROUP, "dynamic": False}}
+
+    groups = {"group_0": group(["Linear"], min(bits.values()))}
+    if bits["output.weight"] != min(bits.values()):
+        groups["group_1"] = group(["lm_head"], bits["output.weight"])
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [],
+    }
+
+
 class _Parser(NamedTuple):
     path: Path
     n_layers: int
@@ -171,8 +193,9 @@ class _Parser(NamedTuple):
         self._check("awq", given, allowed, {"group_size", "format"})
         size = found.get("group_size", 128)
         group = None if size == -1 else self._group_size(size)
-        # which layers are quantized shows in the file
-        return Quantization("awq", {"Linear": Scheme(4, group, symmetric=False)}, ())
+        # layers that aren't quantized, modules_to_not_convert, are recognized by their tensors
+        schemes = {"Linear": Scheme(4, group, symmetric=False)}
+        return Quantization("awq", schemes, ignore=("lm_head",))
 
     def _group_size(self, size: Any) -> int:
         if type(size) is not int or not 0 < size < _LARGEST_GROUP or size % GROUP:

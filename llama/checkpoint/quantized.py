@@ -6,7 +6,7 @@ checked before any is read.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -235,6 +235,25 @@ def read_part(
     return weight
 
 
+def check_groups(specs: Mapping[str, ShardSpec], keys: Iterable[str]) -> None:
+    """Raise ValueError if a tensor has a part of a group, which compressed-tensors can't store."""
+    for key in keys:
+        if specs[key].sizes[1] % GROUP:
+            raise ValueError(
+                f"{key} has {specs[key].sizes[1]} columns, and can't be stored in groups of "
+                f"{GROUP}: give quantize to build instead"
+            )
+
+
+def stored_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of compressed-tensors' format for a symmetric weight, by their names."""
+    return {
+        f"{name}_packed": weight.packed,
+        f"{name}_scale": weight.scale,
+        f"{name}_shape": torch.tensor(weight.shape),
+    }
+
+
 def check_quantize(ckpt: Checkpoint, quantize: Bits | None, adapter: object = None) -> None:
     """Raise ValueError if a folder is quantized, and would have to be quantized otherwise or to
     take an adapter."""
@@ -254,15 +273,8 @@ def check_quantize(ckpt: Checkpoint, quantize: Bits | None, adapter: object = No
         )
 
 
-def check_cuts(
-    ckpt: Checkpoint, specs: Sequence[ShardSpec], n_ranks: int, sizes: Sequence[int]
-) -> None:
-    """Raise ValueError if the cuts of ``n_ranks`` would split a group of a quantized tensor.
-
-    Args:
-        specs: of the quantized tensors.
-        sizes: the numbers of ranks that the model can be split over.
-    """
+def valid_cuts(specs: Sequence[ShardSpec], sizes: Iterable[int]) -> list[int]:
+    """Those of some numbers of ranks whose cuts don't split groups of these quantized tensors."""
 
     def is_valid(n_ranks: int) -> bool:
         return all(
@@ -272,9 +284,4 @@ def check_cuts(
             for column in local_slices(spec, n_ranks, rank)[1]
         )
 
-    if not is_valid(n_ranks):
-        valid = listed(n for n in sizes if is_valid(n))
-        raise ValueError(
-            f"{str(ckpt.folder)!r} is quantized ({ckpt.quantization}), and {n_ranks} ranks would "
-            f"split groups of {GROUP} columns: start {valid} rank(s)"
-        )
+    return list(filter(is_valid, sizes))

@@ -19,10 +19,10 @@ from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
 from llama.checkpoint.lora import LowRank, read_adapter
 from llama.checkpoint.quantized import (
     StoredWeight,
-    check_cuts,
     check_quantize,
     gather_quantized,
     read_part,
+    valid_cuts,
 )
 from llama.checkpoint.sharding import (
     ShardSpec,
@@ -38,7 +38,7 @@ from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
 from llama.files import expanded, listed
 from llama.pages import release_pages, will_read_in_order
-from llama.quantize import Bits, QuantizedWeight
+from llama.quantize import GROUP, Bits, QuantizedWeight
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
@@ -120,6 +120,12 @@ class Weights:
         """The quantized tensors, checked. Only Hugging Face folders, of one shard, have some."""
         self.shard(0)
         return self._quantized
+
+    @property
+    def valid_tp_sizes(self) -> list[int]:
+        """The numbers of ranks that the tensors can be split over."""
+        specs = [self.specs[key] for key in self.quantized]
+        return valid_cuts(specs, self.args.valid_tp_sizes)
 
     def check_same_model(self) -> None:
         """Raise ValueError if the norms of two opened shards differ: they belong to different
@@ -363,8 +369,12 @@ def load(
     check_quantize(ckpt, quantize, adapter)
     updates = None if adapter is None else read_adapter(expanded(adapter), args)
     weights = Weights(ckpt, args, updates)
-    quantized_specs = [weights.specs[key] for key in weights.quantized]
-    check_cuts(ckpt, quantized_specs, n_ranks, args.valid_tp_sizes)
+    if weights.quantized and n_ranks not in weights.valid_tp_sizes:
+        raise ValueError(
+            f"{str(ckpt.folder)!r} is quantized ({ckpt.quantization}), and {n_ranks} ranks would "
+            f"split groups of {GROUP} columns (possible: {listed(weights.valid_tp_sizes)})"
+        )
+    bits = quantized_bits(weights.specs, quantize)
     loaded: dict[str, Tensor | QuantizedWeight] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data
     with tqdm(
@@ -378,8 +388,8 @@ def load(
         for key, spec in weights.specs.items():
             if key in weights.quantized:
                 loaded[key] = weights.read_quantized(key, n_ranks, rank, device)
-            elif bits := quantized_bits(key, spec, quantize):
-                loaded[key] = weights.quantize(key, n_ranks, rank, bits, device)
+            elif key in bits:
+                loaded[key] = weights.quantize(key, n_ranks, rank, bits[key], device)
             elif (twin := same.setdefault(weights.place(key, n_ranks, rank), key)) == key:
                 loaded[key] = weights.read(key, n_ranks, rank, dtype, device)
             else:

@@ -4,6 +4,7 @@ A file's shard and a rank's part are both slices of the full tensor; a rank copi
 its own slices with each shard's.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -136,14 +137,13 @@ def is_linear(key: str, spec: ShardSpec) -> bool:
     return len(spec.sizes) == 2 and not key.startswith("tok_embeddings")
 
 
-def quantized_bits(key: str, spec: ShardSpec, quantize: Bits | None) -> Bits | None:
-    """The bits of a tensor that ``quantize`` quantizes; None for others.
-
-    Embedding and norms are small or read row by row. The output layer has 8 bits in both modes.
-    """
-    if quantize is None or not is_linear(key, spec):
-        return None
-    return 8 if key == "output.weight" else quantize
+def quantized_bits(specs: Mapping[str, ShardSpec], quantize: Bits | None) -> dict[str, Bits]:
+    """The bits of the tensors that ``quantize`` quantizes: the weights of all linear layers, with
+    8 for the output layer's in both modes."""
+    if quantize is None:
+        return {}
+    linear = (key for key, spec in specs.items() if is_linear(key, spec))
+    return {key: 8 if key == "output.weight" else quantize for key in linear}
 
 
 def quantized_bytes(spec: ShardSpec, n_ranks: int, bits: Bits) -> int:
