@@ -14,6 +14,8 @@ of ``projection`` are checked on the device (``selfcheck``); if that fails, the 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,13 +31,15 @@ from llama.accel.cpu import (
 from llama.accel.cuda import CudaCapture, GraphedStep, flash_attention, why_not_flash
 from llama.accel.projection import JOINT, check_rotation, join_projections
 from llama.accel.selfcheck import agree, check_attention, warn
+from llama.accel.tinygemm import use_tinygemm
 from llama.accel.ways import Ways, why_off
 from llama.config import ModelArgs
 from llama.distributed import collectives
 from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
+from llama.quantize import QuantizedLinear, QuantizedWeight
 
-__all__ = ["Ways", "accelerate", "choose", "ways", "why_off"]
+__all__ = ["Ways", "accelerate", "choose", "quantized_form", "ways", "why_off"]
 
 
 def choose(
@@ -68,6 +72,12 @@ def choose(
     else:
         chosen.reasons["attention"] = reason
     return chosen, fault
+
+
+def quantized_form(device: torch.device, off: str | None) -> Callable[[QuantizedWeight], Any]:
+    """The form in which a quantized linear layer keeps its weight."""
+    is_tiled = device.type == "cpu" and off is None and kernels.instruction_set() is not None
+    return kernels.TiledLinear if is_tiled else QuantizedLinear
 
 
 def accelerate(model: Transformer, *, compile: bool = False, off: str | None = None) -> None:
@@ -106,6 +116,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
                 layer.attend = flash_attention
     if chosen.linear == JOINT:
         join_projections(model)
+    if device.type != "cpu" and (reason := use_tinygemm(model)):
+        chosen.reasons["linear"] = reason
     chosen.decode = "eager"
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]

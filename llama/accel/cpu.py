@@ -16,7 +16,6 @@ from llama.distributed.layers import (
 )
 from llama.hooks import is_unmodified
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, swiglu
-from llama.quantize import QuantizedLinear
 
 # oneDNN reorders the right-hand matrix of a matmul in every call, and F.linear passes the weight
 # there: a third of a decoding step's time.
@@ -114,10 +113,9 @@ def choose_linear(model: Transformer) -> None:
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
-        if isinstance(layer.linear, QuantizedLinear):
-            if kernels.instruction_set() is not None:
-                layer.linear = kernels.TiledLinear(layer.linear.quantized)
-        elif form.startswith(_KERNELS):
+        if layer.weight is None:  # quantized, see ``quantized_form``
+            continue
+        if form.startswith(_KERNELS):
             layer.linear = kernels.linear
         elif dtype != torch.float32:
             is_small = layer.weight.nbytes < _MIN_WEIGHT_BYTES or form == "F.linear"

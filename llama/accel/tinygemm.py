@@ -20,7 +20,7 @@ class TinyGemmLinear:
     """``QuantizedLinear`` on a copy of a 4-bit weight in the kernel's order."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        self.shape = weight.shape
+        self.bits, self.shape = weight.bits, weight.shape
         # two integers per byte: the files have the first in the lower half, the kernel in the upper
         pairs = weight.packed.contiguous().view(torch.uint8)
         swapped = pairs << 4 | pairs >> 4
@@ -35,7 +35,9 @@ class TinyGemmLinear:
         return y.view(*x.shape[:-1], self.shape[0])
 
 
-def why_not_tinygemm(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not_tinygemm(
+    weight: QuantizedWeight, dtype: torch.dtype, device: torch.device
+) -> str | None:
     """Why the kernel can't be used for a weight, or None. Tries it on random activations."""
     n, k = weight.shape
     if weight.bits != 4:
