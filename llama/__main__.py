@@ -102,8 +102,10 @@ def info(
         tied=ckpt.tied,
         bits=ckpt.quantized_bits(args, bits),
     )
-    off = accel.why_off(True)
-    ways = accel.Ways.plain(off) if off else accel.choose(args, n_ranks, torch_dtype, device)[0]
+    off, least = accel.why_off(True), min(plan.bits.values(), default=None)
+    ways = (
+        accel.Ways.plain(off) if off else accel.choose(args, n_ranks, torch_dtype, device, least)[0]
+    )
     rows = {
         "folder": f"{ckpt_dir} ({'Meta' if ckpt.layout == 'native' else 'Hugging Face'} layout)",
         "family": _family(args),

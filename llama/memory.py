@@ -7,10 +7,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from llama.accel import is_quantized
 from llama.accel.cpu import activation_dtype
 from llama.accel.cuda import why_not_flash
 from llama.checkpoint.sharding import n_bytes, quantized_bytes, shard_specs
@@ -133,8 +134,8 @@ def plan(
 def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
     """The plan of an existing model."""
     output, embedding = model.output.weight, model.tok_embeddings.weight
-    linears = ((name, getattr(layer, "linear", None)) for name, layer in model.named_modules())
-    bits: dict[str, Bits] = {f"{name}.weight": x.bits for name, x in linears if hasattr(x, "bits")}
+    modules: dict[str, Any] = dict(model.named_modules())
+    bits = {f"{name}.weight": x.linear.bits for name, x in modules.items() if is_quantized(x)}
     return plan(
         model.params,
         model.groups.size,
