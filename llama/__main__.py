@@ -228,6 +228,7 @@ def complete(
     device: str | None = None,
     seed: int = 1,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Continue a text and show it as it is generated.
 
@@ -243,6 +244,7 @@ def complete(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
+        quantize: int8 or int4: hold the linear layers in that; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,
@@ -253,6 +255,7 @@ def complete(
         dtype=dtype,
         device=device,
         adapter=adapter,
+        quantize=quantize,
     )
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
     _show(prompt)
@@ -273,6 +276,7 @@ def chat(
     device: str | None = None,
     seed: int = 1,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Answer a message and show the answer as it is generated.
 
@@ -289,6 +293,7 @@ def chat(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
+        quantize: int8 or int4: hold the linear layers in that; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,
@@ -299,6 +304,7 @@ def chat(
         dtype=dtype,
         device=device,
         adapter=adapter,
+        quantize=quantize,
     )
     dialog: list[Message] = [{"role": "user", "content": prompt}]
     if system is not None:
