@@ -698,14 +698,6 @@ def test_weights_are_quantized_after_the_cut(
                     assert torch.equal(tensor, part.bfloat16())
 
 
-def test_a_rank_opens_only_its_own_shard(plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(plain / "4", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "consolidated.00.pth").write_bytes(b"")
-    assert load(tmp_path, 4, 3, quantize=4).keys() == SPECS.keys()
-    with pytest.raises(ValueError, match=r"consolidated\.00\.pth"):
-        load(tmp_path, 4, 0, quantize=4)
-
-
 def test_a_tied_embedding_stays_as_it_is(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain / "hf", tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
