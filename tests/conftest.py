@@ -6,8 +6,8 @@ Reading order of the tests:
    (against the oracle, the published code and Hugging Face), test_sampling
 2. test_generation, test_engine, test_options, test_patches: the public calls and the engine
 3. test_tokenizer, test_llama2, test_families: text, chat formats, every family
-4. test_checkpoint, test_huggingface, test_hub, test_reshard, test_convert, test_lora, test_memory,
-   test_device_copy: files and memory
+4. test_checkpoint, test_huggingface, test_hub, test_reshard, test_convert, test_lora,
+   test_quantized_folders, test_memory, test_device_copy: files and memory
 5. test_distributed, test_faults, test_state, test_hostile: ranks, failures, threads, attacks
 6. test_fast, test_steps, test_gpu, test_gpu_loading, test_mps, test_benchmarks: accelerated forms,
    their kernels and synchronizations, and their measurement

@@ -43,8 +43,8 @@ class Scheme(NamedTuple):
     symmetric: bool
 
     def __str__(self) -> str:
-        groups = "one scale per row" if self.group is None else f"groups of {self.group}"
-        return f"int{self.bits}, {groups}"
+        groups = "with a scale per row" if self.group is None else f"in groups of {self.group}"
+        return f"int{self.bits} {groups}"
 
 
 @dataclasses.dataclass(frozen=True)

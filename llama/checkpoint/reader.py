@@ -118,7 +118,8 @@ class Weights:
     @property
     def quantized(self) -> dict[str, StoredWeight]:
         """The quantized tensors, checked. Only Hugging Face folders, of one shard, have some."""
-        self.shard(0)
+        if self.ckpt.quantization is not None:
+            self.shard(0)
         return self._quantized
 
     @property
