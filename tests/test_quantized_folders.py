@@ -24,12 +24,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama import ModelArgs, memory
 from llama.__main__ import convert_folder
+from llama.accel.kernels import quantize
 from llama.checkpoint import huggingface, quantized, reader
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.quantization_config import Scheme, parse_quantization
 from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import local_slices, narrow, quantized_bits, shard_specs
-from llama.quantize import Bits, QuantizedWeight, quantize
+from llama.quantize import Bits, QuantizedWeight
 
 CPU = torch.device("cpu")
 ARGS = ModelArgs(**PARAMS)
