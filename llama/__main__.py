@@ -11,12 +11,14 @@ from llama.chat import Message
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
+from llama.checkpoint.quantized import check_quantize
 from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
 from llama.files import escaped, expanded
 from llama.generation import Llama
+from llama.quantize import parse_quantize
 from llama.request import TokenEvent
 from llama.tokenizer import Tokenizer
 
@@ -61,6 +63,7 @@ def info(
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
+    quantize: str | None = None,
 ) -> None:
     """Show the model in a folder and the memory it needs, without reading the weights.
 
@@ -71,23 +74,38 @@ def info(
         max_seq_len: maximum length of prompt plus generation, in tokens; default 512.
         max_batch_size: maximum number of sequences in a batch.
         dtype: bfloat16, float16 or float32.
+        quantize: int8 or int4, to plan for quantized weights.
     """
+    bits = parse_quantize(quantize)
     ckpt, tokenizer, args = _opened(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
     n_ranks = ckpt.n_shards if mp is None else mp
     args.check_tp_size(n_ranks)
+    check_quantize(ckpt, bits)
     weights = Weights(ckpt, args)
     faults = [fault for i in range(ckpt.n_shards) for fault in weights.faults(i)]
     numbers = sum(n_bytes(spec, 1, torch.uint8) for spec in shard_specs(args).values())
     if ckpt.tied:
         numbers -= args.vocab_size * args.dim
-    stored = "?"
+    stored, valid = "?", args.valid_tp_sizes
     if not faults:
+        valid = weights.valid_tp_sizes
         dtypes = {t.dtype for i in range(ckpt.n_shards) for t in weights.shard(i).values()}
         stored = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        if weights.quantized:
+            stored = f"{ckpt.quantization}; {stored}"
     device, torch_dtype = resolve_device(None), parse_dtype(dtype)
-    plan = memory.plan(args, n_ranks, torch_dtype, device, tied=ckpt.tied)
-    off = accel.why_off(True)
-    ways = accel.Ways.plain(off) if off else accel.choose(args, n_ranks, torch_dtype, device)[0]
+    plan = memory.plan(
+        args,
+        n_ranks,
+        torch_dtype,
+        device,
+        tied=ckpt.tied,
+        bits=ckpt.quantized_bits(args, bits),
+    )
+    off, least = accel.why_off(True), min(plan.bits.values(), default=None)
+    ways = (
+        accel.Ways.plain(off) if off else accel.choose(args, n_ranks, torch_dtype, device, least)[0]
+    )
     rows = {
         "folder": f"{ckpt_dir} ({'Meta' if ckpt.layout == 'native' else 'Hugging Face'} layout)",
         "family": _family(args),
@@ -98,7 +116,7 @@ def info(
         "stored as": stored,
         "context": f"{ckpt.context or 'unknown'} tokens",
         "tokenizer": f"{type(tokenizer).__name__}, {tokenizer.n_words} tokens",
-        "runs on": f"{', '.join(map(str, args.valid_tp_sizes))} ranks",
+        "runs on": f"{', '.join(map(str, valid))} ranks",
         "memory": str(plan),
         "kernels": f"on {device.type}: {ways}",
     }
@@ -134,6 +152,7 @@ def convert_folder(
     mp: int | None = None,
     format: Literal["native", "hf"] = "native",
     dtype: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     tokenizer_path: str | None = None,
     adapter: str | None = None,
@@ -146,12 +165,16 @@ def convert_folder(
         mp: number of shards in a native folder; default 1.
         format: native (Meta's) or hf (Hugging Face's).
         dtype: bfloat16, float16 or float32; default: as stored.
+        quantize: int8 or int4: quantize the linear layers; needs the format hf.
         force: replace dst if it exists.
         tokenizer_path: tokenizer file; default: the one in src.
         adapter: folder of a LoRA adapter to merge into the weights.
     """
     if format not in ("native", "hf"):
         raise ValueError(f"format is {format!r}, expected 'native' or 'hf'")
+    bits = parse_quantize(quantize)
+    if bits is not None and format != "hf":
+        raise ValueError("Meta's layout has no quantized weights: give --format hf")
     if format == "hf" and mp is not None:
         raise ValueError("Hugging Face's layout isn't split for ranks: leave --mp out")
     ckpt, tokenizer, args = _opened(src, tokenizer_path)
@@ -162,6 +185,7 @@ def convert_folder(
         layout=format,
         n_shards=1 if mp is None else mp,
         dtype=None if dtype is None else parse_dtype(dtype),
+        quantize=bits,
         tokenizer=tokenizer,
         tokenizer_path=expanded(tokenizer_path or ckpt.tokenizer_path),
         force=force,
@@ -204,6 +228,7 @@ def complete(
     device: str | None = None,
     seed: int = 1,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Continue a text and show it as it is generated.
 
@@ -219,6 +244,7 @@ def complete(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
+        quantize: int8 or int4: hold the linear layers in that; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,
@@ -229,6 +255,7 @@ def complete(
         dtype=dtype,
         device=device,
         adapter=adapter,
+        quantize=quantize,
     )
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
     _show(prompt)
@@ -249,6 +276,7 @@ def chat(
     device: str | None = None,
     seed: int = 1,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Answer a message and show the answer as it is generated.
 
@@ -265,6 +293,7 @@ def chat(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
+        quantize: int8 or int4: hold the linear layers in that; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,
@@ -275,6 +304,7 @@ def chat(
         dtype=dtype,
         device=device,
         adapter=adapter,
+        quantize=quantize,
     )
     dialog: list[Message] = [{"role": "user", "content": prompt}]
     if system is not None:

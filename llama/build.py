@@ -5,9 +5,11 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llama import accel, memory
 from llama.accel.cpu import activation_dtype
@@ -19,6 +21,7 @@ from llama.distributed import collectives, groups
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.distributed.watchdog import MIN_TIMEOUT
 from llama.model import Transformer
+from llama.quantize import parse_quantize
 from llama.tokenizer import AnyTokenizer, Tokenizer
 
 
@@ -38,6 +41,7 @@ def build_model(
     rank_timeout: float,
     max_prefill_tokens: int,
     adapter: str | None,
+    quantize: str | None,
 ) -> tuple[Transformer, AnyTokenizer]:
     """The model and the tokenizer; see ``Llama.build`` for arguments and errors."""
     start = time.time()
@@ -48,6 +52,7 @@ def build_model(
             f"rank_timeout is {rank_timeout}, expected at least {MIN_TIMEOUT:g} seconds: with "
             "less, healthy ranks on a busy machine would count as lost"
         )
+    bits = parse_quantize(quantize)
     off = accel.why_off(accelerate)
     if compile and not accelerate:
         raise ValueError("compile is True, but accelerate is False: leave one of them out")
@@ -78,6 +83,7 @@ def build_model(
             torch_device,
             tied=ckpt.tied,
             max_prefill_tokens=max_prefill_tokens,
+            bits=ckpt.quantized_bits(args, bits),
         )
         memory.check(plan, memory.free_bytes(torch_device, groups.n_local_processes()))
         with torch.device("meta"):
@@ -85,7 +91,7 @@ def build_model(
     settings = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
     settings |= {"max_prefill_tokens": max_prefill_tokens, "adapter": adapter}
     settings |= {"accelerate": off is None}
-    settings |= {"activations": activation_dtype(torch_device, torch_dtype)}
+    settings |= {"quantize": bits, "activations": activation_dtype(torch_device, torch_dtype)}
     check_same_on_all_ranks("Llama.build", dataclasses.asdict(args) | settings, collectives.world)
     with raise_on_all_ranks(), memory.explain_oom(lambda: plan):
         tensors = load(
@@ -97,14 +103,24 @@ def build_model(
             device=torch_device,
             progress=is_first_process,
             adapter=adapter,
+            quantize=bits,
+            form=accel.quantized_form(torch_device, off),
         )
-        model.load_state_dict(tensors, assign=True)
+        _assign(model, tensors)
         del tensors  # accelerate replaces some
     with memory.explain_oom(lambda: plan):
         accel.accelerate(model, compile=compile, off=off)
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")
     return model, tokenizer
+
+
+def _assign(model: Transformer, tensors: dict[str, Any]) -> None:
+    """Make ``tensors`` the model's weights. The matmul of a quantized layer owns its weight."""
+    for key in [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
+        layer: Any = model.get_submodule(key.removesuffix(".weight"))
+        layer.weight, layer.linear = None, tensors.pop(key)
+    model.load_state_dict(tensors, assign=True)
 
 
 def _local_folder(ckpt_dir: str) -> str:

@@ -239,9 +239,7 @@ class CacheLock:
         return CacheLock, ()
 
 
-def _zeros(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Not torch.empty: masked positions are multiplied by
     0, and 0 * NaN is NaN. On the CPU the pages are mapped but take no memory until written;
     MAP_PRIVATE gives a forked process its own copy. On CUDA the memory order is [slot, position,

@@ -182,7 +182,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device or the kernels for the CPU support it, else the device's fast dtype."""
+    """bfloat16 if the device or the C kernels support it, else the device's fast dtype."""
     if device.type == "cuda":
         with torch.cuda.device(device):  # it looks at the current one
             native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -16,6 +17,8 @@ LARGEST_INDEX = 2**23  # 405B's safetensors index has 0.1 MB
 _MOST_VALUES = 2**22
 # A pickle of protocol 2 of the number that torch.save's former format starts with.
 _FORMER_TORCH = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+# Of matching a file's regular expressions; seconds.
+MOST_STEPS = 10**7
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -149,3 +152,19 @@ def listed(names: Iterable[object]) -> str:
 def escaped(text: str) -> str:
     """The text with control characters escaped, other than newline and tab."""
     return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
+
+
+def n_steps(pattern: str) -> float:
+    """Most steps of matching a regular expression with a name, which backtracks: every alternative
+    of every group, from each of some 50 characters for every repetition. Infinite if it is invalid
+    or has repeated groups, whose steps grow exponentially."""
+    plain = pattern.replace("(?:", "(")
+    if len(pattern) > 200 or re.search(r"\)[*+?{]|\(\?", plain):
+        return math.inf
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return math.inf
+    n_branches, n_groups = 1 + plain.count("|"), plain.count("(")
+    n_repeats = sum(map(plain.count, "*+?{"))
+    return float(n_branches) ** max(1, n_groups) * 50.0**n_repeats

@@ -60,6 +60,7 @@ class Llama:
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
         adapter: str | None = None,
+        quantize: str | None = None,
     ) -> "Llama":
         """Load a folder in Meta's or Hugging Face's layout: any text-only Llama model, 2 to 3.3.
 
@@ -70,25 +71,23 @@ class Llama:
             tokenizer_path: tokenizer file; default: in ``ckpt_dir`` or its parent (Llama 2).
             max_seq_len: maximum length of prompt plus generation, in tokens.
             max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
-            model_parallel_size: ranks per copy of the weights; default: all processes. With fewer,
-                there are several replicas, and prompts are divided over them.
+            model_parallel_size: ranks per copy of the weights (default: all); copies share prompts.
             seed: seed of the sampling generator.
-            device: defaults to "cuda" if available, else "mps", else "cpu". Under torchrun, each
-                rank uses CUDA device LOCAL_RANK.
-            dtype: a torch dtype or its name; default: bfloat16 if the device supports it natively,
-                else float16 on CUDA, else float32.
+            device: "cuda" (under torchrun LOCAL_RANK's), "mps" or "cpu"; default: the first one.
+            dtype: a torch dtype or its name; default: bfloat16 if the device or the C kernels for
+                CPUs support it, else float16 on CUDA, else float32.
             quiet_ranks: redirect stdout of all ranks but the first to os.devnull: one prints.
             rope_scaling_factor: overrides the checkpoint's, for Llama 3.1 and later.
             compile: torch.compile the decoding step: a minute for one sequence, again for several.
             accelerate: False (or LLAMA_ACCELERATE=0 in the environment) runs plain kernels only.
             rank_timeout: under torchrun, seconds without a heartbeat after which a rank counts as
-                lost and all ranks exit; at least 2, math.inf for none. Ranks send heartbeats while
-                they load, compute or wait for user input.
+                lost and all exit; at least 2, math.inf for none. A busy or waiting rank sends some.
             max_prefill_tokens: limit per prefill pass, and of its memory; more are split in chunks.
             prefix_caching: reuse cached keys and values of a prefix shared with an earlier prompt,
                 such as a dialog's last turns. Logits agree up to rounding, not bit for bit.
             adapter: the folder of a LoRA adapter that peft saved for this model. It is merged into
                 the weights while they are loaded: in float32, and rounded once to ``dtype``.
+            quantize: "int8" or "int4": hold the linear layers in that; default: as stored.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.
@@ -114,6 +113,7 @@ class Llama:
             rank_timeout=rank_timeout,
             max_prefill_tokens=max_prefill_tokens,
             adapter=adapter,
+            quantize=quantize,
         )
         return cls(
             model,

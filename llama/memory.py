@@ -4,18 +4,21 @@ import contextlib
 import dataclasses
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
+from llama.accel import is_quantized
 from llama.accel.cpu import activation_dtype
 from llama.accel.cuda import why_not_flash
-from llama.checkpoint.sharding import n_bytes, shard_specs
+from llama.checkpoint.sharding import n_bytes, quantized_bytes, shard_specs
 from llama.config import ModelArgs
 from llama.engine import MAX_PREFILL_TOKENS
 from llama.model import Transformer
+from llama.quantize import Bits
 from llama.scoring import SCORING_LOGITS
 
 MIB, GIB = 2**20, 2**30
@@ -46,6 +49,7 @@ class Plan:
         tied: the embedding is also the output layer, and is stored once.
         device: the target; None leaves out the device-specific additions of ``accel``.
         max_prefill_tokens: tokens in the largest pass.
+        bits: of quantized tensors, by key.
         weights: the parameters.
         cache: keys and values of max_batch_size x max_seq_len positions.
         workspace: activations at the peak of a pass.
@@ -58,6 +62,7 @@ class Plan:
     device: torch.device | None
     tied: bool
     max_prefill_tokens: int
+    bits: Mapping[str, Bits]
     weights: int
     cache: int
     workspace: int
@@ -69,12 +74,15 @@ class Plan:
 
     def __str__(self) -> str:
         args = self.args
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.bits:
+            dtype = f"int{min(self.bits.values())} and {dtype}"
         runtime = f"+ CUDA's own {self.runtime / GIB:.2f} GiB " if self.runtime else ""
         return (
             f"weights {self.weights / GIB:.2f} GiB + key/value cache {self.cache / GIB:.2f} GiB "
             f"(max_batch_size {args.max_batch_size} x max_seq_len {args.max_seq_len}) + workspace "
             f"{self.workspace / GIB:.2f} GiB {runtime}= {self.total / GIB:.2f} GiB per rank "
-            f"({self.n_ranks} rank(s), {str(self.dtype).removeprefix('torch.')})"
+            f"({self.n_ranks} rank(s), {dtype})"
         )
 
 
@@ -86,11 +94,18 @@ def plan(
     *,
     tied: bool = False,
     max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+    bits: Mapping[str, Bits] = MappingProxyType({}),
 ) -> Plan:
-    """The plan for each of ``n_ranks``. Nothing is allocated."""
+    """The plan for each of ``n_ranks``. Nothing is allocated.
+
+    Args:
+        bits: of quantized tensors, by key: see ``Checkpoint.quantized_bits``.
+    """
     specs = shard_specs(args)
     sizes = {key: n_bytes(spec, n_ranks, dtype) for key, spec in specs.items()}
-    weights = sum(sizes.values()) - (sizes["output.weight"] if tied else 0)
+    sizes |= {key: quantized_bytes(specs[key], n_ranks, n) for key, n in bits.items()}
+    shares_output = tied and "output.weight" not in bits
+    weights = sum(sizes.values()) - (sizes["output.weight"] if shares_output else 0)
     positions = args.max_batch_size * args.max_seq_len
     kv_width = args.n_local_kv_heads(n_ranks) * args.head_dim
     cache = 2 * args.n_layers * positions * kv_width * dtype.itemsize
@@ -102,20 +117,33 @@ def plan(
     if device is not None and device.type == "cuda":
         runtime = _cuda_runtime(args, n_ranks, dtype, device)
     return Plan(
-        args, n_ranks, dtype, device, tied, max_prefill_tokens, weights, cache, workspace, runtime
+        args,
+        n_ranks,
+        dtype,
+        device,
+        tied,
+        max_prefill_tokens,
+        bits,
+        weights,
+        cache,
+        workspace,
+        runtime,
     )
 
 
 def plan_of(model: Transformer, max_prefill_tokens: int) -> Plan:
     """The plan of an existing model."""
-    tied = model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+    output, embedding = model.output.weight, model.tok_embeddings.weight
+    modules: dict[str, Any] = dict(model.named_modules())
+    bits = {f"{name}.weight": x.linear.bits for name, x in modules.items() if is_quantized(x)}
     return plan(
         model.params,
         model.groups.size,
-        model.tok_embeddings.weight.dtype,
+        embedding.dtype,
         model.device,
-        tied=tied,
+        tied=output is not None and output.data_ptr() == embedding.data_ptr(),
         max_prefill_tokens=max_prefill_tokens,
+        bits=bits,
     )
 
 
@@ -287,6 +315,7 @@ def _what_fits(needed: Plan, free: int) -> str:
             needed.device,
             tied=needed.tied,
             max_prefill_tokens=needed.max_prefill_tokens,
+            bits=needed.bits,
         )
         return planned.total <= free
 
@@ -299,8 +328,8 @@ def _what_fits(needed: Plan, free: int) -> str:
     if not fits(1, 1):
         counts = ", ".join(map(str, args.valid_tp_sizes))
         return (
-            f"the weights leave no room for a cache: use more ranks (possible: {counts}) or a "
-            "smaller dtype"
+            f"the weights leave no room for a cache: use more ranks (possible: {counts}), a "
+            "smaller dtype, or quantize"
         )
     sizes = [
         (batch, largest(lambda n: fits(batch, n), length)),

@@ -233,7 +233,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Final hidden states [..., dim] of ``tokens``, or of those that ``logits_for`` selects."""
-        h = self.tok_embeddings(tokens).to(self.dtype)  # [..., dim]
+        h = self.tok_embeddings(tokens)  # [..., dim]
         if self.freqs_cis.device != h.device:
             self.freqs_cis = self.freqs_cis.to(h.device)
         # [T, D / 2], indexed as pairs of floats: some devices can't index complex tensors

@@ -40,6 +40,10 @@ class QuantizedWeight(NamedTuple):
         weight = (values - zero) * self.scale.float()[..., None]
         return weight.flatten(1)[:, : self.shape[1]].to(dtype)
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        zero = None if self.zero is None else self.zero.to(device)
+        return self._replace(packed=self.packed.to(device), scale=self.scale.to(device), zero=zero)
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.packed, self.scale, self.zero) if x is not None)
@@ -49,7 +53,7 @@ class QuantizedLinear:
     """``F.linear`` for a layer that holds a quantized weight; accel replaces it where it can."""
 
     def __init__(self, quantized: QuantizedWeight) -> None:
-        self.quantized = quantized
+        self.quantized, self.bits = quantized, quantized.bits
 
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         return F.linear(x, self.quantized.dequantize(x.dtype))

@@ -6,8 +6,8 @@ Reading order of the tests:
    (against the oracle, the published code and Hugging Face), test_sampling
 2. test_generation, test_engine, test_options, test_patches: the public calls and the engine
 3. test_tokenizer, test_llama2, test_families: text, chat formats, every family
-4. test_checkpoint, test_huggingface, test_hub, test_reshard, test_convert, test_lora, test_memory,
-   test_device_copy: files and memory
+4. test_checkpoint, test_huggingface, test_hub, test_reshard, test_convert, test_lora,
+   test_quantized_folders, test_memory, test_device_copy: files and memory
 5. test_distributed, test_faults, test_state, test_hostile: ranks, failures, threads, attacks
 6. test_fast, test_steps, test_gpu, test_gpu_loading, test_mps, test_benchmarks: accelerated forms,
    their kernels and synchronizations, and their measurement
@@ -22,7 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama.accel import features, kernels
 
 # Small models are 3 to 14 times faster on one thread; programs that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -47,9 +48,13 @@ PROGRAMS = ROOT / "tests" / "programs"  # started by tests
 SHARED = ROOT.parent / "shared" / "models"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
-# PackedLinear runs where oneDNN has bfloat16: on x86, from AVX-512 on
-CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_packing = pytest.mark.skipif(not CAN_PACK, reason="needs oneDNN with bfloat16")
+# The forms of linear layers by kind of CPU: with the kernels of an instruction set, with AMX, or
+# with neither. AMX's form runs on any CPU.
+PROCESSORS: dict[str, set[str]] = {
+    **kernels.INSTRUCTION_SETS,
+    "AMX": {"amx_bf16"},
+    "other": set(),
+}
 
 # Llama 3's architecture, small; heads and widths divide by 8 ranks.
 PARAMS: dict[str, Any] = {
@@ -82,6 +87,21 @@ def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture
+def use_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes accel choose for one of ``PROCESSORS``; skips if this one can't run its kernels."""
+    found, reason = features.cpu_features(), kernels.why_not()
+
+    def use(name: str) -> None:
+        if name in kernels.INSTRUCTION_SETS and (reason or not found >= PROCESSORS[name]):
+            pytest.skip(f"{name}: {reason or 'not on this processor'}")
+        monkeypatch.setattr(features, "cpu_features", lambda: PROCESSORS[name])
+        kernels._choose.cache_clear()
+
+    yield use
+    kernels._choose.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama import Llama, ModelArgs, accel
 from llama import __main__ as main
 from llama.accel import compile as compiling
-from llama.accel import cpu, cuda, selfcheck
+from llama.accel import cuda, selfcheck
 from llama.attention import attention
 from llama.cache import Decode
 from llama.distributed import collectives, groups
@@ -489,19 +489,17 @@ def test_wrong_requests_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert build(folder, accelerate=False).ways.reasons["decode"] == "accelerate is False"
 
 
-def test_the_ways_of_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ways_of_a_cpu(folder: Path, use_processor: Callable[[str], None]) -> None:
     ours = build(folder)
     assert str(ours.ways) == (
-        "linear layers: F.linear (the dtype is float32, not bfloat16); "
+        "linear layers: F.linear (the dtype is float32, not 16 bits); "
         "attention: SDPA (FlashAttention needs a CUDA device); decoding step: eager"
     )
-    monkeypatch.setattr(cpu, "cpu_features", lambda: {"amx_bf16", "avx512_bf16"})
-    device = torch.device("cpu")
-    assert accel.choose(ours.model.params, 1, torch.bfloat16, device)[0].linear == (
-        "weight on the left"
-    )
-    monkeypatch.setattr(cpu, "cpu_features", lambda: {"avx512_bf16"})
-    assert accel.choose(ours.model.params, 1, torch.bfloat16, device)[0].linear == "packed weights"
+    for processor, linear in (("AMX", "weight on the left"), ("other", "F.linear")):
+        use_processor(processor)
+        ways = accel.choose(ours.model.params, 1, torch.bfloat16, torch.device("cpu"))[0]
+        assert ways.linear == linear
+    assert "lacks avx512bf16 or avx512 or avx2 or neon" in ways.reasons["linear"]
 
 
 def test_copies_do_not_inherit_graphs(

@@ -15,7 +15,6 @@ from conftest import DEMO, PARAMS, PROGRAMS, run, write_checkpoint
 from torch import Tensor
 
 from llama import Llama
-from llama.accel.cpu import packs_weights
 from llama.checkpoint import reader
 
 
@@ -39,7 +38,8 @@ def test_dtypes_are_converted_while_loading(
     tmp_path: Path, weights: dict[str, Tensor], stored: torch.dtype, dtype: str | torch.dtype
 ) -> None:
     stored_weights = {key: weight.to(stored) for key, weight in weights.items()}
-    model = build(write_checkpoint(tmp_path, PARAMS, stored_weights), dtype=dtype).model
+    folder = write_checkpoint(tmp_path, PARAMS, stored_weights)
+    model = build(folder, dtype=dtype, accelerate=False).model  # which may widen the norms
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     for key, tensor in model.state_dict().items():
         assert tensor.dtype == wanted
@@ -63,7 +63,7 @@ def test_views_and_shared_storages_are_read_correctly(
     tricky[key] = weights[key].T.contiguous().T
     torch.save(tricky, copy / "consolidated.00.pth")
     for dtype in ("float32", "bfloat16"):
-        state = build(copy, dtype=dtype).model.state_dict()
+        state = build(copy, dtype=dtype, accelerate=False).model.state_dict()
         for name, weight in tricky.items():
             assert torch.equal(state[name], weight.to(state[name].dtype)), name
 
@@ -195,7 +195,7 @@ def test_damaged_files(copy: Path) -> None:
         ({"norm.weight": torch.ones(128, dtype=torch.int8)}, "int8, .* quantized"),
         (
             {"norm.weight": torch.ones(128).to(torch.float8_e4m3fn)},
-            "float8_e4m3fn, .* quantized checkpoints are not supported",
+            "float8_e4m3fn, .* quantized weights are read only with",
         ),
         (
             {"norm.weight": torch.ones(128).to_sparse()},
@@ -331,12 +331,8 @@ def test_build_takes_little_more_memory_than_the_weights(
     ratio, n_bytes, touched = (float(x) for x in result.stdout.splitlines()[-1].split())
     print(f"{dtype}: peak RSS {ratio:.3f} x {n_bytes / 1e9:.2f} GB of weights")
     assert n_bytes > 1e9
-    if packs_weights(torch.device("cpu"), getattr(torch, dtype)):  # reads them, and keeps a copy
-        assert ratio <= 2.15
-        assert touched <= 2.15
-    else:
-        assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # the stored dtype: mapped, not read
-        assert touched <= 1.15
+    assert ratio <= (0.2 if dtype == "bfloat16" else 1.15)  # the stored dtype: mapped, not read
+    assert touched <= 1.15
 
 
 # --- The demo's own folder ----------------------------------------------------------------------

@@ -15,11 +15,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import (
-    CAN_PACK,
     DEMO,
     PARAMS,
+    PROCESSORS,
     PROGRAMS,
-    needs_packing,
     new_model,
     random_weights,
     run,
@@ -29,8 +28,8 @@ from cuda_standin import OnCpu
 from reference import relative_error
 from torch import Tensor, nn
 
-from llama import Llama, Transformer, accel, memory
-from llama.accel import cpu, cuda, projection
+from llama import Llama, Transformer, accel
+from llama.accel import cpu, cuda, features, kernels, projection
 from llama.accel.compile import compiled_decode, rotate_real
 from llama.accel.projection import JointProjection, join_projections
 from llama.attention import attention
@@ -97,11 +96,9 @@ def test_no_rows() -> None:
     assert cpu.linear(x, weight).shape == cpu.weight_lhs_matmul(x, weight).shape == (0, 32)
 
 
-@pytest.mark.parametrize("processor", ["avx2", "amx_bf16", "avx512_bf16"])
-def test_a_long_prompt_in_bfloat16(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if processor == "avx512_bf16" and not CAN_PACK:
-        pytest.skip("needs oneDNN with bfloat16")
-    monkeypatch.setattr(cpu, "cpu_features", lambda: {processor})
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_long_prompt_in_bfloat16(processor: str, use_processor: Callable[[str], None]) -> None:
+    use_processor(processor)
     sizes: dict[str, Any] = {"max_seq_len": 128, "device": "cpu", "dtype": "bfloat16"}
     llm = Llama.build(str(DEMO), max_prefill_tokens=16, **sizes)
     whole = Llama.build(str(DEMO), **sizes)
@@ -125,80 +122,52 @@ def test_swiglu_weight_lhs_equals_swiglu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(y, swiglu(x, w1, w2, w3), rtol=1e-5, atol=1e-5)
 
 
-@needs_packing
-@pytest.mark.parametrize("n_rows", [0, 1, 2, 5, 130])
-def test_packed_linear_equals_linear(n_rows: int) -> None:
-    x, weight = torch.randn(n_rows, 256).bfloat16(), torch.randn(96, 256).bfloat16()
-    exact = x.double() @ weight.double().T
-    y = cpu.PackedLinear(weight)(x, weight)
-    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
-
-
-@needs_packing
-def test_packed_linear_sees_changed_weights() -> None:
-    x, weight = torch.ones(1, 64).bfloat16(), torch.ones(32, 64).bfloat16()
-    packed = cpu.PackedLinear(weight)
-    weight.mul_(2)
-    assert packed(x, weight).unique().tolist() == [128]
-    other = torch.zeros_like(weight)
-    assert packed(x, other).unique().tolist() == [0]
-    with torch.inference_mode():  # inference tensors have no version counter
-        weight = torch.ones(32, 64).bfloat16()
-        assert cpu.PackedLinear(weight)(x, weight).unique().tolist() == [64]
-
-
-def features(*names: str) -> Callable[[], set[str]]:
-    return lambda: set(names)
-
-
-@pytest.mark.parametrize(
-    ("names", "dtype", "expected"),
-    [
-        (("avx512_bf16", "amx_bf16"), torch.bfloat16, "weight_lhs_matmul"),
-        pytest.param(("avx512_bf16",), torch.bfloat16, "PackedLinear", marks=needs_packing),
-        (("avx2",), torch.bfloat16, "linear"),
-        (("bf16",), torch.bfloat16, "linear"),  # ARM
-        (("avx512_bf16", "amx_bf16"), torch.float32, "linear"),
-        (("avx512_bf16", "amx_bf16"), torch.float16, "linear"),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_linear_layers_are_chosen_by_cpu_features(
-    names: tuple[str, ...], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+    processor: str, dtype: torch.dtype, use_processor: Callable[[str], None]
 ) -> None:
     """Checks the choice for each kind of CPU, and the logits' accuracy on this one."""
-    monkeypatch.setattr(cpu, "cpu_features", features(*names))
-    params = PARAMS | {"dim": 1024, "n_layers": 1, "vocab_size": 2048}
+    use_processor(processor)
+    device, params = torch.device("cpu"), PARAMS | {"dim": 1024, "n_layers": 1, "vocab_size": 2048}
     weights = random_weights(params)
+    exact = new_model(params, weights, max_batch_size=4)
     model = new_model(params, {k: w.to(dtype) for k, w in weights.items()}, max_batch_size=4)
-    plain = [model.forward(torch.tensor([p]), 0)[0, -1:] for p in PROMPTS]
     accel.accelerate(model)
-    chosen = {
-        getattr(layer.linear, "__name__", type(layer.linear).__name__) for layer in linears(model)
-    }
-    assert expected in chosen
-    assert chosen <= {expected, "linear"}
+    has_kernels = processor in kernels.INSTRUCTION_SETS and dtype != torch.float32
+    is_amx = processor == "AMX" and dtype == torch.bfloat16
+    chosen = {layer.linear for layer in linears(model)}
+    ways = accel.ways(model)
+    if has_kernels:
+        assert chosen == {kernels.linear}
+        assert (ways.linear, ways.activations) == (f"C kernels, {processor}", "float32")
+        assert model.dtype == cpu.activation_dtype(device, dtype) == torch.float32
+    else:
+        assert (kernels.linear in chosen, ways.activations) == (False, None)
+        assert (cpu._weight_lhs_linear in chosen, ways.linear == "weight on the left") == (
+            is_amx,
+            is_amx,
+        )
+        assert model.dtype == cpu.activation_dtype(device, dtype) == dtype
     ffn = {layer.compute.__name__ for layer in model.modules() if isinstance(layer, FeedForward)}
-    assert ffn == {"swiglu_weight_lhs" if expected == "weight_lhs_matmul" else "swiglu"}
+    assert ffn == {"swiglu_weight_lhs" if is_amx else "swiglu"}
     rounding = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
-    for prompt, logits in zip(PROMPTS, plain, strict=True):
+    for prompt in PROMPTS:
+        logits = exact.forward(torch.tensor([prompt]), 0)[0, -1:]
         assert relative_error(model.forward(torch.tensor([prompt]), 0)[0, -1:], logits) < rounding
-    packed = cpu.packs_weights(torch.device("cpu"), dtype)
-    assert packed == (expected == "PackedLinear")
-    plans = [memory.plan(model.params, 1, dtype, d).weights for d in (torch.device("cpu"), None)]
-    matrices = sum(layer.weight.nbytes for layer in linears(model))
-    assert plans[0] - plans[1] == packed * matrices
+    assert {layer.cache.k.dtype for layer in attentions(model)} == {dtype}
 
 
 def test_cpu_features_respect_onednn_max_cpu_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    everything = cpu.cpu_features()
+    everything = features.cpu_features()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert cpu.cpu_features() == {f for f in everything if not f.startswith("amx")}
+    assert features.cpu_features() == {f for f in everything if not f.startswith("amx")}
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
-    assert not {"amx_bf16", "avx512_bf16"} & cpu.cpu_features()
+    assert not {"amx_bf16", "avx512_bf16"} & features.cpu_features()
     for limit in ("avx512_core_amx", "default", "", "a word that oneDNN does not know"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert cpu.cpu_features() == everything
+        assert features.cpu_features() == everything
 
 
 @pytest.mark.slow
@@ -510,14 +479,3 @@ def test_two_compiled_ranks_give_the_same_tokens(folder: Path) -> None:
     assert result.returncode == 0, result.stderr
     plain, compiled = json.loads(result.stdout.splitlines()[-1])
     assert compiled == plain
-
-
-# --- Packed weights, on the instruction set they are for ------------------------------------------
-
-
-@pytest.mark.skipif("avx512_bf16" not in cpu.cpu_features(), reason="needs AVX512-BF16")
-def test_packed_weights_are_used_without_amx() -> None:
-    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    result = run(sys.executable, PROGRAMS / "packed_weights.py", DEMO, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == ["PackedLinear", "23 + 45 = 68."]

@@ -19,8 +19,7 @@ CPU = torch.device("cpu")
 
 def test_the_cache_is_head_major_and_queries_are_made_dense() -> None:
     with FakeTensorMode():
-        like = torch.empty(1, device="mps", dtype=torch.float16)
-        zeros = cache._zeros((2, 3, 8, 4), like)
+        zeros = cache._zeros((2, 3, 8, 4), torch.float16, torch.device("mps"))
         assert zeros.device.type == "mps"
         assert zeros.is_contiguous()
     # without MPS in this build, even a fake tensor there has no contiguous()
@@ -31,10 +30,10 @@ def test_the_cache_is_head_major_and_queries_are_made_dense() -> None:
 
 def test_the_cache_is_head_major_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
-        like = torch.empty(1, device="cuda", dtype=torch.float16)
-        assert not cache._zeros((2, 3, 8, 4), like).is_contiguous()
+        options = (2, 3, 8, 4), torch.float16, torch.device("cuda")
+        assert not cache._zeros(*options).is_contiguous()
         monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert cache._zeros((2, 3, 8, 4), like).is_contiguous()
+        assert cache._zeros(*options).is_contiguous()
 
 
 def test_every_kernel_gets_such_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

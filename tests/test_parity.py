@@ -1,12 +1,13 @@
 """Logits match the oracle, the published reference code and Hugging Face's Llama."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PARAMS, needs_packing, new_model, random_weights
+from conftest import PARAMS, PROCESSORS, new_model, random_weights
 from peers import huggingface_model, published_model
 from reference import logits, relative_error
 from torch import Tensor
@@ -84,14 +85,12 @@ def bfloat16_errors(seed: int) -> tuple[float, float]:
 
 
 @pytest.mark.usefixtures("one_process_group")
-@pytest.mark.parametrize(
-    "processor", ["avx2", "amx_bf16", pytest.param("avx512_bf16", marks=needs_packing)]
-)
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_bfloat16_error_is_no_larger_than_the_published_one(
-    processor: str, monkeypatch: pytest.MonkeyPatch
+    processor: str, monkeypatch: pytest.MonkeyPatch, use_processor: Callable[[str], None]
 ) -> None:
     """With the linear layers chosen for each kind of CPU (see test_fast.py)."""
-    monkeypatch.setattr(cpu, "cpu_features", lambda: {processor})
+    use_processor(processor)
     monkeypatch.setattr(cpu, "_MIN_WEIGHT_BYTES", 0)
     errors = [bfloat16_errors(seed) for seed in range(8)]
     mean_ours, mean_published = (sum(column) / len(errors) for column in zip(*errors, strict=True))

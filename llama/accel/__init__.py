@@ -14,11 +14,13 @@ of ``projection`` are checked on the device (``selfcheck``); if that fails, the 
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from llama.accel.compile import compiled_decode
 from llama.accel import kernels
+from llama.accel.compile import compiled_decode
 from llama.accel.cpu import (
     activation_dtype,
     choose_linear,
@@ -29,22 +31,32 @@ from llama.accel.cpu import (
 from llama.accel.cuda import CudaCapture, GraphedStep, flash_attention, why_not_flash
 from llama.accel.projection import JOINT, check_rotation, join_projections
 from llama.accel.selfcheck import agree, check_attention, warn
+from llama.accel.tinygemm import use_tinygemm
 from llama.accel.ways import Ways, why_off
 from llama.config import ModelArgs
 from llama.distributed import collectives
 from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
+from llama.quantize import Bits, QuantizedLinear, QuantizedWeight
 
-__all__ = ["Ways", "accelerate", "choose", "ways", "why_off"]
+__all__ = ["Ways", "accelerate", "choose", "quantized_form", "ways", "why_off"]
 
 
 def choose(
-    args: ModelArgs, n_ranks: int, dtype: torch.dtype, device: torch.device
+    args: ModelArgs,
+    n_ranks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None = None,
 ) -> tuple[Ways, str | None]:
     """The forms for a model, without its weights; and why FlashAttention failed its self-check, if
-    it did."""
+    it did. ``bits``: of its quantized layers."""
     chosen = Ways(decode="CUDA graph" if device.type == "cuda" else "eager")
     chosen.linear, reason = linear_form(device, dtype)
+    if bits is not None and device.type == "cpu":
+        instructions, reason = kernels.instruction_set(), kernels.why_not()
+        form = f"C kernels, {instructions}" if instructions else "dequantized in every call"
+        chosen.linear = f"int{bits}, {form}"
     if reason:
         chosen.reasons["linear"] = reason
     if device.type == "cuda":
@@ -70,6 +82,17 @@ def choose(
     return chosen, fault
 
 
+def is_quantized(layer: Any) -> bool:
+    """Whether a module is a linear layer that holds a quantized weight."""
+    return getattr(layer, "weight", layer) is None
+
+
+def quantized_form(device: torch.device, off: str | None) -> Callable[[QuantizedWeight], Any]:
+    """The form in which a quantized linear layer keeps its weight."""
+    is_tiled = device.type == "cpu" and off is None and kernels.instruction_set() is not None
+    return kernels.TiledLinear if is_tiled else QuantizedLinear
+
+
 def accelerate(model: Transformer, *, compile: bool = False, off: str | None = None) -> None:
     """Replace linear layers, attention and ``decode`` of a model whose weights are loaded. All
     ranks call it together.
@@ -83,7 +106,9 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
         return
     device = model.device
     with collectives.raise_on_all_ranks():
-        chosen, fault = choose(model.params, model.groups.size, model.dtype, device)
+        modules: list[Any] = list(model.modules())
+        bits = min((x.linear.bits for x in modules if is_quantized(x)), default=None)
+        chosen, fault = choose(model.params, model.groups.size, model.dtype, device, bits)
         if device.type == "cpu":
             keep_freed_memory()
             for parameter in model.parameters():
@@ -106,6 +131,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
                 layer.attend = flash_attention
     if chosen.linear == JOINT:
         join_projections(model)
+    if device.type != "cpu" and (reason := use_tinygemm(model)):
+        chosen.reasons["linear"] = reason
     chosen.decode = "eager"
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]

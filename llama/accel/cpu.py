@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.accel import features, kernels
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.distributed.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from llama.hooks import is_unmodified
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, swiglu
-from llama.quantize import QuantizedLinear
 
 # oneDNN reorders the right-hand matrix of a matmul in every call, and F.linear passes the weight
 # there: a third of a decoding step's time.
@@ -98,7 +101,9 @@ def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | No
     if dtype == torch.bfloat16 and "amx_bf16" in features.cpu_features():
         return "weight on the left", None
     instructions = kernels.instruction_set()
-    return (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
+    return (
+        (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
+    )
 
 
 def choose_linear(model: Transformer) -> None:
@@ -108,10 +113,9 @@ def choose_linear(model: Transformer) -> None:
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
-        if isinstance(layer.linear, QuantizedLinear):
-            if kernels.instruction_set() is not None:
-                layer.linear = kernels.TiledLinear(layer.linear.quantized)
-        elif form.startswith(_KERNELS):
+        if layer.weight is None:  # quantized, see ``quantized_form``
+            continue
+        if form.startswith(_KERNELS):
             layer.linear = kernels.linear
         elif dtype != torch.float32:
             is_small = layer.weight.nbytes < _MIN_WEIGHT_BYTES or form == "F.linear"
@@ -128,8 +132,10 @@ def use_float32_activations(model: Transformer) -> None:
     """Compute in float32, with keys and values cached in the weights' dtype."""
     dtype = model.dtype
     for module in model.modules():
-        if isinstance(module, RMSNorm):  # everything else follows from their dtype
+        if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
+        elif isinstance(module, VocabParallelEmbedding):
+            module.out_dtype = torch.float32
         elif isinstance(module, Attention):
             module.cache.dtype = dtype
             if kernels.can_attend(module.head_dim):

@@ -56,7 +56,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | str:
+def _library() -> "ctypes.CDLL | str":
     """The compiled kernels, or why there are none."""
     folder = Path(__file__).parent
     for path in (folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES):
@@ -70,7 +70,7 @@ def _library() -> ctypes.CDLL | str:
 
 @functools.cache
 def _choose() -> tuple[str | None, str | None]:
-    """The instruction set, or None and why the kernels can't be used. LLAMA_KERNELS is read once."""
+    """The instruction set, or None and why the kernels can't be used."""
     wanted = os.environ.get(_VARIABLE, "")
     if wanted not in ("", "none", *INSTRUCTION_SETS):
         raise ValueError(
@@ -134,7 +134,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(len(rows), len(weight))
     is_bf16 = weight.dtype == torch.bfloat16
     _run("half_product", weight, is_bf16, *weight.shape, rows, len(rows), y)
-    return y.view(*x.shape[:-1], -1).to(x.dtype)
+    return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def check_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> s
 
 def join_projections(model: Transformer) -> None:
     for layer in model.modules():
-        if isinstance(layer, Attention):
+        if isinstance(layer, Attention) and layer.wq.weight is not None:  # not quantized
             layer.project = JointProjection(layer)
             # the freed blocks are too small for the next layer's matrix
             torch.cuda.empty_cache()

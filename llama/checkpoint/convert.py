@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +26,13 @@ from llama.checkpoint import huggingface
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.lora import read_adapter
 from llama.checkpoint.pth_writer import PthWriter
+from llama.checkpoint.quantization_config import quantization_config
+from llama.checkpoint.quantized import check_groups, stored_tensors, with_rows
 from llama.checkpoint.reader import Weights, chunks
-from llama.checkpoint.sharding import n_bytes
+from llama.checkpoint.sharding import n_bytes, quantized_bits, quantized_bytes
 from llama.config import ROPE_FIELDS, ModelArgs, RopeScaling
 from llama.files import LARGEST_INDEX, listed, md5, read_json
+from llama.quantize import Bits
 from llama.tokenizer import AnyTokenizer
 from llama.vocab.file import is_tokenizer_json, read_vocabulary
 from llama.vocab.tokenizer_json import tokenizer_config, tokenizer_json
@@ -47,6 +50,7 @@ def convert(
     layout: Literal["native", "hf"],
     n_shards: int,
     dtype: torch.dtype | None,
+    quantize: Bits | None = None,
     tokenizer: AnyTokenizer,
     tokenizer_path: Path,
     force: bool,
@@ -58,6 +62,7 @@ def convert(
     Args:
         n_shards: for a native folder; ignored for a Hugging Face folder.
         dtype: None keeps every tensor's own.
+        quantize: write the weights of linear layers in these bits; needs the layout "hf".
         tokenizer_path: the file of ``tokenizer``, which is copied with the files next to it that
             Hugging Face's tokenizers read. For a Hugging Face folder, those missing are written.
         force: replace ``target`` if it is an empty folder, or a checkpoint folder that contains
@@ -69,8 +74,14 @@ def convert(
         ImportError: ``layout`` is "hf", and the package safetensors is missing.
         OSError: the disk is full or can't be written to; partial output is removed.
         ValueError: the source is damaged, can't be split into ``n_shards``, or holds values beyond
-            ``dtype``'s range; the message names the tensor.
+            ``dtype``'s range, or the source is quantized or can't be quantized; the message
+            names the tensor.
     """
+    if ckpt.quantization is not None:
+        raise ValueError(
+            f"{str(ckpt.folder)!r} is quantized ({ckpt.quantization}), and is read only as it is: "
+            "convert the unquantized model"
+        )
     sources = [*ckpt.folder.iterdir(), tokenizer_path]
     if adapter is not None and adapter.is_dir():
         sources += adapter.iterdir()
@@ -80,9 +91,12 @@ def convert(
     target.parent.mkdir(parents=True, exist_ok=True)
     n_files = n_shards if layout == "native" else 1
     keys = list(weights.specs)
-    if layout == "hf" and _is_tied(weights):
+    bits = quantized_bits(weights.specs, quantize)
+    check_groups(weights.specs, bits)
+    if layout == "hf" and not bits and _is_tied(weights):
         keys.remove("output.weight")
-    _check_room(weights, keys, n_files, dtype, tokenizer_path, target)
+    sizes = {key: _stored_bytes(weights, key, n_files, dtype, bits.get(key)) for key in keys}
+    _check_room(n_files * sum(sizes.values()), tokenizer_path, target)
     part = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     part.mkdir()
     try:
@@ -99,7 +113,7 @@ def convert(
                 _write_native(weights, part, n_shards, dtype, bar.update)
             else:
                 _write_tokenizer(tokenizer, part)
-                _write_huggingface(weights, keys, part, dtype, tokenizer, bar.update)
+                _write_huggingface(weights, sizes, bits, part, dtype, tokenizer, bar.update)
         for path in part.iterdir():
             with path.open("rb+") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
@@ -121,18 +135,17 @@ def _is_tied(weights: Weights) -> bool:
     return weights.place("tok_embeddings.weight", 1, 0) == weights.place("output.weight", 1, 0)
 
 
-def _check_room(
-    weights: Weights,
-    keys: list[str],
-    n_files: int,
-    dtype: torch.dtype | None,
-    tokenizer_path: Path,
-    target: Path,
-) -> None:
+def _stored_bytes(
+    weights: Weights, key: str, n_files: int, dtype: torch.dtype | None, bits: Bits | None
+) -> int:
+    if bits is not None:
+        return quantized_bytes(weights.specs[key], n_files, bits)
+    return n_bytes(weights.specs[key], n_files, dtype or _dtype(weights, key))
+
+
+def _check_room(n_bytes_of_weights: int, tokenizer_path: Path, target: Path) -> None:
     """Raise OSError if the disk is too full. Norms and shared key/value heads are in every file."""
-    needed = tokenizer_path.stat().st_size + n_files * sum(
-        n_bytes(weights.specs[key], n_files, dtype or _dtype(weights, key)) for key in keys
-    )
+    needed = tokenizer_path.stat().st_size + n_bytes_of_weights
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(
@@ -338,19 +351,38 @@ def _read(weights: Weights, key: str, n_ranks: int, rank: int, dtype: torch.dtyp
 # --- Hugging Face -----------------------------------------------------------------------------
 
 
+def _stored_tensors(
+    weights: Weights, key: str, dtype: torch.dtype | None, bits: Bits | None
+) -> dict[str, Tensor]:
+    """A tensor by its name in the file, with the rows in Hugging Face's order; a quantized one as
+    several tensors."""
+
+    def rows(x: Tensor) -> Tensor:
+        return huggingface.pairs_as_halves(x, weights.args.head_dim)
+
+    name, is_rotated = huggingface.huggingface_key(key), huggingface.is_rotated(key)
+    if bits is None:
+        tensor = _read(weights, key, 1, 0, dtype)
+        tensor = rows(tensor).reshape(tensor.shape) if is_rotated else tensor
+        return {name: tensor.contiguous()}
+    weight = weights.quantize(key, 1, 0, bits, _CPU)
+    return stored_tensors(name, with_rows(weight, rows) if is_rotated else weight)
+
+
 def _write_huggingface(
     weights: Weights,
-    keys: list[str],
+    sizes: Mapping[str, int],
+    bits: Mapping[str, Bits],
     folder: Path,
     dtype: torch.dtype | None,
     tokenizer: AnyTokenizer,
     wrote: Callable[[int], Any],
 ) -> None:
+    """Write the tensors of ``sizes``, whose bytes it gives, and all but the tokenizer's files."""
     safetensors = huggingface.import_safetensors()
     groups: list[list[str]] = [[]]
     held = 0
-    for key in keys:
-        size = n_bytes(weights.specs[key], 1, dtype or _dtype(weights, key))
+    for key, size in sizes.items():
         if groups[-1] and held + size > _SAFETENSORS_BYTES:
             groups.append([])
             held = 0
@@ -362,14 +394,11 @@ def _write_huggingface(
         name = "model.safetensors" if single else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         tensors = {}
         for key in group:
-            tensor = _read(weights, key, 1, 0, dtype)
-            if huggingface.is_rotated(key):
-                rotated = huggingface.pairs_as_halves(tensor, weights.args.head_dim)
-                tensor = rotated.reshape(tensor.shape)
-            tensors[huggingface.huggingface_key(key)] = tensor.contiguous()
-            files[huggingface.huggingface_key(key)] = name
-            wrote(tensor.numel())
-            total_size += tensor.nbytes
+            for stored_name, tensor in _stored_tensors(weights, key, dtype, bits.get(key)).items():
+                tensors[stored_name] = tensor
+                files[stored_name] = name
+                total_size += tensor.nbytes
+            wrote(n_bytes(weights.specs[key], 1, torch.uint8))
         try:
             safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # for example: the disk is full
@@ -384,6 +413,8 @@ def _write_huggingface(
     ids = {"bos_token_id": bos_id, "eos_token_id": stop_tokens}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n")
     stored = dtype or _dtype(weights, "tok_embeddings.weight")
-    tied = "output.weight" not in keys
+    tied = "output.weight" not in sizes
     config = huggingface.write_config(weights.args, weights.ckpt.context, stored, tied=tied) | ids
+    if bits:
+        config["quantization_config"] = quantization_config(bits)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.checkpoint import huggingface, lora
+from llama.checkpoint.quantization_config import Quantization
+from llama.checkpoint.sharding import is_linear, quantized_bits, shard_specs
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, ModelArgs
 from llama.files import listed, read_json
+from llama.quantize import Bits
 
 # Longest context that each generation was trained for, by rope_theta.
 LLAMA31_CONTEXT = 131072
@@ -35,6 +38,7 @@ class Checkpoint:
         context: longest context the model was trained for, in tokens; None if not known.
         stop_tokens: ids that end a generation, in addition to the tokenizer's own.
         tied: the embedding is also the output layer.
+        quantization: how linear layers are stored in 8 or 4 bits; None if they aren't.
     """
 
     folder: Path
@@ -44,6 +48,7 @@ class Checkpoint:
     context: int | None
     stop_tokens: set[int]
     tied: bool = False
+    quantization: Quantization | None = None
 
     @property
     def n_shards(self) -> int:
@@ -54,6 +59,18 @@ class Checkpoint:
         """Whether this is Llama 3.1 or later, which have scaled RoPE."""
         is_linear = self.params.get("rope_original_context") == 1
         return self.params.get("use_scaled_rope") is True and not is_linear
+
+    def quantized_bits(self, args: ModelArgs, quantize: Bits | None) -> dict[str, Bits]:
+        """The bits, by key, of the tensors that are quantized in the files or by ``quantize``."""
+        specs = shard_specs(args)
+        found = quantized_bits(specs, quantize)
+        if self.quantization is not None:
+            for key, spec in specs.items():
+                layer = huggingface.huggingface_key(key).removesuffix(".weight")
+                scheme = self.quantization.scheme(layer) if is_linear(key, spec) else None
+                if scheme and not (self.tied and key == "output.weight"):
+                    found[key] = scheme.bits
+        return found
 
     @property
     def tokenizer_path(self) -> Path:
@@ -138,7 +155,16 @@ def find_checkpoint(folder: str) -> Checkpoint:
     if files := huggingface.weight_files(path):
         config = huggingface.read_config(path / "config.json")
         stops = huggingface.stop_tokens(path)
-        return Checkpoint(path, "hf", files, config.params, config.context, stops, config.tied)
+        return Checkpoint(
+            path,
+            "hf",
+            files,
+            config.params,
+            config.context,
+            stops,
+            config.tied,
+            config.quantization,
+        )
     if adapter := lora.describe(path):
         raise ValueError(
             f"{folder!r} holds {adapter}: give that model's folder as ckpt_dir, and a LoRA "

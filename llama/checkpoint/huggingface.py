@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.checkpoint.quantization_config import Quantization, parse_quantization
 from llama.config import LLAMA2_ROPE_THETA, ModelArgs
 from llama.files import LARGEST_INDEX, read_json
 
@@ -44,7 +45,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "hidden_act": ("silu", "swish", None),
-    "quantization_config": (None, {}),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
@@ -152,11 +152,13 @@ class Config(NamedTuple):
         params: fields of ModelArgs.
         context: longest context the model was trained for; None if not given.
         tied: the embedding is also the output layer.
+        quantization: how linear layers are quantized; None if they aren't.
     """
 
     params: dict[str, Any]
     context: int | None
     tied: bool
+    quantization: Quantization | None
 
 
 def read_config(path: Path) -> Config:
@@ -216,7 +218,8 @@ def read_config(path: Path) -> Config:
         context = int(context * args.rope_scaling_factor)
     if not isinstance(tied, bool | None):
         raise ValueError(f"{str(path)!r} has tie_word_embeddings {tied!r:.40}, expected a boolean")
-    return Config(params, context, bool(tied))
+    quantization = parse_quantization(config.get("quantization_config"), path, args.n_layers)
+    return Config(params, context, bool(tied), quantization)
 
 
 def write_config(

@@ -19,7 +19,7 @@ from llama.checkpoint import huggingface
 from llama.checkpoint.sharding import Slices, shard_specs
 from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
-from llama.files import listed, read_json
+from llama.files import MOST_STEPS, listed, n_steps, read_json
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,7 +40,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     # the others, like "pissa", move a part of the base model into the adapter
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-_MOST_STEPS = 10**7  # of matching alpha_pattern; seconds
 
 
 class LowRank(NamedTuple):
@@ -194,7 +193,7 @@ def _read_config(path: Path, args: ModelArgs) -> _Config:
         raise refuse("alpha_pattern", "an object of numbers")
     if use_rslora not in (True, False, None):
         raise refuse("use_rslora", "a boolean")
-    if sum(map(_n_steps, alphas)) * 7 * args.n_layers > _MOST_STEPS:
+    if sum(map(n_steps, alphas)) * 7 * args.n_layers > MOST_STEPS:
         raise refuse("alpha_pattern", "names of layers, or simple regular expressions")
     # as in peft: a pattern is for the end of a name, after a dot
     patterns = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in alphas.items()]
@@ -207,19 +206,3 @@ def _is_rank(value: object) -> TypeGuard[int]:
 
 def _is_alpha(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e9
-
-
-def _n_steps(pattern: str) -> float:
-    """Most steps of matching a regular expression with a name, which backtracks: every alternative
-    of every group, from each of some 50 characters for every repetition. Infinite if it is invalid
-    or has repeated groups, whose steps grow exponentially."""
-    plain = pattern.replace("(?:", "(")
-    if len(pattern) > 200 or re.search(r"\)[*+?{]|\(\?", plain):
-        return math.inf
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return math.inf
-    n_branches, n_groups = 1 + plain.count("|"), plain.count("(")
-    n_repeats = sum(map(plain.count, "*+?{"))
-    return float(n_branches) ** max(1, n_groups) * 50.0**n_repeats

@@ -5,17 +5,25 @@ only tensors are unpickled, and every key, shape and dtype is checked.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama.accel import kernels
 from llama.checkpoint import huggingface
 from llama.checkpoint.device_copy import BUFFER_BYTES, DeviceCopier, needs_staging
 from llama.checkpoint.folder import Checkpoint, wrong_tokenizer
 from llama.checkpoint.lora import LowRank, read_adapter
+from llama.checkpoint.quantized import (
+    StoredWeight,
+    check_quantize,
+    gather_quantized,
+    read_part,
+    valid_cuts,
+)
 from llama.checkpoint.sharding import (
     ShardSpec,
     Slices,
@@ -23,23 +31,27 @@ from llama.checkpoint.sharding import (
     local_slices,
     n_bytes,
     narrow,
+    quantized_bits,
     shard_specs,
 )
 from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
 from llama.files import expanded, listed
 from llama.pages import release_pages, will_read_in_order
+from llama.quantize import GROUP, Bits, QuantizedWeight
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
 IGNORED_KEYS = {"rope.freqs"}
 _CHUNK_BYTES = 16 * 2**20
+_QUANTIZE_BYTES = 2 * 2**20  # quantizing needs temporary tensors of many times this size
 
 
 class Weights:
     """The memory-mapped tensors of a checkpoint; a shard is opened and checked on first use.
 
     Args:
-        adapter: updates of tensors, by key; ``read`` adds them, ``shard`` and ``pieces`` don't.
+        adapter: updates of tensors, by key; ``read`` and ``quantize`` add them, ``shard`` and
+            ``pieces`` don't.
 
     Raises:
         ValueError: here or on a later read: a file can't be read, or doesn't match ``args``
@@ -59,6 +71,7 @@ class Weights:
         self.adapter = adapter or {}
         self.specs = shard_specs(args)
         self._shards: dict[int, dict[str, Tensor]] = {}
+        self._quantized: dict[str, StoredWeight] = {}
         self._users: Counter[int] = Counter()
         self._dtypes: dict[str, torch.dtype] = {}
         self._stored_specs: dict[str, ShardSpec] | None = None
@@ -70,6 +83,8 @@ class Weights:
         if ckpt.layout == "hf":
             contents = ((path, open_file(path)) for path in ckpt.files)
             tensors = huggingface.by_native_name(contents)
+            if ckpt.quantization is not None:
+                gather_quantized(tensors, self.specs, ckpt.quantization)
             if ckpt.tied and "tok_embeddings.weight" in tensors:
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
             name = str(ckpt.folder)
@@ -87,16 +102,31 @@ class Weights:
             return [str(error)]
 
     def shard(self, i: int) -> dict[str, Tensor]:
-        """The tensors of one shard, checked."""
+        """The tensors of one shard that aren't quantized, checked."""
         if i not in self._shards:
             name, tensors = self._map(i)
             if faults := list(self._faults(name, tensors, i)):
                 more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
                 raise ValueError("; ".join(faults[:10]) + more)
-            self._shards[i] = {key: tensors[key] for key in self.specs}
+            quantized = {k: t for k, t in tensors.items() if isinstance(t, StoredWeight)}
+            self._quantized |= quantized
+            self._shards[i] = {k: tensors[k] for k in self.specs if k not in quantized}
             distinct = {id(tensor): tensor for tensor in self._shards[i].values()}.values()
             self._users.update(tensor.untyped_storage().data_ptr() for tensor in distinct)
         return self._shards[i]
+
+    @property
+    def quantized(self) -> dict[str, StoredWeight]:
+        """The quantized tensors, checked. Only Hugging Face folders, of one shard, have some."""
+        if self.ckpt.quantization is not None:
+            self.shard(0)
+        return self._quantized
+
+    @property
+    def valid_tp_sizes(self) -> list[int]:
+        """The numbers of ranks that the tensors can be split over."""
+        specs = [self.specs[key] for key in self.quantized]
+        return valid_cuts(specs, self.args.valid_tp_sizes)
 
     def check_same_model(self) -> None:
         """Raise ValueError if the norms of two opened shards differ: they belong to different
@@ -146,6 +176,64 @@ class Weights:
         for where, chunk in self.read_chunks(key, n_ranks, rank):
             narrow(result, where).copy_(chunk)
         return result
+
+    def read_quantized(
+        self, key: str, n_ranks: int, rank: int, device: torch.device
+    ) -> QuantizedWeight:
+        """A rank's part of a quantized tensor: mapped if it needs no conversion.
+
+        Raises:
+            ValueError: a scale isn't finite.
+        """
+        stored, spec = self.quantized[key], self.specs[key]
+        head_dim = self.args.head_dim if self.is_rotated(key) else None
+        weight = read_part(stored, spec, local_slices(spec, n_ranks, rank), head_dim)
+        if weight.packed.data_ptr() not in {t.data_ptr() for t in stored.tensors.values()}:
+            stored.release()
+        return weight.to(device)
+
+    def quantize(
+        self, key: str, n_ranks: int, rank: int, bits: Bits, device: torch.device
+    ) -> QuantizedWeight:
+        """A rank's part of a linear layer's weight, quantized in chunks on ``device``, so that
+        only the result stays in memory.
+
+        Raises:
+            ValueError: a value isn't finite.
+        """
+        (row, end_row), (column, end_column) = local_slices(self.specs[key], n_ranks, rank)
+        n, k = end_row - row, end_column - column
+        result: QuantizedWeight | None = None
+        for start, chunk in self._whole_rows(key, n_ranks, rank):
+            # infinities and NaN stay in a sum
+            if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
+                raise ValueError(
+                    f"{self.stored_key(key)} in {str(self.ckpt.folder)!r} holds values that aren't "
+                    "finite, which can't be quantized: download it again"
+                )
+            part = kernels.quantize(chunk.to(device), bits)
+            if result is None:
+                packed = part.packed.new_empty(n, part.packed.shape[1])
+                scale = part.scale.new_empty(n, part.scale.shape[1])
+                result = QuantizedWeight(bits, (n, k), packed, scale)
+            result.packed[start : start + len(chunk)] = part.packed
+            result.scale[start : start + len(chunk)] = part.scale
+        assert result is not None
+        return result
+
+    def _whole_rows(self, key: str, n_ranks: int, rank: int) -> Iterator[tuple[int, Tensor]]:
+        """Chunks of a rank's part of a matrix, of all its columns, and their first rows."""
+        pieces = self.pieces(key, n_ranks, rank)
+        (_, _), (column, end_column) = local_slices(self.specs[key], n_ranks, rank)
+        if all(where[1] == (0, end_column - column) for _, where in pieces):
+            for where, chunk in self.read_chunks(key, n_ranks, rank, _QUANTIZE_BYTES):
+                yield where[0][0], chunk
+            return
+        # a group may be in two shards
+        dtype = torch.float32 if key in self.adapter else pieces[0][0].dtype
+        whole = self.read(key, n_ranks, rank, dtype, torch.device("cpu"))
+        for start, stop in chunks(whole, _QUANTIZE_BYTES):
+            yield start, whole[start:stop]
 
     def finish(self) -> None:
         """Wait until the tensors that were read are complete."""
@@ -225,6 +313,9 @@ class Weights:
             if key not in tensors:
                 continue
             tensor, shown = tensors[key], self.stored_key(key)
+            if isinstance(tensor, StoredWeight):
+                yield from tensor.faults(spec, name)
+                continue
             if not is_plain(tensor):
                 yield f"{shown} in {name!r} isn't a dense tensor: {type(tensor).__name__}"
                 continue
@@ -233,7 +324,7 @@ class Weights:
             if tensor.dtype not in FLOAT_DTYPES:
                 yield (
                     f"{shown} in {name!r} is {tensor.dtype}, expected bfloat16, float16, float32 "
-                    "or float64: quantized checkpoints are not supported"
+                    "or float64: quantized weights are read only with a quantization_config"
                 )
             shape = tuple(b - a for a, b in local_slices(spec, self.ckpt.n_shards, shard))
             if tensor.shape != shape:
@@ -257,23 +348,37 @@ def load(
     device: torch.device,
     progress: bool,
     adapter: str | None = None,
-) -> dict[str, Tensor]:
-    """One rank's tensors by key, with ``dtype`` and on ``device``.
+    quantize: Bits | None = None,
+    form: Callable[[QuantizedWeight], Any] = lambda weight: weight,
+) -> dict[str, Any]:
+    """One rank's tensors by key, on ``device``; those that aren't quantized with ``dtype``.
 
     A tensor that is stored once for two keys (Llama 3.2's embedding is its output layer) is loaded
-    once.
+    once, unless the output layer is quantized.
 
     Args:
         progress: show a progress bar on stderr if loading takes more than a second.
         adapter: the folder of a LoRA adapter to merge.
+        quantize: quantize the linear layers after the rank's cut; those that are quantized in the
+            folder stay as they are.
+        form: makes what is kept of a quantized weight, so that both aren't in memory for all.
 
     Raises:
         FileNotFoundError: ``adapter`` or a file in it is missing.
-        ValueError: a file can't be read or doesn't match ``args``; the message names it.
+        ValueError: a file can't be read or doesn't match ``args``; the message names it. The folder
+            is quantized, and ``quantize`` gives other bits, an adapter is to be merged, or
+            ``n_ranks`` would split a group.
     """
+    check_quantize(ckpt, quantize, adapter)
     updates = None if adapter is None else read_adapter(expanded(adapter), args)
     weights = Weights(ckpt, args, updates)
-    loaded: dict[str, Tensor] = {}
+    if weights.quantized and n_ranks not in weights.valid_tp_sizes:
+        raise ValueError(
+            f"{str(ckpt.folder)!r} is quantized ({ckpt.quantization}), and {n_ranks} ranks would "
+            f"split groups of {GROUP} columns (possible: {listed(weights.valid_tp_sizes)})"
+        )
+    bits = quantized_bits(weights.specs, quantize)
+    loaded: dict[str, Any] = {}
     same: dict[Any, str] = {}  # key by identity of the stored data
     with tqdm(
         total=sum(n_bytes(spec, n_ranks, dtype) for spec in weights.specs.values()),
@@ -284,10 +389,14 @@ def load(
         disable=not progress,
     ) as bar:
         for key, spec in weights.specs.items():
-            twin = same.setdefault(weights.place(key, n_ranks, rank), key)
-            loaded[key] = (
-                weights.read(key, n_ranks, rank, dtype, device) if twin == key else loaded[twin]
-            )
+            if key in weights.quantized:
+                loaded[key] = form(weights.read_quantized(key, n_ranks, rank, device))
+            elif key in bits:
+                loaded[key] = form(weights.quantize(key, n_ranks, rank, bits[key], device))
+            elif (twin := same.setdefault(weights.place(key, n_ranks, rank), key)) == key:
+                loaded[key] = weights.read(key, n_ranks, rank, dtype, device)
+            else:
+                loaded[key] = loaded[twin]
             bar.update(n_bytes(spec, n_ranks, dtype))
     weights.finish()
     weights.check_same_model()

@@ -4,12 +4,14 @@ A file's shard and a rank's part are both slices of the full tensor; a rank copi
 its own slices with each shard's.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.config import ModelArgs
+from llama.quantize import GROUP, Bits
 
 
 class ShardSpec(NamedTuple):
@@ -128,3 +130,24 @@ def n_bytes(spec: ShardSpec, n_ranks: int, dtype: torch.dtype) -> int:
     for a, b in local_slices(spec, n_ranks, 0):
         size *= b - a
     return size
+
+
+def is_linear(key: str, spec: ShardSpec) -> bool:
+    """Whether a tensor is the weight of a linear layer."""
+    return len(spec.sizes) == 2 and not key.startswith("tok_embeddings")
+
+
+def quantized_bits(specs: Mapping[str, ShardSpec], quantize: Bits | None) -> dict[str, Bits]:
+    """The bits of the tensors that ``quantize`` quantizes: the weights of all linear layers, with
+    8 for the output layer's in both modes."""
+    if quantize is None:
+        return {}
+    linear = (key for key, spec in specs.items() if is_linear(key, spec))
+    return {key: 8 if key == "output.weight" else quantize for key in linear}
+
+
+def quantized_bytes(spec: ShardSpec, n_ranks: int, bits: Bits) -> int:
+    """Bytes of a rank's part of a weight in ``bits``, with a scale of 2 bytes per group."""
+    (row, end_row), (column, end_column) = local_slices(spec, n_ranks, 0)
+    n_groups = -(-(end_column - column) // GROUP)
+    return (end_row - row) * n_groups * (GROUP * bits // 8 + 2)

@@ -69,6 +69,10 @@ def _not_finite(weights: Weights) -> Iterator[str]:
             if n_faults:
                 shown = weights.stored_key(key)
                 yield f"{shown} in {str(name)!r} has {n_faults} values that aren't finite"
+    for stored in weights.quantized.values():
+        if n_faults := stored.n_not_finite():
+            shown, name = stored.scale[0], weights.ckpt.folder
+            yield f"{shown} in {str(name)!r} has {n_faults} values that aren't finite"
     try:
         weights.check_same_model()
     except ValueError as error:

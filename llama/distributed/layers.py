@@ -66,7 +66,13 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
-    """Embedding with the vocabulary split over ranks, whose results are summed."""
+    """Embedding with the vocabulary split over ranks, whose results are summed.
+
+    Attributes:
+        out_dtype: dtype of the result; None for the weight's.
+    """
+
+    out_dtype: torch.dtype | None = None
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         nn.Module.__init__(self)
@@ -82,8 +88,9 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         if self.groups.size == 1:
-            return F.embedding(input_, self.weight)
+            return F.embedding(input_, self.weight).to(self.out_dtype)
         local = input_ - self.vocab_start_index
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
         y = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.groups.all_reduce(y.masked_fill(elsewhere[..., None], 0))
+        y = self.groups.all_reduce(y.masked_fill(elsewhere[..., None], 0))
+        return y.to(self.out_dtype)
