@@ -13,6 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llama import ModelArgs
+from llama.checkpoint.sharding import quantized_bits, quantized_bytes, shard_specs
+from llama.quantize import parse_quantize
 
 
 def linear_parameters(args: ModelArgs) -> int:
@@ -22,15 +24,14 @@ def linear_parameters(args: ModelArgs) -> int:
     return args.n_layers * layer
 
 
-# Bytes per weight, in the layers and in the output layer: 32 integers share a 16-bit scale.
-QUANTIZED = {"int8": (8.5 / 8, 8.5 / 8), "int4": (4.5 / 8, 8.5 / 8)}
-
-
 def weight_bytes(args: ModelArgs, n_ranks: int, size: int, quantize: str | None = None) -> float:
     """Bytes of weights that one rank reads in a step, at ``size`` bytes each unless they are
     quantized (one row of the embedding is negligible)."""
-    layers, output = QUANTIZED[quantize] if quantize else (size, size)
-    return (layers * linear_parameters(args) + output * args.vocab_size * args.dim) / n_ranks
+    if quantize is not None:
+        specs = shard_specs(args)
+        bits = quantized_bits(specs, parse_quantize(quantize))
+        return sum(quantized_bytes(specs[key], n_ranks, n) for key, n in bits.items())
+    return size * (linear_parameters(args) + args.vocab_size * args.dim) / n_ranks
 
 
 def cache_bytes(args: ModelArgs, n_ranks: int, size: int) -> int:

@@ -65,7 +65,6 @@ class Ours(Engine):
         from llama.accel import accelerate
 
         if options.n_ranks == 1:
-            quantize: dict[str, Any] = {"quantize": options.quantize} if options.quantize else {}
             self.llm = Llama.build(
                 str(folder),
                 max_seq_len=options.max_seq_len,
@@ -74,7 +73,7 @@ class Ours(Engine):
                 dtype=options.dtype,
                 compile=options.compile,
                 prefix_caching=False,
-                **quantize,
+                quantize=options.quantize,
             )
         else:
             _imagine_ranks(options.n_ranks)

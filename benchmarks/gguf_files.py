@@ -18,6 +18,7 @@ from benchmarks.llamacpp import quantized
 from llama import ModelArgs, Tokenizer
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.reader import Weights
+from llama.checkpoint.sharding import ShardSpec
 from llama.model import precompute_freqs_cis
 
 TYPES = ("F32", "BF16", "Q8_0", "Q4_0")
@@ -37,7 +38,9 @@ _NAMES = {
 }
 
 
-def write_gguf(folder: Path, file: Path, type_name: str, **override: str) -> None:
+def write_gguf(
+    folder: Path, file: Path, type_name: str, *, pad: bool = False, **override: str
+) -> None:
     """Write a checkpoint as one GGUF file.
 
     One tensor at a time is in memory, in float32.
@@ -46,6 +49,8 @@ def write_gguf(folder: Path, file: Path, type_name: str, **override: str) -> Non
         folder: in any layout that ``Llama.build`` reads.
         type_name: one of ``TYPES``: F32, BF16, Q8_0 or Q4_0. In Q4_0 the output layer is Q6_K, as
             llama-quantize makes it.
+        pad: make the feed-forward width a multiple of 32 with zeros, which change nothing. The
+            narrow models of tests need it: a tensor of another width becomes F16.
         override: types of tensors, by name without ".weight": token_embd="BF16" for example.
 
     Raises:
@@ -57,19 +62,19 @@ def write_gguf(folder: Path, file: Path, type_name: str, **override: str) -> Non
     n_words = Tokenizer(str(ckpt.tokenizer_path), llama31=ckpt.is_llama31).n_words
     args = ckpt.args(n_words, ckpt.context or 8192, 1)
     weights = Weights(ckpt, args)
+    ffn_width = args.ffn_hidden_dim + (-args.ffn_hidden_dim % 32 if pad else 0)
     partial = file.with_name(f".{file.name}")
     writer = GGUFWriter(partial, "llama")
-    _add_metadata(writer, args)
-    types, rope = {}, _rope_factors(args)
+    _add_metadata(writer, args, ffn_width)
+    types, shapes, rope = {}, {}, _rope_factors(args)
     if rope is not None:
         writer.add_tensor_info("rope_freqs.weight", rope.shape, rope.dtype, rope.nbytes)
     for key, spec in weights.specs.items():
-        name = _name(key)
-        types[key] = _type(name, spec.sizes, type_name, override)
-        shape = quant_shape_to_byte_shape(spec.sizes, types[key])
-        writer.add_tensor_info(
-            f"{name}.weight", shape, np.dtype(np.uint8), int(np.prod(shape)), types[key]
-        )
+        name, sizes = _name(key), _sizes(key, spec, ffn_width)
+        types[key] = _type(name, sizes, type_name, override)
+        shapes[key] = quant_shape_to_byte_shape(sizes, types[key])
+        size = int(np.prod(shapes[key]))
+        writer.add_tensor_info(f"{name}.weight", shapes[key], np.dtype(np.uint8), size, types[key])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -78,9 +83,11 @@ def write_gguf(folder: Path, file: Path, type_name: str, **override: str) -> Non
     for key, spec in weights.specs.items():
         # not permuted: native files have pairs of neighbours, as llama.cpp's "llama" rotates them
         weight = weights.read(key, 1, 0, torch.float32, torch.device("cpu"))
-        n_bytes = int(np.prod(quant_shape_to_byte_shape(spec.sizes, types[key])))
-        rows = np.atleast_2d(weight.numpy())
-        writer.write_tensor_data(quantized(rows, int(types[key]), n_bytes))
+        sizes = _sizes(key, spec, ffn_width)
+        missing = [(0, a - b) for a, b in zip(sizes, spec.sizes, strict=True)]
+        rows = np.atleast_2d(np.pad(weight.numpy(), missing))
+        data = quantized(rows, int(types[key]), int(np.prod(shapes[key])))
+        writer.write_tensor_data(data)
     writer.close()
     os.replace(partial, file)
 
@@ -90,6 +97,12 @@ def _name(key: str) -> str:
     if parts[0] == "layers":
         return f"blk.{parts[1]}.{_NAMES['.'.join(parts[2:])]}"
     return _NAMES[".".join(parts)]
+
+
+def _sizes(key: str, spec: ShardSpec, ffn_width: int) -> tuple[int, ...]:
+    if ".feed_forward." not in key:
+        return spec.sizes
+    return (spec.sizes[0], ffn_width) if ".w2." in key else (ffn_width, spec.sizes[1])
 
 
 def _type(name: str, sizes: tuple[int, ...], type_name: str, override: dict[str, str]) -> Type:
@@ -116,11 +129,11 @@ def _rope_factors(args: ModelArgs) -> Any:
     return (plain / scaled).numpy()
 
 
-def _add_metadata(writer: GGUFWriter, args: ModelArgs) -> None:
+def _add_metadata(writer: GGUFWriter, args: ModelArgs, ffn_width: int) -> None:
     writer.add_context_length(args.max_seq_len)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.ffn_hidden_dim)
+    writer.add_feed_forward_length(ffn_width)
     writer.add_head_count(args.n_heads)
     writer.add_head_count_kv(args.kv_heads)
     writer.add_key_length(args.head_dim)

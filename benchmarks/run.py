@@ -187,10 +187,8 @@ class Benchmark:
 
     def load(self) -> None:
         """Seconds until ``build`` returns, and growth of the peak resident memory."""
-        weights = (
-            self.size * self.args.vocab_size * self.args.dim / self.n_ranks
-            + cost.weight_bytes(self.args, self.n_ranks, self.size, self.quantize)
-        )
+        embedding = self.size * self.args.vocab_size * self.args.dim / self.n_ranks
+        weights = embedding + cost.weight_bytes(self.args, self.n_ranks, self.size, self.quantize)
         seconds, rises = [], []
         for _ in range(self.repeats):
             with self._engine("ours", 512, 1) as engine:
