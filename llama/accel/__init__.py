@@ -108,7 +108,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
     with collectives.raise_on_all_ranks():
         modules: list[Any] = list(model.modules())
         bits = min((x.linear.bits for x in modules if is_quantized(x)), default=None)
-        chosen, fault = choose(model.params, model.groups.size, model.dtype, device, bits)
+        dtype = model.tok_embeddings.weight.dtype
+        chosen, fault = choose(model.params, model.groups.size, dtype, device, bits)
         if device.type == "cpu":
             keep_freed_memory()
             for parameter in model.parameters():

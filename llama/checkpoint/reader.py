@@ -347,6 +347,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
+    norm_dtype: torch.dtype | None = None,
     adapter: str | None = None,
     quantize: Bits | None = None,
     form: Callable[[QuantizedWeight], Any] = lambda weight: weight,
@@ -358,6 +359,7 @@ def load(
 
     Args:
         progress: show a progress bar on stderr if loading takes more than a second.
+        norm_dtype: of the norms; default ``dtype``.
         adapter: the folder of a LoRA adapter to merge.
         quantize: quantize the linear layers after the rank's cut; those that are quantized in the
             folder stay as they are.
@@ -394,7 +396,8 @@ def load(
             elif key in bits:
                 loaded[key] = form(weights.quantize(key, n_ranks, rank, bits[key], device))
             elif (twin := same.setdefault(weights.place(key, n_ranks, rank), key)) == key:
-                loaded[key] = weights.read(key, n_ranks, rank, dtype, device)
+                wanted = norm_dtype if spec.axis is None and norm_dtype else dtype
+                loaded[key] = weights.read(key, n_ranks, rank, wanted, device)
             else:
                 loaded[key] = loaded[twin]
             bar.update(n_bytes(spec, n_ranks, dtype))
