@@ -39,7 +39,8 @@ from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
 from llama.quantize import Bits, QuantizedLinear, QuantizedWeight
 
-__all__ = ["Ways", "accelerate", "choose", "quantized_form", "ways", "why_off"]
+__all__ = ["Ways", "accelerate", "choose", "notice_missing_kernels", "quantized_form"]
+__all__ += ["ways", "why_off"]
 
 
 def choose(
@@ -80,6 +81,17 @@ def choose(
     else:
         chosen.reasons["attention"] = reason
     return chosen, fault
+
+
+_noticed: set[str] = set()
+
+
+def notice_missing_kernels(model: Transformer) -> None:
+    """Warn once per process, on the first rank, if there are no kernels for this CPU."""
+    reason = None if kernels.is_switched_off() else kernels.why_not()
+    if reason is not None and reason not in _noticed:
+        _noticed.add(reason)
+        warn(f"{reason}. Slower forms run: {ways(model)}", collectives.world)
 
 
 def is_quantized(layer: Any) -> bool:
