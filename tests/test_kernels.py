@@ -118,7 +118,7 @@ def test_quantize_equals_the_plain_one_up_to_ties(bits: Any) -> None:
         weight[5, 40:70] = 0
         ours, theirs = kernels.quantize(weight, bits), plain.quantize(weight, bits)
         errors = [(w.dequantize() - weight.float()).square().sum(1) for w in (ours, theirs)]
-        torch.testing.assert_close(*errors, rtol=2e-2, atol=1e-6)
+        torch.testing.assert_close(*errors, rtol=5e-2, atol=1e-6)
         if bits == 4:  # in 8 bits, more scales are nearly as good
             assert (ours.scale != theirs.scale).float().mean() < 0.05
         assert not ours.dequantize()[3].any()
@@ -205,7 +205,7 @@ def test_a_missing_library_is_noticed_once(
     monkeypatch.setattr(kernels, "_library", lambda: "the kernels aren't built")
     kernels._choose.cache_clear()
     monkeypatch.setattr(accel, "_noticed", set())
-    with pytest.warns(UserWarning, match="the kernels aren't built: .* dequantized in every call"):
+    with pytest.warns(UserWarning, match="the kernels aren't built. .* dequantized in every call"):
         llm = Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")
     Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")  # warnings are errors
     assert llm.ways.linear == "int8, dequantized in every call"
