@@ -187,10 +187,7 @@ class Weights:
         """
         stored, spec = self.quantized[key], self.specs[key]
         head_dim = self.args.head_dim if self.is_rotated(key) else None
-        weight = read_part(stored, spec, local_slices(spec, n_ranks, rank), head_dim)
-        if weight.packed.data_ptr() not in {t.data_ptr() for t in stored.tensors.values()}:
-            stored.release()
-        return weight.to(device)
+        return read_part(stored, spec, local_slices(spec, n_ranks, rank), head_dim).to(device)
 
     def quantize(
         self, key: str, n_ranks: int, rank: int, bits: Bits, device: torch.device
@@ -393,6 +390,7 @@ def load(
         for key, spec in weights.specs.items():
             if key in weights.quantized:
                 loaded[key] = form(weights.read_quantized(key, n_ranks, rank, device))
+                weights.quantized[key].release()
             elif key in bits:
                 loaded[key] = form(weights.quantize(key, n_ranks, rank, bits[key], device))
             elif (twin := same.setdefault(weights.place(key, n_ranks, rank), key)) == key:
