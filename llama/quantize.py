@@ -70,7 +70,8 @@ def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
     For their integers q, the best scale is sum(w q) / sum(q q), and leaves the squared error
     sum(w w) - sum(w q)^2 / sum(q q). The winner is rounded to bfloat16 before the final integers
     are chosen, so that this costs no accuracy. In 4 bits the error is 6 % less than without the
-    search, and 17 % less than with the usual scale max|w| / 7.
+    search, and 17 % less than with the usual scale max|w| / 7. A group that isn't finite gets the
+    scale NaN.
     """
     parts = [_quantize_rows(rows.float(), bits) for rows in weight.split(_ROWS)]
     packed, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -80,18 +81,22 @@ def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
 def _quantize_rows(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     half = 2 ** (bits - 1)
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [N, G, 32]
+    is_finite = groups.isfinite().all(-1)
+    groups = groups.masked_fill(~is_finite[..., None], 0)
     least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     extreme = torch.where(most > -least, most, least)
+    extreme = extreme.masked_fill(extreme.abs() < 1e-30, 0)  # 1 / scale would be infinite
     best_wq, best_qq = torch.zeros_like(extreme), torch.ones_like(extreme)
     for candidate in _CANDIDATES:
         inverse = -(half + candidate * (0.25 if bits == 4 else 1)) / extreme
         q = _nearest(groups, inverse, half)
-        wq, qq = (groups * q).sum(-1), q.square().sum(-1)
+        # relative to the largest, as the squares of small weights are 0
+        wq, qq = (groups * q).sum(-1) / extreme, q.square().sum(-1)
         better = wq.square() * best_qq > best_wq.square() * qq
         best_wq, best_qq = torch.where(better, wq, best_wq), torch.where(better, qq, best_qq)
-    scale = (best_wq / best_qq).bfloat16()
+    scale = (best_wq / best_qq * extreme).bfloat16()
     q = _nearest(groups, torch.where(scale == 0, 0, 1 / scale.float()), half)
-    return pack(q.flatten(1) + half, bits), scale
+    return pack(q.flatten(1) + half, bits), scale.masked_fill(~is_finite, torch.nan)
 
 
 def _nearest(groups: Tensor, inverse: Tensor, half: int) -> Tensor:
@@ -100,10 +105,10 @@ def _nearest(groups: Tensor, inverse: Tensor, half: int) -> Tensor:
 
 def pack(values: Tensor, bits: Bits) -> Tensor:
     """int32 [N, K * bits / 32] of unsigned integers [N, K]."""
-    n_per_word = 32 // bits
-    words = values.long().unflatten(1, (-1, n_per_word))
-    shifts = torch.arange(n_per_word, device=values.device) * bits
-    return (words << shifts).sum(-1).to(torch.int32)
+    packed = values.to(torch.uint8)
+    if bits == 4:
+        packed = packed[:, ::2] + 16 * packed[:, 1::2]
+    return packed.contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: Bits) -> Tensor:

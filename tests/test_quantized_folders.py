@@ -22,7 +22,7 @@ from test_convert import cli
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llama import ModelArgs, memory
+from llama import Llama, ModelArgs, accel, memory
 from llama.__main__ import convert_folder
 from llama.accel.kernels import quantize
 from llama.checkpoint import huggingface, quantized, reader
@@ -314,6 +314,26 @@ def test_an_awq_folder_holds_what_its_format_defines(
                 part = narrow(expected[key], local_slices(SPECS[key], n_ranks, rank))
                 # an integer of 4 bits times 11 bits is exact in float32
                 assert torch.equal(tensor.double(), part), key
+
+
+@pytest.mark.parametrize("accelerate", [True, False])
+@pytest.mark.parametrize("kind", ["symmetric", "compressed", "awq"])
+def test_a_quantized_folder_is_built_as_it_is(
+    kind: str, accelerate: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """With the kernels, which round activations to 8 bits, and without them, exactly."""
+    if kind == "symmetric":
+        folder = write_compressed(tmp_path, torch.float16, [], **SCHEMES["int8 32 symmetric"])
+    else:
+        folder = request.getfixturevalue(kind)
+    sizes: dict[str, Any] = {"max_seq_len": 64, "dtype": "float32", "device": "cpu"}
+    llm = Llama.build(str(folder), **sizes, accelerate=accelerate)
+    limit = 0.08 if accelerate else 1e-5
+    assert relative_error(llm.model.forward(TOKENS, 0), logits(load(folder))) < limit
+    bits = 8 if kind == "symmetric" else 4
+    layer: Any = llm.model.layers[1].get_submodule("feed_forward.w2")
+    assert accel.is_quantized(layer)
+    assert layer.linear.bits == bits
 
 
 # --- Refused ------------------------------------------------------------------------------------

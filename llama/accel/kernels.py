@@ -104,6 +104,10 @@ def why_not() -> str | None:
     return _choose()[1]
 
 
+def is_switched_off() -> bool:
+    return os.environ.get(_VARIABLE) == "none"
+
+
 @functools.cache
 def _function(name: str, instructions: str) -> Callable[..., int]:
     function = getattr(_library(), f"{name}_{instructions}")

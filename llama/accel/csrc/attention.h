@@ -21,9 +21,9 @@ INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, floa
 }
 
 /* e^x = 2^n 2^r with |r| <= 1/2, and the Taylor series of 2^r = e^(r ln 2) to the 7th power, whose
-   error is below float32's. 0 below -87. */
+   error is below float32's. e^-87, about 1e-38, below -87. */
 INLINE vf f_exp(vf x) {
-    const vf y = f_mul(f_max(x, f_set1(-87)), f_set1(1.44269504f));
+    const vf y = f_mul(f_max(f_set1(-87), x), f_set1(1.44269504f));
     const vf n = f_round(y), r = f_mul(f_fma(f_set1(-1), n, y), f_set1(0.693147181f));
     vf sum = f_set1(1.f / 5040);
     const float divisors[] = {720, 120, 24, 6, 2, 1, 1};
@@ -82,12 +82,16 @@ INLINE void attend_head(
 
 /* y [rows][n_kv_heads * n_queries][head_dim]. Row b attends to the first lengths[b] positions of
    k and v [slots][n_kv_heads][max_length][head_dim], in slot b. head_dim is a multiple of LANES, up
-   to MAX_HEAD_DIM. Returns 0, or -1 without memory for the scores. */
+   to MAX_HEAD_DIM. Returns 0, -1 without memory for the scores, or -2 for a length that isn't from
+   0 to max_length. */
 int NAME(decode_attention)(
     const float *q, const void *k, const void *v, int kind, const int32_t *lengths, int64_t rows,
     int64_t n_kv_heads, int64_t n_queries, int64_t max_length, int64_t head_dim, float *y) {
     int64_t longest = 0;
-    for (int64_t b = 0; b < rows; b++) longest = lengths[b] > longest ? lengths[b] : longest;
+    for (int64_t b = 0; b < rows; b++) {
+        if (lengths[b] < 0 || lengths[b] > max_length) return -2;
+        longest = lengths[b] > longest ? lengths[b] : longest;
+    }
     const int64_t padded = (longest + LANES - 1) / LANES * LANES, size = n_queries * head_dim;
     float *scores = malloc((size_t)(rows * n_kv_heads * n_queries * padded) * sizeof(float));
     if (!scores) return -1;

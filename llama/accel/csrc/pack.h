@@ -27,14 +27,17 @@ INLINE vf nearest(vf w, vf inverse, float half) {
 
 /* The scale of a group as bfloat16. Of integers q = round(w / s) for 16 values of s around the one
    that makes the weight of largest magnitude -half, the best s for these q is sum(w q) / sum(q q),
-   and leaves the squared error sum(w w) - sum(w q)^2 / sum(q q). See quantize.py. */
+   and leaves the squared error sum(w w) - sum(w q)^2 / sum(q q). 0 for tiny weights, whose 1 / s
+   would be infinite; NaN if one is NaN or infinite. See quantize.py. */
 INLINE float choose_scale(const float *w, float half) {
     float inverse[CANDIDATES], wq[CANDIDATES], qq[CANDIDATES], low[LANES], high[LANES];
-    vf least = f_set1(0), most = f_set1(0);
+    vf least = f_set1(0), most = f_set1(0), poison = f_set1(0);
     for (int i = 0; i < GROUP; i += LANES) {
         least = f_min(least, f_load(w + i));
         most = f_max(most, f_load(w + i));
+        poison = f_fma(f_load(w + i), f_set1(0), poison);
     }
+    if (f_sum(poison) != 0) return NAN;
     f_store(low, least);
     f_store(high, most);
     for (int i = 1; i < LANES; i++) {
@@ -42,7 +45,7 @@ INLINE float choose_scale(const float *w, float half) {
         high[0] = high[i] > high[0] ? high[i] : high[0];
     }
     const float extreme = high[0] > -low[0] ? high[0] : low[0];
-    if (extreme == 0) return 0;
+    if (fabsf(extreme) < 1e-30f) return 0;
     const float step = half == 8 ? 0.25f : 1;
     for (int t = 0; t < CANDIDATES; t++) inverse[t] = -(half + (t - 8) * step) / extreme;
     for (int v = 0; v < CANDIDATES; v += LANES) {
@@ -57,9 +60,11 @@ INLINE float choose_scale(const float *w, float half) {
         f_store(wq + v, sum_wq);
         f_store(qq + v, sum_qq);
     }
+    float gain[CANDIDATES]; /* relative, as the squares of small weights are 0 */
+    for (int t = 0; t < CANDIDATES; t++) gain[t] = wq[t] / extreme * (wq[t] / extreme);
     int best = 0;
     for (int t = 1; t < CANDIDATES; t++)
-        if (wq[t] * wq[t] * qq[best] > wq[best] * wq[best] * qq[t]) best = t;
+        if (gain[t] * qq[best] > gain[best] * qq[t]) best = t;
     return bf16_to_float(float_to_bf16(wq[best] / qq[best]));
 }
 
@@ -74,7 +79,8 @@ int NAME(quantize)(
             float group[GROUP];
             load_group((const char *)w + row * k * (kind == F32 ? 4 : 2), kind, g * GROUP, k, group);
             const float scale = choose_scale(group, half);
-            const vf inverse = f_set1(scale == 0 ? 0 : 1 / scale);
+            if (!(fabsf(scale) > 0)) memset(group, 0, sizeof(group)); /* 0 or NaN */
+            const vf inverse = f_set1(fabsf(scale) > 0 ? 1 / scale : 0);
             for (int i = 0; i < GROUP; i += LANES)
                 f_store(group + i, nearest(f_load(group + i), inverse, half));
             uint8_t q[GROUP];

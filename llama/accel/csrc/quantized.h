@@ -146,7 +146,8 @@ INLINE void tile_product(
     }
 }
 
-/* Round row r of ``rows`` to 8 bits. Not finite values make the scales NaN. */
+/* Round row r of ``rows`` to 8 bits. A group with a NaN or an infinity gets the scale NaN, and so
+   does the result; one of tiny values becomes 0, as 127 / largest would be infinite. */
 INLINE void round_row(
     const float *x, long k, long n_groups, const int bits, const int rows, int r,
     const activations *out) {
@@ -159,7 +160,8 @@ INLINE void round_row(
             largest = magnitude > largest ? magnitude : largest;
             poison += group[i] * 0;
         }
-        const float inverse = largest > 0 ? 127 / largest : 0;
+        if (poison != 0) memset(group, 0, sizeof(group));
+        const float inverse = largest > 1e-30f ? 127 / largest : 0;
         int32_t sum = 0;
         int8_t q[GROUP];
         for (int i = 0; i < GROUP; i++) {

@@ -2,7 +2,7 @@
 
    vf is a vector of LANES floats, vi of LANES int32. Every operation is rounded as the scalar one
    (a fused multiply-add once), so that all architectures give the same bits where the order of the
-   operations is the same. */
+   operations is the same. f_min(a, b) and f_max(a, b) are NaN if b is. */
 #pragma once
 
 #include <stdint.h>
