@@ -177,5 +177,6 @@ def test_the_benchmark_compares_with_llamacpp(
     assert "AVX2" in configuration["llama.cpp"] or "NEON" in configuration["llama.cpp"]
     cases = ("decode, batch 1", "decode, batch 8", "prefill 512", "ragged")
     expected = {f"{case}: times faster than llamacpp" for case in cases}
+    expected |= {"load", "load: peak RSS"} | ({"load, quantized folder"} if quantize else set())
     assert expected <= {record["figure"] for record in records}
     assert (tmp_path / f"tiny-{gguf_type}.gguf").exists()
