@@ -1,3 +1,4 @@
+import json
 import platform
 import sys
 from pathlib import Path
@@ -23,15 +24,9 @@ TEST = [
 ]
 
 CSRC = "llama/accel/csrc"
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "vl", "vnni"))]
-# By machine: a file of csrc for each instruction set, and its flags.
-FILES = {
-    "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
-    "aarch64": {"neon": ["-march=armv8.2-a+dotprod+fp16"]},
-}
-FILES |= {"AMD64": FILES["x86_64"], "arm64": FILES["aarch64"]}
-FLAGS = ["-std=c11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = json.loads((ROOT / CSRC / "flags.json").read_text())
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+FILES = FLAGS.get(MACHINE, {})  # of csrc, one per instruction set, with its flags
 
 
 class BuildKernels(build_ext):
@@ -41,13 +36,12 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         is_mac = sys.platform == "darwin"
         openmp = ["-Xpreprocessor", "-fopenmp"] if is_mac else ["-fopenmp"]
-        self.compiler.compiler_so += ["-Wno-psabi"]
         objects = []
-        for name, flags in FILES[platform.machine()].items():
+        for name, flags in FILES.items():
             objects += self.compiler.compile(
                 [f"{CSRC}/{name}.c"],
                 output_dir=self.build_temp,
-                extra_postargs=[*FLAGS, *openmp, *flags],
+                extra_postargs=[*FLAGS["every file"], *openmp, *flags],
                 depends=ext.depends,
             )
         self.compiler.link_shared_object(
@@ -59,7 +53,7 @@ class BuildKernels(build_ext):
 
 
 headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / CSRC).glob("*.h"))]
-sources = [f"{CSRC}/{name}.c" for name in FILES.get(platform.machine(), {})]
+sources = [f"{CSRC}/{name}.c" for name in FILES]
 # optional: without a compiler, the package is installed without the kernels
 kernels = Extension("llama.accel._kernels", sources, depends=headers, optional=True)
 

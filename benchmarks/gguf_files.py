@@ -5,7 +5,9 @@ by llama.cpp's own code. The vocabulary is left out: benchmarks give token ids.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,12 @@ _NAMES = {
 
 
 def write_gguf(
-    folder: Path, file: Path, type_name: str, *, pad: bool = False, **override: str
+    folder: Path,
+    file: Path,
+    type_name: str,
+    *,
+    pad: bool = False,
+    override: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint as one GGUF file.
 
@@ -51,7 +58,7 @@ def write_gguf(
             llama-quantize makes it.
         pad: make the feed-forward width a multiple of 32 with zeros, which change nothing. The
             narrow models of tests need it: a tensor of another width becomes F16.
-        override: types of tensors, by name without ".weight": token_embd="BF16" for example.
+        override: other types, by tensors' names in GGUF: {"token_embd": "BF16"} for example.
 
     Raises:
         FileNotFoundError, ValueError: ``folder`` isn't a valid checkpoint, or the type is unknown.
@@ -105,7 +112,7 @@ def _sizes(key: str, spec: ShardSpec, ffn_width: int) -> tuple[int, ...]:
     return (spec.sizes[0], ffn_width) if ".w2." in key else (ffn_width, spec.sizes[1])
 
 
-def _type(name: str, sizes: tuple[int, ...], type_name: str, override: dict[str, str]) -> Type:
+def _type(name: str, sizes: tuple[int, ...], type_name: str, override: Mapping[str, str]) -> Type:
     if len(sizes) == 1:
         return Type.F32
     if name in override:

@@ -12,8 +12,9 @@ import math
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ LENGTH = 256  # tokens of the longest text
 OURS = ("bfloat16", "int8", "int4")
 THEIRS = ("BF16", "Q8_0", "Q4_0")
 # llama.cpp with the tensors and widths that this library quantizes: the same bits per weight
-ALIKE: dict[str, Any] = {"pad": True, "token_embd": "BF16", "output": "Q8_0"}
+ALIKE: dict[str, Any] = {"pad": True, "override": {"token_embd": "BF16", "output": "Q8_0"}}
 Logits = Callable[[list[int]], Tensor]
 
 
@@ -181,17 +182,18 @@ def _candidates(folder: Path, reference: Llama, n_weights: int) -> Iterator[Cand
     for name in OURS:
         llm = _build(folder, name)
         bits = 8 * plan_of(llm.model, 1).weights / n_weights
-        yield Candidate(name, bits, lambda tokens, llm=llm: _logits(llm, tokens), _answers_of(llm))
+        yield Candidate(name, bits, partial(_logits, llm), partial(_answers, llm))
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
-        for name, changes in [*((name, {}) for name in THEIRS), *((n, ALIKE) for n in THEIRS[1:])]:
+        changed: list[dict[str, Any]] = [{}] * len(THEIRS) + [ALIKE] * (len(THEIRS) - 1)
+        for name, changes in zip(THEIRS + THEIRS[1:], changed, strict=True):
             write_gguf(folder, file, name, **changes)
             with contextlib.closing(llamacpp.Model(file, 1, LENGTH, 1, max_outputs=LENGTH)) as gguf:
                 yield Candidate(
                     f"llama.cpp {name}{', our tensors' if changes else ''}",
                     8 * gguf.weight_bytes / n_weights,
-                    lambda tokens, gguf=gguf: _gguf_logits(gguf, tokens),
-                    lambda prompts, gguf=gguf: _gguf_answers(gguf, prompts, reference),
+                    partial(_gguf_logits, gguf),
+                    partial(_gguf_answers, gguf, reference),
                 )
 
 
@@ -212,27 +214,24 @@ def _logits(llm: Llama, tokens: list[int]) -> Tensor:
     return llm.model(torch.tensor([tokens]), 0)[0]
 
 
-def _answers_of(llm: Llama) -> Callable[[list[list[int]]], list[str]]:
-    def answers(prompts: list[list[int]]) -> list[str]:
-        tokens, _ = llm.generate(prompts, LENGTH, temperature=0)
-        return [llm.tokenizer.decode(answer).strip() for answer in tokens]
-
-    return answers
+def _answers(llm: Llama, prompts: list[list[int]]) -> list[str]:
+    tokens, _ = llm.generate(prompts, LENGTH, temperature=0)
+    return [llm.tokenizer.decode(answer).strip() for answer in tokens]
 
 
-def _gguf_logits(model: llamacpp.Model, tokens: Sequence[int], start: int = 0) -> Tensor:
+def _gguf_logits(model: llamacpp.Model, tokens: list[int], start: int = 0) -> Tensor:
     n = len(tokens)
     if start == 0:
         model.clear()
     positions = list(range(start, start + n))
-    return torch.from_numpy(model.forward(list(tokens), positions, [0] * n, [True] * n).copy())
+    return torch.from_numpy(model.forward(tokens, positions, [0] * n, [True] * n).copy())
 
 
-def _gguf_answers(model: llamacpp.Model, prompts: list[list[int]], llm: Llama) -> list[str]:
+def _gguf_answers(model: llamacpp.Model, llm: Llama, prompts: list[list[int]]) -> list[str]:
     answers = []
     for prompt in prompts:
-        tokens, answer = list(prompt), list[int]()
-        start = 0
+        tokens, start = prompt, 0
+        answer: list[int] = []
         while len(prompt) + len(answer) < LENGTH:
             chosen = int(_gguf_logits(model, tokens, start)[-1].argmax())
             if chosen in llm.tokenizer.stop_tokens:

@@ -4,6 +4,7 @@ python benchmarks/run.py --shape 1B --vs reference,hf
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -189,13 +190,19 @@ class Benchmark:
         """Seconds until ``build`` returns, and growth of the peak resident memory."""
         embedding = self.size * self.args.vocab_size * self.args.dim / self.n_ranks
         weights = embedding + cost.weight_bytes(self.args, self.n_ranks, self.size, self.quantize)
-        seconds, rises = [], []
-        for _ in range(self.repeats):
-            with self._engine("ours", 512, 1) as engine:
-                seconds.append(engine.load_s)
-                rises.append(engine.rss_rise / weights)
-        self._record("load", unit="s", **_summary(seconds))
-        self._record("load: peak RSS", unit="x the weights", **_summary(rises))
+        cases: dict[str, dict[str, Any]] = {"load": {}}
+        if self.quantize:
+            options = ("--format", "hf", "--quantize", self.quantize)
+            folder = _converted(self.folder, self.quantize, *options)
+            cases["load, quantized folder"] = {"folder": folder, "quantize": None}
+        for name, changes in cases.items():
+            seconds, rises = [], []
+            for _ in range(self.repeats):
+                with self._engine("ours", 512, 1, **changes) as engine:
+                    seconds.append(engine.load_s)
+                    rises.append(engine.rss_rise / weights)
+            self._record(name, unit="s", **_summary(seconds))
+            self._record(f"{name}: peak RSS", unit="x the weights", **_summary(rises))
 
     def prefill(self) -> None:
         """Tokens of one prompt per second, to the first new token."""
@@ -392,6 +399,7 @@ class Benchmark:
         max_batch: int,
         folder: Path | None = None,
         n_processes: int = 1,
+        **changes: Any,
     ) -> Iterator[Process]:
         options = Options(
             n_ranks=self.n_ranks,
@@ -402,6 +410,7 @@ class Benchmark:
             compile=self.compile,
             quantize=self.quantize,
         )
+        options = dataclasses.replace(options, **changes)
         engine = Process(name, folder or self.folder, options, n_processes)
         try:
             yield engine
@@ -538,10 +547,15 @@ def _files_for(peer: str, native: Path, gguf_type: str | None) -> Path:
         if not file.exists():
             write_gguf(native, file, gguf_type)
         return file
-    folder = native.with_name(native.name + "-hf")
+    return _converted(native, "hf", "--format", "hf")
+
+
+def _converted(native: Path, suffix: str, *options: str) -> Path:
+    """The checkpoint in another folder, written if it doesn't exist yet."""
+    folder = native.with_name(f"{native.name}-{suffix}")
     if not folder.exists():
-        command = [sys.executable, "-m", "llama", "convert", native, folder, "--format", "hf"]
-        subprocess.run([str(c) for c in command], cwd=ROOT, check=True)  # noqa: S603 - our own program
+        command = [sys.executable, "-m", "llama", "convert", str(native), str(folder), *options]
+        subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 - our own program
     return folder
 
 

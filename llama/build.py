@@ -91,7 +91,8 @@ def build_model(
     settings = {"dtype": torch_dtype, "device": torch_device.type, "compile": compile}
     settings |= {"max_prefill_tokens": max_prefill_tokens, "adapter": adapter}
     settings |= {"accelerate": off is None}
-    settings |= {"quantize": bits, "activations": activation_dtype(torch_device, torch_dtype)}
+    activations = activation_dtype(torch_device, torch_dtype) if off is None else torch_dtype
+    settings |= {"quantize": bits, "activations": activations}
     check_same_on_all_ranks("Llama.build", dataclasses.asdict(args) | settings, collectives.world)
     with raise_on_all_ranks(), memory.explain_oom(lambda: plan):
         tensors = load(
@@ -102,6 +103,7 @@ def build_model(
             dtype=torch_dtype,
             device=torch_device,
             progress=is_first_process,
+            norm_dtype=activations,
             adapter=adapter,
             quantize=bits,
             form=accel.quantized_form(torch_device, off),
@@ -110,6 +112,9 @@ def build_model(
         del tensors  # accelerate replaces some
     with memory.explain_oom(lambda: plan):
         accel.accelerate(model, compile=compile, off=off)
+    could_use_kernels = dtype is None or torch_dtype != torch.float32 or bits is not None
+    if torch_device.type == "cpu" and off is None and could_use_kernels:
+        accel.notice_missing_kernels(model)
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")
     return model, tokenizer

@@ -105,10 +105,10 @@ def _nearest(groups: Tensor, inverse: Tensor, half: int) -> Tensor:
 
 def pack(values: Tensor, bits: Bits) -> Tensor:
     """int32 [N, K * bits / 32] of unsigned integers [N, K]."""
-    n_per_word = 32 // bits
-    words = values.long().unflatten(1, (-1, n_per_word))
-    shifts = torch.arange(n_per_word, device=values.device) * bits
-    return (words << shifts).sum(-1).to(torch.int32)
+    packed = values.to(torch.uint8)
+    if bits == 4:
+        packed = packed[:, ::2] + 16 * packed[:, 1::2]
+    return packed.contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: Bits) -> Tensor:

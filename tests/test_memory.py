@@ -116,7 +116,9 @@ CARDS = {
     "H100": 78.6,
     "H200": 139.2,
 }
-MORE_RANKS = r"use more ranks \(possible: 1, 2, 4, 8, 16, 32(, 64)?\) or a smaller dtype$"
+MORE_RANKS = (
+    r"use more ranks \(possible: 1, 2, 4, 8, 16, 32(, 64)?\), a smaller dtype, or quantize$"
+)
 # The model, max_batch_size x max_seq_len, and the first of CARDS that can hold it; the larger ones
 # can too. The weights take 14.96 GiB (8B) and 16.43 (70B over 8 ranks), a position 128 and 40 KiB.
 # Then what the cards before it are told: weights alone exceed a T4.

@@ -39,7 +39,8 @@ from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
 from llama.quantize import Bits, QuantizedLinear, QuantizedWeight
 
-__all__ = ["Ways", "accelerate", "choose", "quantized_form", "ways", "why_off"]
+__all__ = ["Ways", "accelerate", "choose", "notice_missing_kernels", "quantized_form"]
+__all__ += ["ways", "why_off"]
 
 
 def choose(
@@ -82,6 +83,17 @@ def choose(
     return chosen, fault
 
 
+_noticed: set[str] = set()
+
+
+def notice_missing_kernels(model: Transformer) -> None:
+    """Warn once per process, on the first rank, if there are no kernels for this CPU."""
+    reason = None if kernels.is_switched_off() else kernels.why_not()
+    if reason is not None and reason not in _noticed:
+        _noticed.add(reason)
+        warn(f"{reason}. Slower forms run: {ways(model)}", collectives.world)
+
+
 def is_quantized(layer: Any) -> bool:
     """Whether a module is a linear layer that holds a quantized weight."""
     return getattr(layer, "weight", layer) is None
@@ -108,7 +120,8 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
     with collectives.raise_on_all_ranks():
         modules: list[Any] = list(model.modules())
         bits = min((x.linear.bits for x in modules if is_quantized(x)), default=None)
-        chosen, fault = choose(model.params, model.groups.size, model.dtype, device, bits)
+        dtype = model.tok_embeddings.weight.dtype
+        chosen, fault = choose(model.params, model.groups.size, dtype, device, bits)
         if device.type == "cpu":
             keep_freed_memory()
             for parameter in model.parameters():

@@ -104,9 +104,8 @@ def why_not() -> str | None:
     return _choose()[1]
 
 
-def are_missing() -> bool:
-    """Whether only the installation lacks them: the processor could run them."""
-    return why_not() is not None and why_not() == _library()
+def is_switched_off() -> bool:
+    return os.environ.get(_VARIABLE) == "none"
 
 
 @functools.cache

@@ -19,11 +19,11 @@ from llama.checkpoint.sharding import ShardSpec, Slices, is_linear, local_slices
 from llama.checkpoint.tensor_files import is_plain
 from llama.files import listed
 from llama.pages import release_pages
-from llama.quantize import GROUP, Bits, QuantizedWeight, pack, unpack
+from llama.quantize import GROUP, Bits, QuantizedWeight, unpack
 
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int32,)
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES = 2**20
 # AWQ stores output 8 i + c of a row of 4-bit integers at the position _AWQ_ORDER[c] of word i.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -163,17 +163,20 @@ class _Awq(StoredWeight):
         words = (row // 8, -(-end_row // 8))
         inner = slice(row - 8 * words[0], end_row - 8 * words[0])
         qweight = self.tensors["qweight"][columns[0] : columns[1], words[0] : words[1]]
-        shape = (end_row - row, len(qweight))
-        packed = torch.empty(shape[0], shape[1] // 8, dtype=torch.int32)
-        step = max(1, _CHUNK_BYTES // (4 * max(1, qweight.shape[1])) // GROUP) * GROUP
+        packed = torch.empty(8 * qweight.shape[1], len(qweight) // 8, dtype=torch.int32)
+        shifts = 4 * torch.arange(8, dtype=torch.int32)[:, None]
+        step = max(1, _CHUNK_BYTES // (4 * qweight.shape[1]) // GROUP) * GROUP
         for start in range(0, len(qweight), step):
-            chunk = qweight[start : start + step]
-            values = _in_order(chunk)[:, inner].T
-            packed[:, start // 8 : (start + len(chunk)) // 8] = pack(values, 4)
+            chunk = qweight[start : start + step].unflatten(0, (-1, 8))
+            for c, position in enumerate(_AWQ_ORDER):
+                # the integers of outputs c, c + 8, ...; those of 8 inputs become a word
+                integers = (chunk >> 4 * position & 15) << shifts
+                words_of_c = integers.sum(1, dtype=torch.int32).T
+                packed[c::8, start // 8 : start // 8 + len(chunk)] = words_of_c
         points = _in_order(self.tensors["qzeros"][:, words[0] : words[1]])[:, inner].T
         zero = self._per_group(points, k, columns)
         scale = self._per_group(self.tensors["scales"][:, row:end_row].T, k, columns)
-        return QuantizedWeight(4, shape, packed, scale, zero)
+        return QuantizedWeight(4, (end_row - row, len(qweight)), packed[inner], scale, zero)
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -187,10 +187,7 @@ class Weights:
         """
         stored, spec = self.quantized[key], self.specs[key]
         head_dim = self.args.head_dim if self.is_rotated(key) else None
-        weight = read_part(stored, spec, local_slices(spec, n_ranks, rank), head_dim)
-        if weight.packed.data_ptr() not in {t.data_ptr() for t in stored.tensors.values()}:
-            stored.release()
-        return weight.to(device)
+        return read_part(stored, spec, local_slices(spec, n_ranks, rank), head_dim).to(device)
 
     def quantize(
         self, key: str, n_ranks: int, rank: int, bits: Bits, device: torch.device
@@ -347,6 +344,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
+    norm_dtype: torch.dtype | None = None,
     adapter: str | None = None,
     quantize: Bits | None = None,
     form: Callable[[QuantizedWeight], Any] = lambda weight: weight,
@@ -358,6 +356,7 @@ def load(
 
     Args:
         progress: show a progress bar on stderr if loading takes more than a second.
+        norm_dtype: of the norms; default ``dtype``.
         adapter: the folder of a LoRA adapter to merge.
         quantize: quantize the linear layers after the rank's cut; those that are quantized in the
             folder stay as they are.
@@ -391,10 +390,12 @@ def load(
         for key, spec in weights.specs.items():
             if key in weights.quantized:
                 loaded[key] = form(weights.read_quantized(key, n_ranks, rank, device))
+                weights.quantized[key].release()
             elif key in bits:
                 loaded[key] = form(weights.quantize(key, n_ranks, rank, bits[key], device))
             elif (twin := same.setdefault(weights.place(key, n_ranks, rank), key)) == key:
-                loaded[key] = weights.read(key, n_ranks, rank, dtype, device)
+                wanted = norm_dtype if spec.axis is None and norm_dtype else dtype
+                loaded[key] = weights.read(key, n_ranks, rank, wanted, device)
             else:
                 loaded[key] = loaded[twin]
             bar.update(n_bytes(spec, n_ranks, dtype))

@@ -1,6 +1,6 @@
 /* Random shapes, alignments and values for the kernels of one instruction set, against scalar code.
 
-   fuzz_kernels SEED N: N cases of each function. Every operand has its own heap block of exactly its
+   check_kernels SEED N: N cases of each function. Every operand has its own heap block of exactly its
    size, at an address that is only a multiple of its numbers' size, so that the address sanitizer
    sees each access beyond it. Ends with 1 and the first wrong result; else prints a checksum of the
    results that are the same on every processor: integers, scales, and integer products. */
@@ -10,9 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define JOIN(function, set) function##_##set
-#define JOINED(function, set) JOIN(function, set)
-#define KERNEL(function) JOINED(function, SET)
+#define JOIN(function, isa) function##_##isa
+#define JOINED(function, isa) JOIN(function, isa)
+#define KERNEL(function) JOINED(function, ISA)
 
 int KERNEL(half_product)(
     const uint16_t *, int, int64_t, int64_t, const float *, int64_t, float *);
@@ -126,7 +126,7 @@ static int64_t random_size(int64_t largest) {
 }
 static int64_t random_count(void) { return below(4) ? below(9) : below(41); }
 
-#if defined(ROUNDS_X)
+#if defined(__AVX512BF16__)
 /* AVX512-BF16 takes denormal numbers as 0. */
 static float flushed(float f) { return fabsf(f) < 0x1p-126f ? 0 : f; }
 #endif
@@ -146,7 +146,7 @@ static void fuzz_half(void) {
             double sum = 0, size = 0;
             for (int64_t j = 0; j < k; j++) {
                 float value = x[m * k + j], weight = get(w, kind, i * k + j);
-#if defined(ROUNDS_X)
+#if defined(__AVX512BF16__)
                 if (kind == BF16) {
                     value = flushed(from_bf16(to_bf16(value)));
                     weight = flushed(weight);
@@ -384,7 +384,7 @@ static void fuzz_attention(void) {
 }
 
 int main(int argc, char **argv) {
-    check(argc == 3, "usage: fuzz_kernels SEED N");
+    check(argc == 3, "usage: check_kernels SEED N");
     void (*const functions[])(void) = {
         fuzz_half, fuzz_quantized, fuzz_quantize, fuzz_interleave, fuzz_attention};
     for (int f = 0; f < 5; f++)

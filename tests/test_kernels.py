@@ -1,0 +1,289 @@
+"""The C kernels: against float64, by instruction set, and under sanitizers."""
+
+import copy
+import json
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEMO, PROGRAMS, ROOT, run
+from reference import relative_error
+from torch import Tensor
+
+from llama import Llama, accel
+from llama import quantize as plain
+from llama.accel import kernels, notice_missing_kernels
+from llama.accel.features import cpu_features
+from llama.attention import attention
+from llama.cache import Decode, KVCache
+from llama.config import ModelArgs
+
+CSRC = ROOT / "llama" / "accel" / "csrc"
+FLAGS = json.loads((CSRC / "flags.json").read_text())
+# those of this processor; neon's are also run under an emulator
+SETS = [name for name, needed in kernels.INSTRUCTION_SETS.items() if needed <= cpu_features()]
+pytestmark = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+HALF = [torch.bfloat16, torch.float16]
+SHAPES = [(16, 32), (41, 172), (64, 7), (1, 1), (33, 300)]
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def instructions(request: pytest.FixtureRequest, use_processor: Callable[[str], None]) -> str:
+    """Every test runs with each instruction set that this processor has."""
+    use_processor(request.param)
+    return str(request.param)
+
+
+def rounds_x(instructions: str, dtype: torch.dtype) -> bool:
+    return instructions == "avx512bf16" and dtype == torch.bfloat16
+
+
+# --- Linear layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_half_products(instructions: str, n: int, k: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(n, k).to(dtype)
+    for n_rows in (0, 1, 2, 3, 5, 6, 7, 13, 40):
+        x = torch.randn(n_rows, k)
+        y = kernels.linear(x, weight)
+        assert (y.shape, y.dtype) == ((n_rows, n), torch.float32)
+        exact = x.bfloat16() if rounds_x(instructions, dtype) else x
+        wanted = exact.double() @ weight.double().T
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5 * k**0.5)
+        for i in range(n_rows):  # bit for bit
+            assert torch.equal(kernels.linear(x[i : i + 1], weight)[0], y[i])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("has_zero", [False, True])
+def test_quantized_products(bits: Any, scales: torch.dtype, has_zero: bool) -> None:
+    for n, k in SHAPES:
+        weight = kernels.quantize(torch.randn(n, k), bits)
+        weight = weight._replace(scale=weight.scale.to(scales))
+        if has_zero:
+            zero = torch.randint(0, 2**bits, weight.scale.shape, dtype=torch.uint8)
+            weight = weight._replace(zero=zero)
+        linear, exact = kernels.TiledLinear(weight), weight.dequantize(torch.float64)
+        assert torch.equal(linear.dequantize(), weight.dequantize())
+        for n_rows in (0, 1, 2, 3, 5, 9, 40):
+            x = torch.randn(n_rows, k)
+            y = linear(x)
+            rounded = rounded_to_8_bits(x)
+            wanted = rounded.double() @ exact.T
+            size = rounded.double().abs() @ exact.abs().T
+            assert ((y - wanted).abs() <= 1e-5 * size).all()
+            for i in range(n_rows):
+                assert torch.equal(linear(x[i : i + 1])[0], y[i])
+
+
+def rounded_to_8_bits(x: Tensor) -> Tensor:
+    """Activations as the kernels round them, in groups of 32."""
+    k = x.shape[-1]
+    groups = F.pad(x, (0, -k % 32)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return ((groups * inverse).round() * (largest / 127)).flatten(-2)[..., :k]
+
+
+def test_integer_products_are_the_same_on_every_processor(
+    instructions: str, use_processor: Callable[[str], None]
+) -> None:
+    if instructions == SETS[0]:
+        pytest.skip("compared with this one")
+    x, results = torch.randn(5, 172), []
+    w = torch.randn(41, 172)
+    for name in (instructions, "avx2"):
+        use_processor(name)
+        weights = [kernels.quantize(w, bits) for bits in (8, 4)]
+        results.append([kernels.TiledLinear(weight)(x) for weight in weights])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize_equals_the_plain_one_up_to_ties(bits: Any) -> None:
+    for dtype in (*HALF, torch.float32):
+        weight = torch.randn(64, 172).to(dtype)
+        weight[3] = 0
+        weight[5, 40:70] = 0
+        ours, theirs = kernels.quantize(weight, bits), plain.quantize(weight, bits)
+        errors = [(w.dequantize() - weight.float()).square().sum() for w in (ours, theirs)]
+        torch.testing.assert_close(*errors, rtol=1e-2, atol=0)
+        if bits == 4:  # in 8 bits, more scales are nearly as good
+            assert (ours.scale != theirs.scale).float().mean() < 0.05
+        assert not ours.dequantize()[3].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_spoil_their_row_only(value: float) -> None:
+    x, w = torch.randn(4, 64), torch.randn(32, 64)
+    x[2, 5] = value
+    forms = [kernels.TiledLinear(kernels.quantize(w, bits)) for bits in (8, 4)]
+    for y in (*(linear(x) for linear in forms), kernels.linear(x, w.bfloat16())):
+        finite = y.isfinite()
+        assert finite[[0, 1, 3]].all()
+        assert not finite[2].any()
+
+
+def test_any_layout_of_the_operands() -> None:
+    w, x = torch.randn(65, 129).bfloat16(), torch.randn(3, 130)
+    odd = w.flatten()[1 : 1 + 32 * 128].view(32, 128)  # 2-byte aligned
+    for weight in (odd, w[:, 1:], w.t()):
+        rows = x[:, : weight.shape[1]]
+        for view in (rows, rows.t().contiguous().t(), rows.expand(2, -1, -1)):
+            wanted = view.double() @ weight.double().T
+            assert relative_error(kernels.linear(view, weight), wanted) < 2**-7
+    with pytest.raises(RuntimeError, match="shapes"):
+        kernels.linear(x, w)
+    with pytest.raises(RuntimeError, match="130 columns, but the weight 129"):
+        kernels.TiledLinear(kernels.quantize(w, 4))(x)
+
+
+def test_copies_of_quantized_layers() -> None:
+    x, linear = torch.randn(3, 64), kernels.TiledLinear(kernels.quantize(torch.randn(32, 64), 4))
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(other(x), linear(x))
+
+
+def test_changed_weights_take_effect() -> None:
+    weight = torch.nn.Parameter(torch.ones(32, 64).bfloat16(), requires_grad=False)
+    x = torch.ones(1, 64)
+    assert kernels.linear(x, weight).unique().tolist() == [64]
+    weight.mul_(2)
+    assert kernels.linear(x, weight).unique().tolist() == [128]
+    assert kernels.linear(x, weight.float()).unique().tolist() == [128]
+
+
+# --- Attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(
+    ("head_dim", "n_heads", "n_kv_heads"), [(16, 4, 4), (64, 8, 2), (128, 8, 1)]
+)
+def test_decode_attention(dtype: torch.dtype, head_dim: int, n_heads: int, n_kv_heads: int) -> None:
+    """Each row its own length; the rest of the cache isn't read."""
+    args = ModelArgs(dim=head_dim * n_heads, n_heads=n_heads, n_kv_heads=n_kv_heads)
+    args.max_batch_size, args.max_seq_len = 4, 50
+    cache = KVCache(args, 1)
+    cache.allocate(torch.empty(0, dtype=dtype))
+    cache.k.normal_()
+    cache.v.normal_()
+    lengths = [50, 7, 1]
+    batch = Decode(torch.tensor(lengths) - 1, 50, ragged=True)
+    q = 3 * torch.randn(3, n_heads, head_dim)
+    exact = KVCache(args, 1)
+    exact.k, exact.v = cache.k.double(), cache.v.double()
+    wanted = attention(q.double(), exact, batch)
+    for row, length in enumerate(lengths):
+        cache.k[row, :, length:] = cache.v[row, :, length:] = float("nan")
+    assert kernels.can_attend(head_dim)
+    assert relative_error(kernels.decode_attention(q, cache, batch), wanted) < 1e-5
+
+
+def test_odd_heads_are_left_to_sdpa() -> None:
+    assert not kernels.can_attend(18)
+    assert not kernels.can_attend(512)
+
+
+# --- The library ----------------------------------------------------------------------------------
+
+
+def test_a_missing_library_is_noticed_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(kernels, "_library", lambda: "the kernels aren't built")
+    kernels._choose.cache_clear()
+    monkeypatch.setattr(accel, "_noticed", set())
+    monkeypatch.setattr(accel, "notice_missing_kernels", notice_missing_kernels)
+    with pytest.warns(UserWarning, match="the kernels aren't built. .* dequantized in every call"):
+        llm = Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")
+    Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")  # warnings are errors
+    assert llm.ways.linear == "int8, dequantized in every call"
+    prompt = llm.formatter.encode_dialog_prompt([{"role": "user", "content": "What is 23 + 45?"}])
+    tokens = llm.generate([prompt], 30, temperature=0)[0][0]
+    assert llm.tokenizer.decode(tokens) == "23 + 45 = 68."
+
+
+def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("none", None), ("avx2", "avx2")):
+        if expected and expected not in SETS:
+            continue
+        monkeypatch.setenv("LLAMA_KERNELS", value)
+        kernels._choose.cache_clear()
+        assert kernels.instruction_set() in (expected, None)
+    monkeypatch.setenv("LLAMA_KERNELS", "sse")
+    kernels._choose.cache_clear()
+    with pytest.raises(ValueError, match="LLAMA_KERNELS is 'sse', expected none or one of avx512"):
+        kernels.instruction_set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_there_is_one_openmp_runtime_with_torchs_threads(instructions: str) -> None:
+    environment = {"LLAMA_KERNELS": instructions, "OMP_NUM_THREADS": "2"}
+    result = run(sys.executable, PROGRAMS / "openmp_runtimes.py", env=environment)
+    assert result.returncode == 0, result.stderr
+    n_runtimes, n_threads = map(int, result.stdout.split())
+    assert n_runtimes == 1
+    assert n_threads <= 4  # and one of each of torch's other pools
+
+
+# --- The checks in C ------------------------------------------------------------------------------
+
+
+def check_in_c(folder: Path, compiler: str, machine: str, name: str, *emulator: str | Path) -> str:
+    """Run check_kernels.c under the address sanitizer; returns its checksum."""
+    for tool in (compiler, *map(str, emulator[:1])):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    flags = [*FLAGS["every file"], *FLAGS[machine][name], "-O1", "-g", "-fopenmp"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsanitize=address,undefined"]
+    flags += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
+    sources = [ROOT / "tests" / "csrc" / "check_kernels.c", CSRC / f"{name}.c"]
+    program = folder / name
+    result = run(compiler, *flags, f"-DISA={name}", *sources, "-lm", "-static-libasan", "-o", program)
+    if "cannot find" in result.stderr and "asan" in result.stderr:
+        pytest.skip("needs gcc's sanitizers")
+    assert result.returncode == 0, result.stderr
+    # under an emulator, leaks can't be looked for
+    environment = {"OMP_NUM_THREADS": "2", "ASAN_OPTIONS": f"detect_leaks={int(not emulator)}"}
+    result = run(*emulator, program, "1", "200", env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checksum_of_neon(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Under an emulator."""
+    compiler = "aarch64-linux-gnu-gcc"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    libc = Path(run(compiler, "-print-file-name=libc.so.6").stdout.strip()).resolve()
+    emulator = "qemu-aarch64", "-L", libc.parents[1]
+    return check_in_c(tmp_path_factory.mktemp("neon"), compiler, "aarch64", "neon", *emulator)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no kernels")
+def test_kernels_are_right_and_access_their_operands_only(
+    tmp_path: Path, instructions: str
+) -> None:
+    check_in_c(tmp_path, "gcc", platform.machine(), instructions)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compared with x86")
+def test_neon_is_right_and_gives_the_same_integer_products(
+    tmp_path: Path, instructions: str, checksum_of_neon: str
+) -> None:
+    assert check_in_c(tmp_path, "gcc", "x86_64", instructions) == checksum_of_neon
