@@ -81,11 +81,12 @@ def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
 def _quantize_rows(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     half = 2 ** (bits - 1)
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [N, G, 32]
-    is_finite = groups.isfinite().all(-1)
-    groups = groups.masked_fill(~is_finite[..., None], 0)
+    largest = groups.abs().amax(-1)
+    is_finite = largest < torch.inf
+    # the inverse scale of tiny weights would be infinite
+    groups = groups.where((is_finite & (largest >= 1e-30))[..., None], 0)
     least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     extreme = torch.where(most > -least, most, least)
-    extreme = extreme.masked_fill(extreme.abs() < 1e-30, 0)  # 1 / scale would be infinite
     best_wq, best_qq = torch.zeros_like(extreme), torch.ones_like(extreme)
     for candidate in _CANDIDATES:
         inverse = -(half + candidate * (0.25 if bits == 4 else 1)) / extreme

@@ -32,6 +32,7 @@ FLAGS = json.loads((CSRC / "flags.json").read_text())
 SETS = [name for name, needed in kernels.INSTRUCTION_SETS.items() if needed <= cpu_features()]
 pytestmark = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
 HALF = [torch.bfloat16, torch.float16]
+PROMPTS = [[1, 5, 9, 30, 7], [400]]
 SHAPES = [(16, 32), (41, 172), (64, 7), (1, 1), (33, 300)]
 
 
@@ -155,6 +156,75 @@ def test_copies_of_quantized_layers() -> None:
         assert torch.equal(other(x), linear(x))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_that_are_not_finite_tiny_or_huge(bits: Any) -> None:
+    weight = torch.randn(8, 96)
+    weight[0, 40], weight[1, 5] = float("nan"), float("inf")
+    weight[2] *= 1e-35
+    weight[3] *= 1e-25
+    weight[4] *= 1e30
+    for quantize in (kernels.quantize, plain.quantize):
+        got = quantize(weight, bits).dequantize()
+        is_finite = torch.ones(8, 96, dtype=torch.bool)
+        is_finite[0, 32:64] = is_finite[1, :32] = False
+        assert torch.equal(got.isfinite(), is_finite)
+        assert not got[2].any()
+        for row in (3, 4, 5):
+            assert relative_error(got[row], weight[row]) < 1.5 * 2.0**-bits
+
+
+def test_tiny_and_huge_activations() -> None:
+    w = torch.randn(32, 64)
+    tiled = kernels.TiledLinear(kernels.quantize(w, 8))
+    for linear in (tiled, lambda x: kernels.linear(x, w.half())):
+        for scale in (1e-25, 1e25):
+            x = scale * torch.randn(3, 64)
+            assert relative_error(linear(x) / scale, (x / scale) @ w.T) < 0.02
+        assert linear(torch.full((1, 64), 1e-40)).abs().max() < 1e-36
+
+
+def test_parts_of_another_shape_are_refused() -> None:
+    weight = kernels.quantize(torch.randn(20, 64), 4)
+    zero = torch.zeros(20, 3, dtype=torch.uint8)
+    for changes, message in (
+        ({"shape": (20, 96)}, r"packed is \[20, 8\], expected \[20, 12\] for 20 x 96"),
+        ({"scale": weight.scale[:19]}, r"scale is \[19, 2\], expected \[20, 2\]"),
+        ({"zero": zero}, r"zero is \[20, 3\], expected \[20, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.TiledLinear(weight._replace(**changes))
+
+
+def test_gradients_flow_by_torchs_functions() -> None:
+    w = torch.randn(32, 64).bfloat16()
+    quantized = kernels.quantize(w, 4)
+    for linear, exact in (
+        (lambda x: kernels.linear(x, w), w.float()),
+        (kernels.TiledLinear(quantized), quantized.dequantize()),
+    ):
+        x = torch.randn(2, 64, requires_grad=True)
+        linear(x).sum().backward()
+        assert x.grad is not None
+        assert relative_error(x.grad, exact.sum(0).expand(2, -1)) < 1e-6
+
+
+def test_other_devices_are_left_to_torch() -> None:
+    x, w = torch.ones(2, 64, device="meta"), torch.randn(32, 64, dtype=torch.bfloat16)
+    assert kernels.linear(x, w.to("meta")).shape == (2, 32)
+
+
+def test_copies_work_where_the_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after unpickling on another machine."""
+    w, x = torch.randn(32, 64).bfloat16(), torch.randn(2, 64)
+    weight = kernels.quantize(w, 4)
+    pickled = pickle.dumps((kernels.TiledLinear(weight), kernels.linear))
+    monkeypatch.setattr(kernels, "_library", lambda: "the kernels aren't built")
+    kernels._choose.cache_clear()
+    tiled, linear = pickle.loads(pickled)
+    assert torch.equal(tiled(x), F.linear(x, weight.dequantize()))
+    assert torch.equal(linear(x, w), F.linear(x, w.float()))
+
+
 def test_changed_weights_take_effect() -> None:
     weight = torch.nn.Parameter(torch.ones(32, 64).bfloat16(), requires_grad=False)
     x = torch.ones(1, 64)
@@ -191,9 +261,148 @@ def test_decode_attention(dtype: torch.dtype, head_dim: int, n_heads: int, n_kv_
     assert relative_error(kernels.decode_attention(q, cache, batch), wanted) < 1e-5
 
 
-def test_odd_heads_are_left_to_sdpa() -> None:
+@pytest.mark.parametrize("n_queries", range(1, 9))
+def test_queries_that_share_keys(n_queries: int) -> None:
+    """A row's result doesn't depend on the others."""
+    q, cache = 3 * torch.randn(4, 2 * n_queries, 32), new_cache(2, 32)
+    lengths = torch.tensor([1, 16, 17, 40])
+    y = kernels.decode_attention(q, cache, Decode(lengths - 1, 40, ragged=True))
+    wanted = attention(q, cache, Decode(lengths - 1, 40, ragged=True))
+    assert relative_error(y, wanted) < 1e-5
+    one = new_cache(2, 32)
+    for i in range(4):
+        one.k, one.v = cache.k[i : i + 1], cache.v[i : i + 1]
+        batch = Decode(lengths[i : i + 1] - 1, 40, ragged=False)
+        assert torch.equal(kernels.decode_attention(q[i : i + 1], one, batch)[0], y[i])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_queries_that_are_not_finite_spoil_their_head_only(value: float) -> None:
+    q, cache = torch.randn(3, 4, 32), new_cache(2, 32)
+    q[1, 2, 5] = value
+    batch = Decode(torch.tensor([3, 4, 39]), 40, ragged=True)
+    is_nan = kernels.decode_attention(q, cache, batch).isnan()
+    assert is_nan[1, 2].all()
+    assert is_nan.sum() == 32
+
+
+def new_cache(n_kv_heads: int, head_dim: int) -> KVCache:
+    args = ModelArgs(dim=head_dim * n_kv_heads, n_heads=n_kv_heads, n_kv_heads=n_kv_heads)
+    args.max_batch_size, args.max_seq_len = 4, 40
+    cache = KVCache(args, 1)
+    cache.allocate(torch.empty(0))
+    cache.k.normal_()
+    cache.v.normal_()
+    return cache
+
+
+def test_lengths_beyond_the_cache_are_refused() -> None:
+    q, cache = torch.randn(1, 2, 32), new_cache(2, 32)
+    with pytest.raises(ValueError, match="a sequence is longer than the cache"):
+        kernels.decode_attention(q, cache, Decode(torch.tensor([40]), 41, ragged=True))
+
+
+def test_what_the_kernel_does_not_support_is_left_to_sdpa() -> None:
     assert not kernels.can_attend(18)
     assert not kernels.can_attend(512)
+    batch = Decode(torch.tensor([3, 39, 0, 7]), 40, ragged=True)
+    for case in ("head_dim", "strides", "float64", "gradients"):
+        q, cache = torch.randn(4, 2, 18 if case == "head_dim" else 32), new_cache(2, 32)
+        if case == "head_dim":
+            cache = new_cache(2, 18)
+        elif case == "strides":
+            cache.k = cache.k.transpose(1, 2).contiguous().transpose(1, 2)
+        elif case == "float64":
+            cache.k, cache.v = cache.k.double(), cache.v.double()
+        q.requires_grad_(case == "gradients")
+        wanted = attention(q, cache, batch)
+        y = kernels.decode_attention(q, cache, batch)
+        assert torch.equal(y, wanted)
+        assert y.requires_grad == (case == "gradients")
+
+
+# --- In a model -----------------------------------------------------------------------------------
+
+
+def build(**options: Any) -> Llama:
+    llm = Llama.build(str(DEMO), max_seq_len=64, max_batch_size=4, device="cpu", **options)
+    llm.tokenizer.stop_tokens = set()
+    return llm
+
+
+def by_forward(llm: Llama, prompt: list[int], n: int) -> list[int]:
+    """Greedy tokens, one forward pass per token."""
+    tokens = [*prompt]
+    logits = llm.model(torch.tensor([tokens]), 0)
+    for _ in range(n):
+        tokens.append(int(logits[0, -1].argmax()))
+        logits = llm.model(torch.tensor([tokens[-1:]]), len(tokens) - 1)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.attention", "layers.1.feed_forward.w1"])
+def test_hooks_and_patches_take_effect(name: str, quantize: str | None) -> None:
+    llm = build(dtype="bfloat16", quantize=quantize)
+    plain = llm.generate(PROMPTS, 8, temperature=0)[0]
+    module: Any = llm.model.get_submodule(name)
+    with module.register_forward_hook(lambda _module, _inputs, y: y * 0.5 - 0.25):
+        hooked = llm.generate(PROMPTS, 8, temperature=0)[0]
+        assert hooked == [by_forward(llm, prompt, 8) for prompt in PROMPTS]
+    assert hooked != plain
+    assert llm.generate(PROMPTS, 8, temperature=0)[0] == plain
+    forward = module.forward
+    module.forward = lambda *args: forward(*args) * 0.5 - 0.25
+    assert llm.generate(PROMPTS, 8, temperature=0)[0] == hooked
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "replaced by float32", "strided"])
+def test_changed_weights_of_a_model_take_effect(how: str) -> None:
+    llm = build(dtype="bfloat16")
+    plain = llm.generate(PROMPTS, 8, temperature=0)[0]
+    layer: Any = llm.model.get_submodule("layers.0.feed_forward.w2")
+    new = -layer.weight
+    if how == "in place":
+        layer.weight.copy_(new)
+    elif how == "strided":
+        layer.weight = torch.nn.Parameter(new.t().contiguous().t(), requires_grad=False)
+    else:
+        dtype = torch.float32 if how.endswith("32") else torch.bfloat16
+        layer.weight = torch.nn.Parameter(new.to(dtype), requires_grad=False)
+    exact = build(dtype="float32", accelerate=False)
+    exact.model.load_state_dict(llm.model.state_dict())
+    tokens = torch.tensor([PROMPTS[0]])
+    assert relative_error(llm.model(tokens, 0), exact.model(tokens, 0)) < 2**-6
+    assert llm.generate(PROMPTS, 8, temperature=0)[0] != plain
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_model_may_change_its_dtype(dtype: torch.dtype, quantize: str | None) -> None:
+    llm = build(dtype="bfloat16", quantize=quantize)
+    tokens = torch.tensor([PROMPTS[0]])
+    wanted = llm.model(tokens, 0)
+    llm.model.to(dtype)
+    assert relative_error(llm.model(tokens, 0), wanted) < 2**-6
+    assert len(llm.generate(PROMPTS, 8, temperature=0)[0][1]) == 8
+
+
+def test_kernels_are_traced_by_torch_compile(instructions: str) -> None:
+    """In one graph, without compiling again for another row count."""
+    w = torch.randn(32, 64).bfloat16()
+    tiled, cache = kernels.TiledLinear(kernels.quantize(w, 4)), new_cache(2, 32)
+    batch = Decode(torch.tensor([3, 39]), 40, ragged=True)
+
+    def step(x: Tensor) -> Tensor:
+        q = kernels.linear(x, w) + tiled(x)
+        y = kernels.decode_attention(q.view(-1, 1, 32).expand(-1, 2, -1), cache, batch)
+        return y.flatten(1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), step(x))
 
 
 # --- The library ----------------------------------------------------------------------------------
@@ -229,13 +438,16 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_there_is_one_openmp_runtime_with_torchs_threads(instructions: str) -> None:
-    environment = {"LLAMA_KERNELS": instructions, "OMP_NUM_THREADS": "2"}
-    result = run(sys.executable, PROGRAMS / "openmp_runtimes.py", env=environment)
+def test_threads_are_torchs_in_every_thread_and_process(instructions: str) -> None:
+    if instructions != SETS[0]:
+        pytest.skip("the same code")
+    result = run(sys.executable, PROGRAMS / "kernel_threads.py", env={"OMP_NUM_THREADS": "2"})
     assert result.returncode == 0, result.stderr
-    n_runtimes, n_threads = map(int, result.stdout.split())
-    assert n_runtimes == 1
-    assert n_threads <= 4  # and one of each of torch's other pools
+    assert result.stdout.splitlines() == [
+        "0 threads started",
+        "1 OpenMP runtime",
+        "the child's result is right",
+    ]
 
 
 # --- The checks in C ------------------------------------------------------------------------------
