@@ -5,7 +5,6 @@ import json
 import pickle
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -251,7 +250,9 @@ def check_in_c(folder: Path, compiler: str, machine: str, name: str, *emulator: 
     flags += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
     sources = [ROOT / "tests" / "csrc" / "check_kernels.c", CSRC / f"{name}.c"]
     program = folder / name
-    result = run(compiler, *flags, f"-DISA={name}", *sources, "-lm", "-static-libasan", "-o", program)
+    result = run(
+        compiler, *flags, f"-DISA={name}", *sources, "-lm", "-static-libasan", "-o", program
+    )
     if "cannot find" in result.stderr and "asan" in result.stderr:
         pytest.skip("needs gcc's sanitizers")
     assert result.returncode == 0, result.stderr
