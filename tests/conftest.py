@@ -35,7 +35,7 @@ from launcher import launch
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama import Llama, ModelArgs, Tokenizer, Transformer, accel
 from llama.accel import features, kernels
 
 # Small models are 3 to 14 times faster on one thread; programs that tests start inherit it.
@@ -89,10 +89,15 @@ def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+# where there is no compiler, every build would warn
+accel._noticed.add(str(kernels.why_not()))
+
+
 @pytest.fixture
 def use_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Makes accel choose for one of ``PROCESSORS``; skips if this one can't run its kernels."""
     found, reason = features.cpu_features(), kernels.why_not()
+    monkeypatch.setattr(accel, "notice_missing_kernels", lambda _: None)
 
     def use(name: str) -> None:
         if name in kernels.INSTRUCTION_SETS and (reason or not found >= PROCESSORS[name]):

@@ -29,7 +29,13 @@ from llama.checkpoint import huggingface, quantized, reader
 from llama.checkpoint.folder import find_checkpoint
 from llama.checkpoint.quantization_config import Scheme, parse_quantization
 from llama.checkpoint.reader import Weights
-from llama.checkpoint.sharding import local_slices, narrow, quantized_bits, shard_specs
+from llama.checkpoint.sharding import (
+    ShardSpec,
+    local_slices,
+    narrow,
+    quantized_bits,
+    shard_specs,
+)
 from llama.quantize import Bits, QuantizedWeight
 
 CPU = torch.device("cpu")
@@ -212,6 +218,7 @@ GROUPS: dict[str, tuple[dict[str, int], list[str]]] = {
     "ignored by name": ({"Linear": 4}, ["lm_head", "model.layers.1.mlp.up_proj"]),
     "ignored by expressions": ({"Linear": 4}, [r"re:.*\.0\..*", "re:lm_head$", "re:mlp"]),
     "everything ignored": ({"Linear": 4}, ["Linear"]),
+    "the end of a name": ({"Linear": 4, "up_proj": 8}, ["mlp.down_proj", "proj"]),
     "an expression before the class": ({"Linear": 4, "re:.*down_proj": 8}, []),
     "a name before an expression": ({"re:.*proj": 4, "model.layers.0.mlp.up_proj": 8}, []),
     "the first expression": ({"re:.*up_proj": 8, "re:.*(up|down)_proj": 4}, []),
@@ -336,6 +343,17 @@ def test_a_quantized_folder_is_built_as_it_is(
     assert layer.linear.bits == bits
 
 
+def test_rows_of_awq_may_start_within_a_word() -> None:
+    integers = torch.randint(16, (24, 64))
+    zeros, scales = torch.randint(16, (24, 2)), torch.rand(24, 2).half()
+    tensors = {"qweight": awq_words(integers.T), "qzeros": awq_words(zeros.T), "scales": scales.T}
+    stored = quantized._Awq("layer", Scheme(4, 32, symmetric=False), tensors)
+    assert list(stored.faults(ShardSpec((24, 64), 0), "folder")) == []
+    zero, scale = (x.float().repeat_interleave(32, 1) for x in (zeros, scales))
+    expected = ((integers - zero) * scale)[6:21]
+    assert torch.equal(stored.read(24, 64, ((6, 21), (0, 64))).dequantize(), expected)
+
+
 # --- Refused ------------------------------------------------------------------------------------
 
 
@@ -418,6 +436,8 @@ def test_schemes_of_compressed_tensors_are_refused_by_field(
     [
         ({"num_bits": 2}, "'num_bits' 2.*expected 4 or 8"),
         ({"num_bits": True}, "'num_bits' True"),
+        ({"num_bits": 4.0}, r"'num_bits' 4\.0"),
+        ({"symmetric": 0}, "'symmetric' 0"),
         ({"num_bits": "4"}, "'num_bits' '4'"),
         ({"type": "float"}, "'type' 'float'.*expected 'int'"),
         ({"strategy": "tensor"}, "'strategy' 'tensor'.*expected 'group' or 'channel'"),
@@ -484,6 +504,12 @@ def test_options_without_effect_on_the_format_are_read(compressed: Path, tmp_pat
     changed = load(tmp_path)
     for key, tensor in floats(load(compressed)).items():
         assert torch.equal(floats(changed)[key], tensor)
+
+
+def test_versions_of_awq_may_be_in_capitals(awq: Path, tmp_path: Path) -> None:
+    shutil.copytree(awq, tmp_path, dirs_exist_ok=True)
+    change(tmp_path, version="GEMM", backend="autoawq")
+    assert load(tmp_path).keys() == SPECS.keys()
 
 
 @pytest.mark.parametrize(
@@ -666,6 +692,8 @@ def test_a_quantized_folder_takes_no_other_bits_and_no_adapter(
         load(compressed, quantize=8)
     with pytest.raises(ValueError, match=r"adapter can't be merged .*quantize='int4'"):
         load(compressed, adapter=str(tmp_path))
+    message = cli("info", compressed, "--quantize", "int8", code=1)
+    assert "but quantize is 'int8'" in message
     message = cli("convert", compressed, tmp_path / "new", "--format", "hf", code=1)
     assert "is quantized (int4 in groups of 128 (compressed-tensors))" in message
     assert not (tmp_path / "new").exists()
@@ -719,16 +747,38 @@ def test_weights_are_quantized_after_the_cut(
                     assert torch.equal(tensor, part.bfloat16())
 
 
+def write_tied(plain: Path, folder: Path) -> Path:
+    """The weights with the embedding as the output layer."""
+    shutil.copytree(plain / "hf", folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return folder
+
+
 def test_a_tied_embedding_stays_as_it_is(plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(plain / "hf", tmp_path, dirs_exist_ok=True)
+    loaded = load(write_tied(plain, tmp_path), quantize=4)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(loaded["tok_embeddings.weight"], embedding)
+    assert_same(loaded["output.weight"], quantize(embedding, 8))
+
+
+def test_a_quantized_folder_with_a_tied_embedding(tmp_path: Path) -> None:
+    """Its output layer isn't quantized, whether it is ignored or not."""
+    write_compressed(tmp_path, torch.bfloat16, ["lm_head"], **SCHEMES["int4 32 symmetric"])
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    loaded = load(tmp_path, quantize=4)
-    assert torch.equal(loaded["tok_embeddings.weight"], tensors["model.embed_tokens.weight"])
-    assert_same(loaded["output.weight"], quantize(tensors["model.embed_tokens.weight"], 8))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for ignore in (["lm_head"], []):
+        change(tmp_path, ignore=ignore)
+        loaded = load(tmp_path, dtype=torch.bfloat16)
+        assert loaded["output.weight"] is loaded["tok_embeddings.weight"]
+        ckpt = find_checkpoint(str(tmp_path))
+        assert "output.weight" not in ckpt.quantized_bits(ARGS, None)
 
 
 @pytest.mark.parametrize("layout", ["1", "8"])
@@ -766,9 +816,7 @@ def test_transformers_reads_what_convert_writes(
     if source == "demo":
         folder, params = DEMO, json.loads((DEMO / "params.json").read_text())
     if source == "tied":
-        weights = random_weights(PARAMS)
-        weights["output.weight"] = weights["tok_embeddings.weight"]
-        folder = write_checkpoint(tmp_path / "tied", PARAMS, weights)
+        folder = write_tied(plain, tmp_path / "tied")
     dtype = ("--dtype", "bfloat16") if source == "bfloat16" else ()
     new = tmp_path / "new"
     cli("convert", folder, new, "--format", "hf", "--quantize", f"int{bits}", *dtype)
@@ -797,7 +845,9 @@ def test_transformers_reads_what_convert_writes(
 
 def test_a_converted_folder_runs_on_ranks(plain: Path, tmp_path: Path) -> None:
     convert_folder(str(plain / "1"), str(tmp_path / "new"), format="hf", quantize="int4")
-    whole = floats(load(tmp_path / "new"))
+    with pytest.raises(ValueError, match="but quantize is 'int8'"):
+        load(tmp_path / "new", quantize=8)
+    whole = floats(load(tmp_path / "new", quantize=4))
     for rank in range(4):
         for key, tensor in floats(load(tmp_path / "new", 4, rank)).items():
             assert torch.equal(tensor, narrow(whole[key], local_slices(SPECS[key], 4, rank)))
@@ -846,6 +896,11 @@ def test_the_plan_counts_the_bytes_that_are_loaded(plain: Path, tmp_path: Path) 
             plan = memory.plan(ARGS, n_ranks, torch.bfloat16, bits=quantized_bits(SPECS, bits))
             assert plan.weights == n_bytes(loaded)
             assert f"int{bits} and bfloat16" in str(plan)
+            # the output layer is a tensor of its own
+            tied = memory.plan(
+                ARGS, n_ranks, torch.bfloat16, tied=True, bits=quantized_bits(SPECS, bits)
+            )
+            assert tied.weights == plan.weights
     convert_folder(str(plain / "1"), str(tmp_path / "new"), format="hf", quantize="int4")
     assert find_checkpoint(str(tmp_path / "new")).quantized_bits(ARGS, None) == quantized_bits(
         SPECS, 4

@@ -78,13 +78,13 @@ def _choose() -> tuple[str | None, str | None]:
         )
     if wanted == "none":
         return None, f"{_VARIABLE} is none"
-    library = _library()
-    if isinstance(library, str):
-        return None, library
     found = features.cpu_features()
-    for name, needed in INSTRUCTION_SETS.items():
-        built = hasattr(library, f"half_product_{name}")
-        if built and needed <= found and wanted in ("", name):
+    usable = [name for name, needed in INSTRUCTION_SETS.items() if needed <= found]
+    library = _library()
+    if usable and isinstance(library, str):
+        return None, library
+    for name in usable:
+        if wanted in ("", name) and hasattr(library, f"half_product_{name}"):
             return name, None
     which = " or ".join(INSTRUCTION_SETS) if wanted == "" else wanted
     return None, f"the processor, or this build of the kernels, lacks {which}"
@@ -119,9 +119,20 @@ def _run(name: str, *arguments: Tensor | int | None) -> None:
     """Call a kernel. Tensors are passed by address: dense, and alive until it returns."""
     instructions = instruction_set()
     assert instructions is not None
+    torch.get_num_threads()  # makes set_num_threads apply to this thread too
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    if _function(name, instructions)(*values) != 0:
+    result = _function(name, instructions)(*values)
+    if result == -1:
         raise MemoryError(f"the kernel {name} has no memory for its copy of the activations")
+    if result == -2:
+        raise ValueError("a sequence is longer than the cache")
+
+
+def _can_run(*tensors: Tensor) -> bool:
+    """Whether the kernels can read these tensors; else, or for gradients, torch's functions run."""
+    if instruction_set() is None or not all(x.is_cpu for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 # --- Linear layers ------------------------------------------------------------------------------
@@ -131,8 +142,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear``; weights in 16 bits are read as they are, and summed in float32."""
     if torch.compiler.is_compiling():
         return _linear_op(x, weight)
-    is_dense = weight.dtype in HALF and weight.is_contiguous() and weight.device.type == "cpu"
-    if not is_dense or x.shape[-1:] != weight.shape[1:]:
+    is_dense = weight.dtype in HALF and weight.is_contiguous()
+    if not is_dense or x.shape[-1:] != weight.shape[1:] or not _can_run(x, weight):
         return F.linear(x, weight.to(x.dtype))
     rows = _rows(x)
     y = torch.empty(len(rows), len(weight))
@@ -146,16 +157,29 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class TiledLinear:
-    """``QuantizedLinear`` by a kernel, on a copy of the weight in the kernel's order."""
+    """``QuantizedLinear`` by a kernel, on a copy of the weight in the kernel's order.
+
+    Raises:
+        ValueError: a tensor's shape doesn't follow from the weight's.
+    """
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.bits, self.shape = weight.bits, weight.shape
+        n, k = weight.shape
+        n_groups = -(-k // plain.GROUP)
+        widths = {"packed": n_groups * weight.bits, "scale": n_groups, "zero": n_groups}
+        for name, width in widths.items():
+            x = getattr(weight, name)
+            if x is not None and x.shape != (n, width):
+                raise ValueError(f"{name} is {[*x.shape]}, expected {[n, width]} for {n} x {k}")
         self.packed, self.scale = _interleave(weight.packed), _interleave(weight.scale)
         self.zero = None if weight.zero is None else _interleave(weight.zero)
 
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
             return _quantized_op(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
+        if not _can_run(x, self.packed):
+            return F.linear(x, self.dequantize(x.dtype))
         return _quantized_linear(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -210,6 +234,11 @@ def decode_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
         return attention(q, cache, batch)
     if torch.compiler.is_compiling():
         return _attention_op(q, cache.k, cache.v, batch.seqlens_k)
+    n_slots, n_kv_heads, _, head_dim = cache.k.shape
+    fits = len(q) <= n_slots and q.shape[1] % n_kv_heads == 0 and q.shape[2] == head_dim
+    is_dense = cache.k.is_contiguous() and cache.v.is_contiguous() and cache.k.dtype in _KINDS
+    if not (fits and is_dense and can_attend(head_dim) and _can_run(q, cache.k, cache.v)):
+        return attention(q, cache, batch)
     return _decode_attention(q, cache.k, cache.v, batch.seqlens_k)
 
 
@@ -228,7 +257,9 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor) -> Ten
     n_kv_heads, max_seq_len = k.shape[1], k.shape[2]
     queries, y = q.float().contiguous(), torch.empty(q.shape)
     sizes = n_rows, n_kv_heads, n_heads // n_kv_heads, max_seq_len, head_dim
-    _run("decode_attention", queries, k, v, _KINDS[k.dtype], seqlens_k.contiguous(), *sizes, y)
+    _run(
+        "decode_attention", queries, k, v, _KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y
+    )
     return y.to(q.dtype)
 
 
@@ -254,5 +285,5 @@ _quantized_op = _as_op(
     lambda x, packed, scale, zero, bits, n, k: x.new_empty(*x.shape[:-1], n),
 )
 _attention_op = _as_op(
-    "decode_attention", _decode_attention, lambda q, k, v, seqlens_k: torch.empty_like(q)
+    "decode_attention", _decode_attention, lambda q, k, v, seqlens_k: q.new_empty(q.shape)
 )

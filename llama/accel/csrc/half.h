@@ -7,7 +7,8 @@
 
    x is float32, in blocks of WIDTH columns, [K / WIDTH][rows][WIDTH]: rows a power of two apart in
    memory would compete for the same cache lines. With AVX512-BF16, x is rounded to bfloat16 for
-   bfloat16 weights; products of two of them are exact, and the sums float32. */
+   bfloat16 weights; products of two of them are exact, and the sums float32. Denormal numbers (below
+   1.2e-38) count as 0 there. */
 #pragma once
 
 #include <stdlib.h>

