@@ -79,7 +79,7 @@ setup(
             "llama-models==0.3.0",
             "transformers>=5",
             "gguf>=0.19",
-            "xllamacpp",
+            "xllamacpp>=2026.10",
         ],
         "demo": ["transformers>=5", "tokenizers>=0.20"],
         "test": TEST,
