@@ -244,7 +244,7 @@ def complete(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
-        quantize: int8 or int4: hold the linear layers in that; default: as stored.
+        quantize: int8 or int4: quantize the linear layers; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,
@@ -293,7 +293,7 @@ def chat(
         device: cuda, mps or cpu; default: the first that is available.
         seed: seed for sampling.
         adapter: folder of a LoRA adapter to merge into the weights.
-        quantize: int8 or int4: hold the linear layers in that; default: as stored.
+        quantize: int8 or int4: quantize the linear layers; default: as stored.
     """
     llm = Llama.build(
         ckpt_dir,

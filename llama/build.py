@@ -114,7 +114,7 @@ def build_model(
         accel.accelerate(model, compile=compile, off=off)
     could_use_kernels = dtype is None or torch_dtype != torch.float32 or bits is not None
     if torch_device.type == "cpu" and off is None and could_use_kernels:
-        accel.notice_missing_kernels(model)
+        accel.warn_missing_kernels(model)
     if is_first_process:
         print(f"Loaded in {time.time() - start:.2f} seconds")
     return model, tokenizer

@@ -73,7 +73,7 @@ class Llama:
             max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
             model_parallel_size: ranks per copy of the weights (default: all); copies share prompts.
             seed: seed of the sampling generator.
-            device: "cuda" (under torchrun LOCAL_RANK's), "mps" or "cpu"; default: the first one.
+            device: "cuda" (under torchrun LOCAL_RANK's), "mps" or "cpu"; default: first available.
             dtype: a torch dtype or its name; default: bfloat16 if the device or the C kernels for
                 CPUs support it, else float16 on CUDA, else float32.
             quiet_ranks: redirect stdout of all ranks but the first to os.devnull: one prints.
@@ -87,7 +87,7 @@ class Llama:
                 such as a dialog's last turns. Logits agree up to rounding, not bit for bit.
             adapter: the folder of a LoRA adapter that peft saved for this model. It is merged into
                 the weights while they are loaded: in float32, and rounded once to ``dtype``.
-            quantize: "int8" or "int4": hold the linear layers in that; default: as stored.
+            quantize: "int8" or "int4": quantize the linear layers; default: as stored.
 
         Raises:
             FileNotFoundError: a file or the folder is missing.

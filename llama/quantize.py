@@ -5,7 +5,7 @@ layout is that of compressed-tensors' ``pack-quantized``, so that a folder's ten
 they are.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 Bits = Literal[4, 8]
 GROUP = 32
+_BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 _CANDIDATES = range(-8, 8)
 _ROWS = 64  # at a time, so that intermediate results stay in cache
 
@@ -114,10 +115,8 @@ def pack(values: Tensor, bits: Bits) -> Tensor:
 
 def unpack(packed: Tensor, bits: Bits) -> Tensor:
     """uint8 [N, K] of int32 words [N, K * bits / 32]."""
-    if bits == 8:
-        return packed.contiguous().view(torch.uint8)
-    pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+    values = packed.contiguous().view(torch.uint8)
+    return values if bits == 8 else torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
 
 
 def parse_quantize(name: str | None) -> Bits | None:
@@ -126,8 +125,6 @@ def parse_quantize(name: str | None) -> Bits | None:
     Raises:
         ValueError: another name.
     """
-    names: dict[str | None, Bits | None] = {None: None}
-    names |= {f"int{bits}": bits for bits in get_args(Bits)}
-    if name not in names:
+    if name is not None and name not in _BITS:
         raise ValueError(f"quantize is {name!r}, expected 'int8' or 'int4'")
-    return names[name]
+    return None if name is None else _BITS[name]

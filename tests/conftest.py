@@ -90,14 +90,14 @@ def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 # where there is no compiler, every build would warn
-accel._noticed.add(str(kernels.why_not()))
+accel._warned.add(str(kernels.why_not()))
 
 
 @pytest.fixture
 def use_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Makes accel choose for one of ``PROCESSORS``; skips if this one can't run its kernels."""
     found, reason = features.cpu_features(), kernels.why_not()
-    monkeypatch.setattr(accel, "notice_missing_kernels", lambda _: None)
+    monkeypatch.setattr(accel, "warn_missing_kernels", lambda _: None)
 
     def use(name: str) -> None:
         if name in kernels.INSTRUCTION_SETS and (reason or not found >= PROCESSORS[name]):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama import Llama, accel
 from llama import quantize as plain
-from llama.accel import kernels, notice_missing_kernels
+from llama.accel import kernels, warn_missing_kernels
 from llama.accel.features import cpu_features
 from llama.attention import attention
 from llama.cache import Decode, KVCache
@@ -413,8 +413,8 @@ def test_a_missing_library_is_noticed_once(
 ) -> None:
     monkeypatch.setattr(kernels, "_library", lambda: "the kernels aren't built")
     kernels._choose.cache_clear()
-    monkeypatch.setattr(accel, "_noticed", set())
-    monkeypatch.setattr(accel, "notice_missing_kernels", notice_missing_kernels)
+    monkeypatch.setattr(accel, "_warned", set())
+    monkeypatch.setattr(accel, "warn_missing_kernels", warn_missing_kernels)
     with pytest.warns(UserWarning, match="the kernels aren't built. .* dequantized in every call"):
         llm = Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")
     Llama.build(str(DEMO), max_seq_len=64, device="cpu", quantize="int8")  # warnings are errors

@@ -19,6 +19,7 @@ from conftest import DEMO, PARAMS, new_model, random_weights, write_checkpoint
 from reference import relative_error
 from safetensors.torch import load_file, save_file
 from test_convert import cli
+from test_huggingface import CONFIG
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -41,17 +42,6 @@ from llama.quantize import Bits, QuantizedWeight
 CPU = torch.device("cpu")
 ARGS = ModelArgs(**PARAMS)
 SPECS = shard_specs(ARGS)
-CONFIG: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "vocab_size": 1024,
-    "max_position_embeddings": 8192,
-}
 LINEAR = [key for key, spec in SPECS.items() if len(spec.sizes) == 2 and "tok_" not in key]
 LAYER = "model.layers.0.mlp.down_proj"
 TOKENS = torch.arange(5, 1000, 40)[None]
@@ -300,7 +290,7 @@ def write_awq(folder: Path, group: int, ignore: list[str]) -> dict[str, Tensor]:
         "zero_point": True,
         "modules_to_not_convert": ignore or None,
     }
-    config = CONFIG | {"model_type": "llama", "quantization_config": quantization}
+    config = CONFIG | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(DEMO / "tokenizer.model", folder)
     return expected

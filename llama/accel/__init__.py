@@ -39,7 +39,7 @@ from llama.model import Attention, Transformer
 from llama.pages import use_huge_pages
 from llama.quantize import Bits, QuantizedLinear, QuantizedWeight
 
-__all__ = ["Ways", "accelerate", "choose", "notice_missing_kernels", "quantized_form"]
+__all__ = ["Ways", "accelerate", "choose", "quantized_form", "warn_missing_kernels"]
 __all__ += ["ways", "why_off"]
 
 
@@ -55,9 +55,8 @@ def choose(
     chosen = Ways(decode="CUDA graph" if device.type == "cuda" else "eager")
     chosen.linear, reason = linear_form(device, dtype)
     if bits is not None and device.type == "cpu":
-        instructions, reason = kernels.instruction_set(), kernels.why_not()
-        form = f"C kernels, {instructions}" if instructions else "dequantized in every call"
-        chosen.linear = f"int{bits}, {form}"
+        chosen.linear = f"int{bits}, {kernels.form() or 'dequantized in every call'}"
+        reason = kernels.why_not()
     if reason:
         chosen.reasons["linear"] = reason
     if device.type == "cuda":
@@ -83,14 +82,14 @@ def choose(
     return chosen, fault
 
 
-_noticed: set[str] = set()
+_warned: set[str] = set()
 
 
-def notice_missing_kernels(model: Transformer) -> None:
+def warn_missing_kernels(model: Transformer) -> None:
     """Warn once per process, on the first rank, if there are no kernels for this CPU."""
     reason = None if kernels.is_switched_off() else kernels.why_not()
-    if reason is not None and reason not in _noticed:
-        _noticed.add(reason)
+    if reason is not None and reason not in _warned:
+        _warned.add(reason)
         warn(f"{reason}. Slower forms run: {ways(model)}", collectives.world)
 
 

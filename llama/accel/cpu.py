@@ -23,7 +23,6 @@ from llama.model import Attention, FeedForward, RMSNorm, Transformer, swiglu
 _MAX_ROWS = 256  # per matmul, so that intermediate results stay in cache
 _FEW_ROWS = 8  # up to here, each row count may have its own kernel
 _KERNEL_ROWS = 4  # with AMX: up to here, the kernels are faster
-_KERNELS = "C kernels"
 _MIN_WEIGHT_BYTES = 2**20  # smaller weights stay in cache, and F.linear has less overhead
 
 
@@ -62,14 +61,17 @@ def weight_lhs_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return _in_chunks(x, lambda rows: torch.mm(weight, _columns(rows)).t())
 
 
+def _is_for_kernels(x: Tensor) -> bool:
+    """Whether x [..., dim] has few rows, for which the kernels are faster than oneDNN."""
+    return x.shape[:-1].numel() <= _KERNEL_ROWS and kernels.instruction_set() is not None
+
+
 def swiglu_weight_lhs(
     x: Tensor, w1: ColumnParallelLinear, w2: RowParallelLinear, w3: ColumnParallelLinear
 ) -> Tensor:
     """``model.swiglu`` with all three weights on the left. Intermediate results stay transposed;
     only the last one is transposed back."""
-    if x.shape[:-1].numel() <= _KERNEL_ROWS and kernels.instruction_set() is not None:
-        return swiglu(x, w1, w2, w3)
-    if not (is_unmodified(w1) and is_unmodified(w2) and is_unmodified(w3)):
+    if _is_for_kernels(x) or not all(is_unmodified(w) for w in (w1, w2, w3)):
         return swiglu(x, w1, w2, w3)
 
     def product(rows: Tensor) -> Tensor:
@@ -82,14 +84,22 @@ def swiglu_weight_lhs(
 
 def _weight_lhs_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``weight_lhs_matmul``, or for a few rows the kernel, which reads faster."""
-    few = x.shape[:-1].numel() <= _KERNEL_ROWS and kernels.instruction_set() is not None
-    return kernels.linear(x, weight) if few else weight_lhs_matmul(x, weight)
+    return kernels.linear(x, weight) if _is_for_kernels(x) else weight_lhs_matmul(x, weight)
 
 
 def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of activations for weights of ``dtype``: float32 for 16-bit weights on a CPU with
     the kernels, except with AMX, whose matrix products are in bfloat16."""
-    return torch.float32 if linear_form(device, dtype)[0].startswith(_KERNELS) else dtype
+    return torch.float32 if _uses_kernels(device, dtype) else dtype
+
+
+def _uses_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    is_half = device.type == "cpu" and dtype in kernels.HALF
+    return is_half and not _uses_amx(dtype) and kernels.instruction_set() is not None
+
+
+def _uses_amx(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and "amx_bf16" in features.cpu_features()
 
 
 def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
@@ -98,12 +108,9 @@ def linear_form(device: torch.device, dtype: torch.dtype) -> tuple[str, str | No
         return "F.linear", None
     if dtype not in kernels.HALF:
         return "F.linear", f"the dtype is {str(dtype).removeprefix('torch.')}, not 16 bits"
-    if dtype == torch.bfloat16 and "amx_bf16" in features.cpu_features():
+    if _uses_amx(dtype):
         return "weight on the left", None
-    instructions = kernels.instruction_set()
-    return (
-        (f"{_KERNELS}, {instructions}", None) if instructions else ("F.linear", kernels.why_not())
-    )
+    return kernels.form() or "F.linear", kernels.why_not()
 
 
 def choose_linear(model: Transformer) -> None:
@@ -115,7 +122,7 @@ def choose_linear(model: Transformer) -> None:
             continue
         if layer.weight is None:  # quantized, see ``quantized_form``
             continue
-        if form.startswith(_KERNELS):
+        if _uses_kernels(model.device, dtype):
             layer.linear = kernels.linear
         elif dtype != torch.float32:
             is_small = layer.weight.nbytes < _MIN_WEIGHT_BYTES or form == "F.linear"
@@ -129,8 +136,8 @@ def choose_linear(model: Transformer) -> None:
 
 
 def use_float32_activations(model: Transformer) -> None:
-    """Compute in float32, with keys and values cached in float16: it has three more bits than
-    bfloat16, and they are far from its limit."""
+    """Compute in float32, with keys and values cached in float16: its mantissa has three more bits
+    than bfloat16's, and they stay far below its largest number."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.float(), requires_grad=False)

@@ -95,6 +95,12 @@ def instruction_set() -> str | None:
     return _choose()[0]
 
 
+def form() -> str | None:
+    """The kernels' form of a linear layer, as in ``Ways``; None if there are no kernels."""
+    instructions = instruction_set()
+    return None if instructions is None else f"C kernels, {instructions}"
+
+
 def why_not() -> str | None:
     """Why the kernels can't be used, if so.
 
@@ -139,7 +145,7 @@ def _can_run(*tensors: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.linear``; weights in 16 bits are read as they are, and summed in float32."""
+    """``F.linear``; 16-bit weights are read without conversion, and sums are float32."""
     if torch.compiler.is_compiling():
         return _linear_op(x, weight)
     is_dense = weight.dtype in HALF and weight.is_contiguous()

@@ -63,17 +63,18 @@ def use_tinygemm(model: Transformer) -> str | None:
         Why a layer is dequantized in every call, if one is.
     """
     reason: str | None = None
-    checked: dict[tuple[int, int], str | None] = {}  # by shape
+    checked: dict[tuple[int, tuple[int, int]], str | None] = {}  # by bits and shape
     for layer in model.modules():
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             continue
         if not isinstance(layer.linear, QuantizedLinear):
             continue
         weight = layer.linear.quantized
-        if weight.shape not in checked or weight.bits != 4:
-            checked[weight.shape] = why_not_tinygemm(weight, model.dtype, model.device)
-        if checked[weight.shape] is None:
+        kind = weight.bits, weight.shape
+        if kind not in checked:
+            checked[kind] = why_not_tinygemm(weight, model.dtype, model.device)
+        if checked[kind] is None:
             layer.linear = TinyGemmLinear(weight)
         else:
-            reason = checked[weight.shape]
+            reason = checked[kind]
     return reason

@@ -200,7 +200,9 @@ class Weights:
         """
         (row, end_row), (column, end_column) = local_slices(self.specs[key], n_ranks, rank)
         n, k = end_row - row, end_column - column
-        result: QuantizedWeight | None = None
+        n_groups = -(-k // GROUP)
+        packed = torch.empty(n, n_groups * bits, dtype=torch.int32, device=device)
+        scale = torch.empty(n, n_groups, dtype=torch.bfloat16, device=device)
         for start, chunk in self._whole_rows(key, n_ranks, rank):
             # infinities and NaN stay in a sum
             if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
@@ -209,14 +211,9 @@ class Weights:
                     "finite, which can't be quantized: download it again"
                 )
             part = kernels.quantize(chunk.to(device), bits)
-            if result is None:
-                packed = part.packed.new_empty(n, part.packed.shape[1])
-                scale = part.scale.new_empty(n, part.scale.shape[1])
-                result = QuantizedWeight(bits, (n, k), packed, scale)
-            result.packed[start : start + len(chunk)] = part.packed
-            result.scale[start : start + len(chunk)] = part.scale
-        assert result is not None
-        return result
+            packed[start : start + len(chunk)] = part.packed
+            scale[start : start + len(chunk)] = part.scale
+        return QuantizedWeight(bits, (n, k), packed, scale)
 
     def _whole_rows(self, key: str, n_ranks: int, rank: int) -> Iterator[tuple[int, Tensor]]:
         """Chunks of a rank's part of a matrix, of all its columns, and their first rows."""
@@ -360,7 +357,7 @@ def load(
         adapter: the folder of a LoRA adapter to merge.
         quantize: quantize the linear layers after the rank's cut; those that are quantized in the
             folder stay as they are.
-        form: makes what is kept of a quantized weight, so that both aren't in memory for all.
+        form: converts each quantized weight after it is read, so that only one is in memory twice.
 
     Raises:
         FileNotFoundError: ``adapter`` or a file in it is missing.

@@ -1,5 +1,5 @@
 /* The attention of a decoding step: softmax(q k^T / sqrt(D)) v for one query per sequence, with
-   keys and values in float32, bfloat16 or float16, as they lie in the cache.
+   keys and values in float32, bfloat16 or float16, as stored in the cache.
 
    The query heads that share a key head are computed together, so that keys and values are read
    once. Each sequence reads its own length. */
@@ -13,11 +13,7 @@
 enum { MAX_HEAD_DIM = 256 };
 
 INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, float *row) {
-    for (int i = 0; i < head_dim; i += LANES) {
-        if (kind == F32) f_store(row + i, f_load((const float *)cache + at + i));
-        else if (kind == BF16) f_store(row + i, f_from_bf16((const uint16_t *)cache + at + i));
-        else f_store(row + i, f_from_f16((const uint16_t *)cache + at + i));
-    }
+    for (int i = 0; i < head_dim; i += LANES) f_store(row + i, f_load_kind(cache, kind, at + i));
 }
 
 /* e^x = 2^n 2^r with |r| <= 1/2, and the Taylor series of 2^r = e^(r ln 2) to the 7th power, whose
@@ -35,11 +31,9 @@ INLINE vf f_exp(vf x) {
 INLINE void softmax(float *scores, int64_t padded) {
     vf most = f_set1(-INFINITY), sum = f_set1(0);
     for (int64_t t = 0; t < padded; t += LANES) most = f_max(most, f_load(scores + t));
-    float lanes[LANES];
-    f_store(lanes, most);
-    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    const vf offset = f_set1(-f_largest(most));
     for (int64_t t = 0; t < padded; t += LANES) {
-        const vf e = f_exp(f_add(f_load(scores + t), f_set1(-lanes[0])));
+        const vf e = f_exp(f_add(f_load(scores + t), offset));
         f_store(scores + t, e);
         sum = f_add(sum, e);
     }

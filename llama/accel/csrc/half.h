@@ -1,4 +1,4 @@
-/* y = x W^T with W [N][K] in bfloat16 or float16, as it lies in the file, for a few rows of x.
+/* y = x W^T with W [N][K] in bfloat16 or float16, as stored in the file, for any number of rows.
 
    Each product of a row of W and a row of x has CHAINS vectors of partial sums, so that it doesn't
    depend on the other rows. For one row of x, W is read from start to end, which the processor
@@ -128,7 +128,8 @@ int NAME(half_product)(
     {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < n_chunks; c++) {
-            const int64_t first = c * rows / n_chunks, after = (c + 1) * rows / n_chunks;
+            const int64_t first = chunk_start(c, n_chunks, rows);
+            const int64_t after = chunk_start(c + 1, n_chunks, rows);
             uint8_t *to = copy + first * row_bytes;
             for (int64_t at = 0; at < k; at += WIDTH)
                 for (int64_t m = first; m < after; m++, to += WIDTH * x_size) {
@@ -148,7 +149,7 @@ int NAME(half_product)(
         for (int64_t begin = 0; begin < n; begin += 16) {
             const int64_t end = n < begin + 16 ? n : begin + 16;
             for (int64_t c = 0; c < n_chunks; c++) {
-                const int64_t first = c * rows / n_chunks, after = (c + 1) * rows / n_chunks;
+                const int64_t first = chunk_start(c, n_chunks, rows);
                 const uint8_t *chunk = copy + first * row_bytes;
                 float *out = y + first * n;
 #define CASE(R)                                                           \
@@ -156,7 +157,7 @@ int NAME(half_product)(
         if (is_bf16) half_columns(w, 1, begin, end, k, chunk, R, out, n); \
         else half_columns(w, 0, begin, end, k, chunk, R, out, n);         \
         break;
-                switch (after - first) {
+                switch (chunk_start(c + 1, n_chunks, rows) - first) {
                     CASE(1) CASE(2) CASE(3)
 #if MAX_HALF_ROWS > 3
                     CASE(4) CASE(5) CASE(6)

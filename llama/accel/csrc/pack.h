@@ -13,11 +13,7 @@ INLINE void load_group(const void *row, int kind, int64_t at, int64_t k, float *
     const int size = kind == F32 ? 4 : 2;
     const char *from = (const char *)row + at * size;
     if (k - at < GROUP) from = memcpy(padded, from, (k - at) * size);
-    for (int i = 0; i < GROUP; i += LANES) {
-        if (kind == F32) f_store(group + i, f_load((const float *)from + i));
-        else if (kind == BF16) f_store(group + i, f_from_bf16((const uint16_t *)from + i));
-        else f_store(group + i, f_from_f16((const uint16_t *)from + i));
-    }
+    for (int i = 0; i < GROUP; i += LANES) f_store(group + i, f_load_kind(from, kind, i));
 }
 
 /* The integers nearest to w / s, in [-half, half - 1]. */
@@ -30,7 +26,7 @@ INLINE vf nearest(vf w, vf inverse, float half) {
    and leaves the squared error sum(w w) - sum(w q)^2 / sum(q q). 0 for tiny weights, whose 1 / s
    would be infinite; NaN if one is NaN or infinite. See quantize.py. */
 INLINE float choose_scale(const float *w, float half) {
-    float inverse[CANDIDATES], wq[CANDIDATES], qq[CANDIDATES], low[LANES], high[LANES];
+    float inverse[CANDIDATES], wq[CANDIDATES], qq[CANDIDATES];
     vf least = f_set1(0), most = f_set1(0), poison = f_set1(0);
     for (int i = 0; i < GROUP; i += LANES) {
         least = f_min(least, f_load(w + i));
@@ -38,13 +34,8 @@ INLINE float choose_scale(const float *w, float half) {
         poison = f_fma(f_load(w + i), f_set1(0), poison);
     }
     if (f_sum(poison) != 0) return NAN;
-    f_store(low, least);
-    f_store(high, most);
-    for (int i = 1; i < LANES; i++) {
-        low[0] = low[i] < low[0] ? low[i] : low[0];
-        high[0] = high[i] > high[0] ? high[i] : high[0];
-    }
-    const float extreme = high[0] > -low[0] ? high[0] : low[0];
+    const float high = f_largest(most), low = f_largest(f_mul(least, f_set1(-1)));
+    const float extreme = high > low ? high : -low;
     if (fabsf(extreme) < 1e-30f) return 0;
     const float step = half == 8 ? 0.25f : 1;
     for (int t = 0; t < CANDIDATES; t++) inverse[t] = -(half + (t - 8) * step) / extreme;

@@ -78,35 +78,27 @@ typedef struct {
 
 typedef struct {
     const uint8_t *packed, *zero; /* zero may be NULL: 2^(bits - 1) */
-    const void *scale;            /* [N / 16][groups][16] of the kind below */
+    const void *scale;            /* [N / 16][groups][16] of this kind */
     int scale_kind, bits;
-    long n_groups;
+    int64_t n_groups;
 } tiles;
-
-INLINE vf load_scales(const tiles *w, long index) {
-    switch (w->scale_kind) {
-    case BF16: return f_from_bf16((const uint16_t *)w->scale + index);
-    case F16: return f_from_f16((const uint16_t *)w->scale + index);
-    default: return f_load((const float *)w->scale + index);
-    }
-}
 
 /* 16 columns of y for ``rows`` rows of x. */
 INLINE void tile_product(
-    const tiles *w, long tile, const activations *x, const int rows, const int bits, float *y,
-    long y_stride, long n_columns) {
+    const tiles *w, int64_t tile, const activations *x, const int rows, const int bits, float *y,
+    int64_t y_stride, int64_t n_columns) {
     const int base = bits == 8 ? BASE8 : BASE4, per_group = bits == 8 ? 8 : 4;
     vf result[MAX_ROWS][VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < VECTORS; v++) result[r][v] = f_set1(0);
-    const long bytes = (long)per_group * 4 * TILE;
+    const int64_t bytes = (int64_t)per_group * 4 * TILE;
     const uint8_t *packed = w->packed + tile * w->n_groups * bytes;
-    for (long g = 0; g < w->n_groups; g++, packed += bytes) {
+    for (int64_t g = 0; g < w->n_groups; g++, packed += bytes) {
         const int32_t *words = x->words + g * 8 * rows;
         vi sum[MAX_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = i_set1(0);
-        /* one row of bytes is read faster without: 52 against 36 GB/s on a Zen 4 */
+        /* one row of 8-bit weights reads faster without: 52 against 36 GB/s on a Zen 4 */
         if (bits == 4 || rows > 1)
             for (int i = 0; i < 4; i++) __builtin_prefetch(packed + 4096 + i * 64);
         UNROLL for (int j = 0; j < per_group; j++) {
@@ -124,9 +116,9 @@ INLINE void tile_product(
                 }
             }
         }
-        const long index = (tile * w->n_groups + g) * TILE;
+        const int64_t index = (tile * w->n_groups + g) * TILE;
         UNROLL for (int v = 0; v < VECTORS; v++) {
-            vf scale = load_scales(w, index + v * LANES);
+            vf scale = f_load_kind(w->scale, w->scale_kind, index + v * LANES);
             vi zero = i_set1(1 << (bits - 1));
             if (w->zero) zero = i_load_u8(w->zero + index + v * LANES);
             zero = i_sub(zero, i_set1(base));
@@ -148,11 +140,11 @@ INLINE void tile_product(
 /* Round row r of ``rows`` to 8 bits. A group with a NaN or an infinity gets the scale NaN, and so
    does the result; one of tiny values becomes 0, as 127 / largest would be infinite. */
 INLINE void round_row(
-    const float *x, long k, long n_groups, const int bits, const int rows, int r,
+    const float *x, int64_t k, int64_t n_groups, const int bits, const int rows, int r,
     const activations *out) {
-    for (long g = 0; g < n_groups; g++) {
+    for (int64_t g = 0; g < n_groups; g++) {
         float group[GROUP] = {0}, largest = 0, poison = 0;
-        const long used = k - g * GROUP < GROUP ? k - g * GROUP : GROUP;
+        const int64_t used = k - g * GROUP < GROUP ? k - g * GROUP : GROUP;
         memcpy(group, x + g * GROUP, used * sizeof(float));
         for (int i = 0; i < GROUP; i++) {
             const float magnitude = fabsf(group[i]);
@@ -180,7 +172,8 @@ INLINE void round_row(
 }
 
 INLINE void tile_product_of(
-    const tiles *w, long tile, const activations *x, int rows, float *y, long n, long n_columns) {
+    const tiles *w, int64_t tile, const activations *x, int rows, float *y, int64_t n,
+    int64_t n_columns) {
     const int bits = w->bits;
 #define CASE(R)                                                                  \
     case R:                                                                      \
@@ -203,8 +196,8 @@ INLINE void tile_product_of(
 int NAME(quantized_product)(
     const uint8_t *packed, const void *scale, int scale_kind, const uint8_t *zero, int bits,
     int64_t n, int64_t k, const float *x, int64_t rows, float *y) {
-    const long n_groups = (k + GROUP - 1) / GROUP, n_tiles = (n + TILE - 1) / TILE;
-    const long n_chunks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t n_groups = (k + GROUP - 1) / GROUP, n_tiles = (n + TILE - 1) / TILE;
+    const int64_t n_chunks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const tiles w = {packed, zero, scale, scale_kind, bits, n_groups};
     int32_t *words = malloc((size_t)rows * n_groups * (8 + 1 + 1) * 4);
     if (!words) return -1;
@@ -213,19 +206,19 @@ int NAME(quantized_product)(
 #pragma omp parallel if (n * k > 1 << 16)
     {
 #pragma omp for schedule(static)
-        for (long m = 0; m < rows; m++) {
-            const long first = m / MAX_ROWS * MAX_ROWS;
-            const int n_rows = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
-            const long done = first * n_groups;
+        for (int64_t c = 0; c < n_chunks; c++) {
+            const int64_t first = chunk_start(c, n_chunks, rows), done = first * n_groups;
+            const int n_rows = (int)(chunk_start(c + 1, n_chunks, rows) - first);
             const activations out = {words + done * 8, scales + done, sums + done};
-            round_row(x + m * k, k, n_groups, bits, n_rows, m - first, &out);
+            for (int r = 0; r < n_rows; r++)
+                round_row(x + (first + r) * k, k, n_groups, bits, n_rows, r, &out);
         }
 #pragma omp for schedule(static)
-        for (long t = 0; t < n_tiles; t++) {
-            const long n_columns = n - t * TILE < TILE ? n - t * TILE : TILE;
-            for (long c = 0; c < n_chunks; c++) {
-                const long first = c * MAX_ROWS, done = first * n_groups;
-                const int n_rows = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
+        for (int64_t t = 0; t < n_tiles; t++) {
+            const int64_t n_columns = n - t * TILE < TILE ? n - t * TILE : TILE;
+            for (int64_t c = 0; c < n_chunks; c++) {
+                const int64_t first = chunk_start(c, n_chunks, rows), done = first * n_groups;
+                const int n_rows = (int)(chunk_start(c + 1, n_chunks, rows) - first);
                 const activations in = {words + done * 8, scales + done, sums + done};
                 tile_product_of(&w, t, &in, n_rows, y + first * n + t * TILE, n, n_columns);
             }

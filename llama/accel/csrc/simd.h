@@ -140,19 +140,30 @@ INLINE vi i_high_nibbles(vi a) {
 
 #endif
 
+/* LANES numbers of a kind, from item ``at`` on. */
+INLINE vf f_load_kind(const void *p, int kind, int64_t at) {
+    switch (kind) {
+    case BF16: return f_from_bf16((const uint16_t *)p + at);
+    case F16: return f_from_f16((const uint16_t *)p + at);
+    default: return f_load((const float *)p + at);
+    }
+}
+
+INLINE float f_largest(vf a) {
+    float lanes[LANES];
+    f_store(lanes, a);
+    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    return lanes[0];
+}
+
+/* The first row of chunk c of ``n`` chunks of nearly equal size. */
+INLINE int64_t chunk_start(int64_t c, int64_t n, int64_t rows) { return c * rows / n; }
+
 INLINE float bf16_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;
     memcpy(&f, &bits, 4);
     return f;
-}
-
-INLINE float f16_to_float(uint16_t h) {
-#if defined(__ARM_NEON)
-    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
-#else
-    return _cvtsh_ss(h);
-#endif
 }
 
 INLINE uint16_t float_to_bf16(float f) {
