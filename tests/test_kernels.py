@@ -146,7 +146,7 @@ def test_any_layout_of_the_operands() -> None:
             assert relative_error(kernels.linear(view, weight), wanted) < 2**-7
     with pytest.raises(RuntimeError, match="shapes"):
         kernels.linear(x, w)
-    with pytest.raises(RuntimeError, match="130 columns, but the weight 129"):
+    with pytest.raises(RuntimeError, match="shapes"):
         kernels.TiledLinear(kernels.quantize(w, 4))(x)
 
 

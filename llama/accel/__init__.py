@@ -3,7 +3,7 @@
 | device and dtype                       | linear layers     | attention | a decoding step       |
 |----------------------------------------|-------------------|-----------|-----------------------|
 | CPU with AMX, bfloat16                 | weight on the left| SDPA      | eager                 |
-| other CPUs, bfloat16, float16          | C kernels         | C kernels | eager                 |
+| other CPUs, bfloat16, float16          | C kernels         | C kernels | C kernels             |
 | CPU in float32, MPS                    | F.linear          | SDPA      | eager                 |
 | CUDA from Ampere on, bfloat16, float16 | q, k, v in one    | flash     | CUDA graph            |
 | CUDA otherwise, ROCm                   | q, k, v in one    | SDPA      | CUDA graph per length |
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llama.accel import kernels
+from llama.accel import kernels, step
 from llama.accel.compile import compiled_decode
 from llama.accel.cpu import (
     activation_dtype,
@@ -65,7 +65,15 @@ def choose(
             chosen.linear = JOINT
         else:
             chosen.reasons["linear"] = f"the joint rotation failed its self-check: {fault}"
-    if activation_dtype(device, dtype) != dtype:
+    activations = activation_dtype(device, dtype)
+    is_in_kernels = activations != dtype or (bits is not None and dtype == torch.float32)
+    if device.type == "cpu" and is_in_kernels and kernels.instruction_set() is not None:
+        reason = step.why_not(args, n_ranks)
+        if reason:
+            chosen.reasons["decode"] = reason
+        else:
+            chosen.decode = step.C_KERNELS
+    if activations != dtype:
         chosen.activations = "float32"
         if kernels.can_attend(args.head_dim):
             chosen.attention = "SDPA, C kernels in decoding steps"
@@ -145,10 +153,13 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
         join_projections(model)
     if device.type != "cpu" and (reason := use_tinygemm(model)):
         chosen.reasons["linear"] = reason
-    chosen.decode = "eager"
     if compile:
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]
         chosen.decode = "compiled"
+    elif chosen.decode == step.C_KERNELS:
+        model.decode = step.KernelStep(model)  # type: ignore[method-assign, assignment]
+    else:
+        chosen.decode = "eager"
     if device.type == "cuda" and model.groups.size > 1 and model.groups.control is None:
         # ranks couldn't agree on a failed capture
         chosen.reasons["decode"] = "CUDA graphs need process groups that Llama.build made"

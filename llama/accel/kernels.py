@@ -22,6 +22,7 @@ from llama.accel import features
 from llama.attention import attention
 from llama.cache import Batch, Decode, KVCache
 from llama.files import summary
+from llama.pages import use_huge_pages
 from llama.quantize import Bits, QuantizedWeight
 
 # Instruction sets, the fastest first, and the features of /proc/cpuinfo that they need.
@@ -34,18 +35,15 @@ INSTRUCTION_SETS = {
     "neon": {"asimd", "asimddp", "asimdhp"},
 }
 _LANES = {"avx512bf16": 16, "avx512": 16, "avx2": 8, "neon": 4}
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 HALF = (torch.bfloat16, torch.float16)
 _TILE = 16  # rows, see csrc/quantized.h
 _MAX_HEAD_DIM = 256  # see csrc/attention.h
 _VARIABLE = "LLAMA_KERNELS"
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
-    "half_product": [_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG, _POINTER],
-    "quantized_product": [
-        *(_POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG),
-        *(_POINTER, _LONG, _POINTER),
-    ],
+    "products": [_POINTER, _LONG, _INT, _INT, _LONG, _POINTER, _LONG],
+    "decode_layers": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, *[_POINTER] * 4],
     "decode_attention": [
         *(_POINTER, _POINTER, _POINTER, _INT, _POINTER),
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _POINTER),
@@ -53,6 +51,24 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "quantize": [_POINTER, _INT, _LONG, _LONG, _INT, _POINTER, _POINTER],
     "interleave": [_POINTER, _LONG, _LONG, _INT, _POINTER],
 }
+
+
+Form = tuple[int, int]  # of a matrix: the bits of its integers, or 16; the kind of its floats
+
+
+class Matrix(ctypes.Structure):
+    """``matrix`` of csrc/simd.h: addresses, valid while the tensors live."""
+
+    _fields_ = [*((name, _POINTER) for name in ("weight", "scale", "zero", "y")), ("n", _LONG)]
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, n: int = 0
+    ) -> "Matrix":
+        """``n``: rows, if ``weight`` is in tiles."""
+        tensors = (weight, scale, zero)
+        addresses = (None if x is None else x.data_ptr() for x in tensors)
+        return cls(*addresses, None, n or len(weight))
 
 
 @functools.cache
@@ -84,7 +100,7 @@ def _choose() -> tuple[str | None, str | None]:
     if usable and isinstance(library, str):
         return None, library
     for name in usable:
-        if wanted in ("", name) and hasattr(library, f"half_product_{name}"):
+        if wanted in ("", name) and hasattr(library, f"products_{name}"):
             return name, None
     which = " or ".join(INSTRUCTION_SETS) if wanted == "" else wanted
     return None, f"the processor, or this build of the kernels, lacks {which}"
@@ -121,7 +137,7 @@ def _function(name: str, instructions: str) -> Callable[..., int]:
     return function
 
 
-def _run(name: str, *arguments: Tensor | int | None) -> None:
+def run(name: str, *arguments: Any) -> None:
     """Call a kernel. Tensors are passed by address: dense, and alive until it returns."""
     instructions = instruction_set()
     assert instructions is not None
@@ -134,7 +150,7 @@ def _run(name: str, *arguments: Tensor | int | None) -> None:
         raise ValueError("a sequence is longer than the cache")
 
 
-def _can_run(*tensors: Tensor) -> bool:
+def can_run(*tensors: Tensor) -> bool:
     """Whether the kernels can read these tensors; else, or for gradients, torch's functions run."""
     if instruction_set() is None or not all(x.is_cpu for x in tensors):
         return False
@@ -148,18 +164,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear``; 16-bit weights are read without conversion, and sums are float32."""
     if torch.compiler.is_compiling():
         return _linear_op(x, weight)
-    is_dense = weight.dtype in HALF and weight.is_contiguous()
-    if not is_dense or x.shape[-1:] != weight.shape[1:] or not _can_run(x, weight):
+    form = half_form(weight)
+    if form is None or x.shape[-1:] != weight.shape[1:] or not can_run(x, weight):
         return F.linear(x, weight.to(x.dtype))
-    rows = _rows(x)
-    y = torch.empty(len(rows), len(weight))
-    is_bf16 = weight.dtype == torch.bfloat16
-    _run("half_product", weight, is_bf16, *weight.shape, rows, len(rows), y)
-    return y.view(*x.shape[:-1], len(weight)).to(x.dtype)
+    return _product(x, Matrix.of(weight), form, len(weight))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).float().contiguous()
+def half_form(weight: Tensor) -> Form | None:
+    """The format of a matrix that the kernels read as it is; else None."""
+    is_dense = weight.dtype in HALF and weight.is_contiguous() and weight.is_cpu
+    return (16, KINDS[weight.dtype]) if is_dense else None
+
+
+def _product(x: Tensor, matrix: Matrix, form: Form, n: int) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    y = torch.empty(len(rows), n)
+    matrix.y = y.data_ptr()
+    run("products", ctypes.byref(matrix), 1, *form, rows.shape[1], rows, len(rows))
+    return y.view(*x.shape[:-1], n).to(x.dtype)
 
 
 class TiledLinear:
@@ -181,12 +203,20 @@ class TiledLinear:
         self.packed, self.scale = _interleave(weight.packed), _interleave(weight.scale)
         self.zero = None if weight.zero is None else _interleave(weight.zero)
 
+    @property
+    def form(self) -> Form:
+        return self.bits, KINDS[self.scale.dtype]
+
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix.of(self.packed, self.scale, self.zero, self.shape[0])
+
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
-            return _quantized_op(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
-        if not _can_run(x, self.packed):
+            return _quantized_op(x, self.packed, self.scale, self.zero, *self.form, self.shape[0])
+        if x.shape[-1:] != self.shape[1:] or not can_run(x, self.packed):
             return F.linear(x, self.dequantize(x.dtype))
-        return _quantized_linear(x, self.packed, self.scale, self.zero, self.bits, *self.shape)
+        return _product(x, self.matrix, self.form, self.shape[0])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """See ``QuantizedWeight``."""
@@ -202,32 +232,21 @@ def _interleave(rows: Tensor) -> Tensor:
     """[N, W] as [N / 16, W, 16], padded with zeros."""
     n, width = rows.shape
     tiles = torch.empty(-(-n // _TILE), width, _TILE, dtype=rows.dtype)
-    _run("interleave", rows.contiguous(), n, width, rows.element_size(), tiles)
+    use_huge_pages(tiles)
+    run("interleave", rows.contiguous(), n, width, rows.element_size(), tiles)
     return tiles
-
-
-def _quantized_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int, k: int
-) -> Tensor:
-    if x.shape[-1] != k:
-        raise RuntimeError(f"the input has {x.shape[-1]} columns, but the weight {k}")
-    rows = _rows(x)
-    y = torch.empty(len(rows), n)
-    kind = _KINDS[scale.dtype]
-    _run("quantized_product", packed, scale, kind, zero, bits, n, k, rows, len(rows), y)
-    return y.view(*x.shape[:-1], n).to(x.dtype)
 
 
 def quantize(weight: Tensor, bits: Bits) -> QuantizedWeight:
     """``llama.quantize.quantize``, by the kernel where there is one."""
-    if instruction_set() is None or weight.dtype not in _KINDS or weight.device.type != "cpu":
+    if instruction_set() is None or weight.dtype not in KINDS or weight.device.type != "cpu":
         return plain.quantize(weight, bits)
     n, k = weight.shape
     n_groups = -(-k // plain.GROUP)
     packed = torch.empty(n, n_groups * bits, dtype=torch.int32)
     scale = torch.empty(n, n_groups, dtype=torch.bfloat16)
-    kind = _KINDS[weight.dtype]
-    _run("quantize", weight.contiguous(), kind, n, k, bits, packed, scale)
+    kind = KINDS[weight.dtype]
+    run("quantize", weight.contiguous(), kind, n, k, bits, packed, scale)
     return QuantizedWeight(bits, (n, k), packed, scale)
 
 
@@ -242,8 +261,8 @@ def decode_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
         return _attention_op(q, cache.k, cache.v, batch.seqlens_k)
     n_slots, n_kv_heads, _, head_dim = cache.k.shape
     fits = len(q) <= n_slots and q.shape[1] % n_kv_heads == 0 and q.shape[2] == head_dim
-    is_dense = cache.k.is_contiguous() and cache.v.is_contiguous() and cache.k.dtype in _KINDS
-    if not (fits and is_dense and can_attend(head_dim) and _can_run(q, cache.k, cache.v)):
+    is_dense = cache.k.is_contiguous() and cache.v.is_contiguous() and cache.k.dtype in KINDS
+    if not (fits and is_dense and can_attend(head_dim) and can_run(q, cache.k, cache.v)):
         return attention(q, cache, batch)
     return _decode_attention(q, cache.k, cache.v, batch.seqlens_k)
 
@@ -263,8 +282,8 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor) -> Ten
     n_kv_heads, max_seq_len = k.shape[1], k.shape[2]
     queries, y = q.float().contiguous(), torch.empty(q.shape)
     sizes = n_rows, n_kv_heads, n_heads // n_kv_heads, max_seq_len, head_dim
-    _run(
-        "decode_attention", queries, k, v, _KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y
+    run(
+        "decode_attention", queries, k, v, KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y
     )
     return y.to(q.dtype)
 
@@ -282,13 +301,19 @@ def _linear_eagerly(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x, weight)
 
 
+def _quantized_eagerly(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, kind: int, n: int
+) -> Tensor:
+    return _product(x, Matrix.of(packed, scale, zero, n), (bits, kind), n)
+
+
 _linear_op = _as_op(
     "linear", _linear_eagerly, lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0])
 )
 _quantized_op = _as_op(
     "quantized_linear",
-    _quantized_linear,
-    lambda x, packed, scale, zero, bits, n, k: x.new_empty(*x.shape[:-1], n),
+    _quantized_eagerly,
+    lambda x, packed, scale, zero, bits, kind, n: x.new_empty(*x.shape[:-1], n),
 )
 _attention_op = _as_op(
     "decode_attention", _decode_attention, lambda q, k, v, seqlens_k: q.new_empty(q.shape)

@@ -15,7 +15,8 @@ class Ways:
             left" or "C kernels" with their instruction set.
         attention: "SDPA", "FlashAttention", or "SDPA, C kernels in decoding steps".
         activations: their dtype, "float32", where it isn't that of the weights.
-        decode: a decoding step: "eager", "compiled", "CUDA graph" or "compiled, CUDA graph".
+        decode: a decoding step: "eager", "C kernels", "compiled", "CUDA graph" or "compiled, CUDA
+            graph".
         reasons: by attribute, why it isn't a faster form.
     """
 

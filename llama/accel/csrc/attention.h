@@ -16,17 +16,6 @@ INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, floa
     for (int i = 0; i < head_dim; i += LANES) f_store(row + i, f_load_kind(cache, kind, at + i));
 }
 
-/* e^x = 2^n 2^r with |r| <= 1/2, and the Taylor series of 2^r = e^(r ln 2) to the 7th power, whose
-   error is below float32's. e^-87, about 1e-38, below -87. */
-INLINE vf f_exp(vf x) {
-    const vf y = f_mul(f_max(f_set1(-87), x), f_set1(1.44269504f));
-    const vf n = f_round(y), r = f_mul(f_fma(f_set1(-1), n, y), f_set1(0.693147181f));
-    vf sum = f_set1(1.f / 5040);
-    const float divisors[] = {720, 120, 24, 6, 2, 1, 1};
-    for (int i = 0; i < 7; i++) sum = f_fma(sum, r, f_set1(1 / divisors[i]));
-    return f_mul(sum, f_power_of_two(n));
-}
-
 /* scores [length] to softmax weights; padded to a multiple of LANES with -inf by the caller. */
 INLINE void softmax(float *scores, int64_t padded) {
     vf most = f_set1(-INFINITY), sum = f_set1(0);

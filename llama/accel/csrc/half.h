@@ -115,55 +115,65 @@ INLINE void half_columns(
         else f16_tile(w + i * k, k, x, rows, 1, x_size, y + i, n);
 }
 
-/* y [rows][n] = x [rows][k] W^T. Returns 0, or -1 without memory for the copy of x. */
-int NAME(half_product)(
-    const uint16_t *w, int is_bf16, int64_t n, int64_t k, const float *x, int64_t rows, float *y) {
+/* Copy rows ``first`` to ``after`` of x in blocks of WIDTH columns; see above. */
+INLINE void copy_rows(
+    const float *x, int64_t k, int64_t first, int64_t after, const int x_size, uint8_t *to) {
+    for (int64_t at = 0; at < k; at += WIDTH)
+        for (int64_t m = first; m < after; m++, to += WIDTH * x_size) {
+            float values[WIDTH] = {0};
+            const int64_t left = k - at;
+            memcpy(values, x + m * k + at, (left < WIDTH ? left : WIDTH) * sizeof(float));
+            if (x_size == 4) memcpy(to, values, sizeof(values));
+            else
+                for (int i = 0; i < WIDTH; i++) {
+                    const uint16_t h = float_to_bf16(values[i]);
+                    memcpy(to + 2 * i, &h, 2);
+                }
+        }
+}
+
+/* y = x W^T for each of ``count`` matrices. Returns 0, or -1 without memory for the copy of x. */
+static int half_products(
+    const matrix *matrices, int64_t count, int kind, int64_t k, const float *x, int64_t rows) {
+    const int is_bf16 = kind == BF16;
     const int64_t n_steps = (k + WIDTH - 1) / WIDTH;
     const int64_t n_chunks = (rows + MAX_HALF_ROWS - 1) / MAX_HALF_ROWS;
     const int x_size = is_bf16 ? BF16_X_SIZE : 4;
     const int64_t row_bytes = n_steps * WIDTH * x_size;
     uint8_t *copy = aligned_alloc(64, (size_t)(rows * row_bytes + 63) / 64 * 64);
     if (!copy) return -1;
-#pragma omp parallel if (n * k > 1 << 15)
+#pragma omp parallel if (matrices[0].n * k > 1 << 15)
     {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < n_chunks; c++) {
             const int64_t first = chunk_start(c, n_chunks, rows);
             const int64_t after = chunk_start(c + 1, n_chunks, rows);
-            uint8_t *to = copy + first * row_bytes;
-            for (int64_t at = 0; at < k; at += WIDTH)
-                for (int64_t m = first; m < after; m++, to += WIDTH * x_size) {
-                    float values[WIDTH] = {0};
-                    const int64_t left = k - at;
-                    memcpy(values, x + m * k + at, (left < WIDTH ? left : WIDTH) * sizeof(float));
-                    if (x_size == 4) memcpy(to, values, sizeof(values));
-                    else
-                        for (int i = 0; i < WIDTH; i++) {
-                            const uint16_t h = float_to_bf16(values[i]);
-                            memcpy(to + 2 * i, &h, 2);
-                        }
-                }
+            copy_rows(x, k, first, after, x_size, copy + first * row_bytes);
         }
-        /* for every chunk of x while some rows of W are in cache */
-#pragma omp for schedule(static)
-        for (int64_t begin = 0; begin < n; begin += 16) {
-            const int64_t end = n < begin + 16 ? n : begin + 16;
-            for (int64_t c = 0; c < n_chunks; c++) {
-                const int64_t first = chunk_start(c, n_chunks, rows);
-                const uint8_t *chunk = copy + first * row_bytes;
-                float *out = y + first * n;
+        for (const matrix *m = matrices; m < matrices + count; m++) {
+            const uint16_t *w = m->weight;
+            const int64_t n = m->n;
+            /* for every chunk of x while some rows of W are in cache */
+#pragma omp for schedule(static) nowait
+            for (int64_t begin = 0; begin < n; begin += 16) {
+                const int64_t end = n < begin + 16 ? n : begin + 16;
+                for (int64_t c = 0; c < n_chunks; c++) {
+                    const int64_t first = chunk_start(c, n_chunks, rows);
+                    const uint8_t *chunk = copy + first * row_bytes;
+                    float *out = m->y + first * n;
 #define CASE(R)                                                           \
     case R:                                                               \
         if (is_bf16) half_columns(w, 1, begin, end, k, chunk, R, out, n); \
         else half_columns(w, 0, begin, end, k, chunk, R, out, n);         \
         break;
-                switch (chunk_start(c + 1, n_chunks, rows) - first) {
-                    CASE(1) CASE(2) CASE(3)
+                    switch (chunk_start(c + 1, n_chunks, rows) - first) {
+                        CASE(1) CASE(2) CASE(3)
 #if MAX_HALF_ROWS > 3
-                    CASE(4) CASE(5) CASE(6)
+                        CASE(4) CASE(5) CASE(6)
 #endif
-                }
+                    }
 #undef CASE
+                }
             }
         }
     }

@@ -1,5 +1,3 @@
 #define NAME(function) function##_neon
-#include "attention.h"
-#include "half.h"
+#include "layers.h"
 #include "pack.h"
-#include "quantized.h"

@@ -192,18 +192,17 @@ INLINE void tile_product_of(
 #undef CASE
 }
 
-/* y [rows][n] = x [rows][k] W^T. Returns 0, or -1 without memory for the rounded activations. */
-int NAME(quantized_product)(
-    const uint8_t *packed, const void *scale, int scale_kind, const uint8_t *zero, int bits,
-    int64_t n, int64_t k, const float *x, int64_t rows, float *y) {
-    const int64_t n_groups = (k + GROUP - 1) / GROUP, n_tiles = (n + TILE - 1) / TILE;
+/* y = x W^T for each of ``count`` matrices. Returns 0, or -1 without memory for the rounded x. */
+static int quantized_products(
+    const matrix *matrices, int64_t count, int scale_kind, int bits, int64_t k, const float *x,
+    int64_t rows) {
+    const int64_t n_groups = (k + GROUP - 1) / GROUP;
     const int64_t n_chunks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const tiles w = {packed, zero, scale, scale_kind, bits, n_groups};
     int32_t *words = malloc((size_t)rows * n_groups * (8 + 1 + 1) * 4);
     if (!words) return -1;
     float *scales = (float *)(words + rows * n_groups * 8);
     int32_t *sums = words + rows * n_groups * 9;
-#pragma omp parallel if (n * k > 1 << 16)
+#pragma omp parallel if (matrices[0].n * k > 1 << 16)
     {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < n_chunks; c++) {
@@ -213,14 +212,19 @@ int NAME(quantized_product)(
             for (int r = 0; r < n_rows; r++)
                 round_row(x + (first + r) * k, k, n_groups, bits, n_rows, r, &out);
         }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < n_tiles; t++) {
-            const int64_t n_columns = n - t * TILE < TILE ? n - t * TILE : TILE;
-            for (int64_t c = 0; c < n_chunks; c++) {
-                const int64_t first = chunk_start(c, n_chunks, rows), done = first * n_groups;
-                const int n_rows = (int)(chunk_start(c + 1, n_chunks, rows) - first);
-                const activations in = {words + done * 8, scales + done, sums + done};
-                tile_product_of(&w, t, &in, n_rows, y + first * n + t * TILE, n, n_columns);
+        for (const matrix *m = matrices; m < matrices + count; m++) {
+            const tiles w = {m->weight, m->zero, m->scale, scale_kind, bits, n_groups};
+            const int64_t n = m->n;
+#pragma omp for schedule(static) nowait
+            for (int64_t t = 0; t < (n + TILE - 1) / TILE; t++) {
+                const int64_t n_columns = n - t * TILE < TILE ? n - t * TILE : TILE;
+                for (int64_t c = 0; c < n_chunks; c++) {
+                    const int64_t first = chunk_start(c, n_chunks, rows), done = first * n_groups;
+                    const int n_rows = (int)(chunk_start(c + 1, n_chunks, rows) - first);
+                    const activations in = {words + done * 8, scales + done, sums + done};
+                    float *y = m->y + first * n + t * TILE;
+                    tile_product_of(&w, t, &in, n_rows, y, n, n_columns);
+                }
             }
         }
     }

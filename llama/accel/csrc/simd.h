@@ -28,6 +28,7 @@ INLINE void f_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE vf f_set1(float a) { return _mm512_set1_ps(a); }
 INLINE vf f_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf f_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
@@ -39,6 +40,9 @@ INLINE vf f_from_bf16(const uint16_t *p) {
 }
 INLINE vf f_from_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+}
+INLINE void f_store_f16(uint16_t *p, vf a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE vf f_power_of_two(vf n) {
     vi exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
@@ -66,6 +70,7 @@ INLINE void f_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf f_set1(float a) { return _mm256_set1_ps(a); }
 INLINE vf f_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf f_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf f_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 INLINE vf f_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf f_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf f_max(vf a, vf b) { return _mm256_max_ps(a, b); }
@@ -81,6 +86,9 @@ INLINE vf f_from_bf16(const uint16_t *p) {
 }
 INLINE vf f_from_f16(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+}
+INLINE void f_store_f16(uint16_t *p, vf a) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 INLINE vf f_power_of_two(vf n) {
     vi exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
@@ -108,6 +116,7 @@ INLINE void f_store(float *p, vf a) { vst1q_f32(p, a); }
 INLINE vf f_set1(float a) { return vdupq_n_f32(a); }
 INLINE vf f_add(vf a, vf b) { return vaddq_f32(a, b); }
 INLINE vf f_mul(vf a, vf b) { return vmulq_f32(a, b); }
+INLINE vf f_div(vf a, vf b) { return vdivq_f32(a, b); }
 INLINE vf f_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 INLINE vf f_min(vf a, vf b) { return vminq_f32(a, b); }
 INLINE vf f_max(vf a, vf b) { return vmaxq_f32(a, b); }
@@ -117,6 +126,7 @@ INLINE vf f_from_bf16(const uint16_t *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
 INLINE vf f_from_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+INLINE void f_store_f16(uint16_t *p, vf a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
 INLINE vf f_power_of_two(vf n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
@@ -140,25 +150,6 @@ INLINE vi i_high_nibbles(vi a) {
 
 #endif
 
-/* LANES numbers of a kind, from item ``at`` on. */
-INLINE vf f_load_kind(const void *p, int kind, int64_t at) {
-    switch (kind) {
-    case BF16: return f_from_bf16((const uint16_t *)p + at);
-    case F16: return f_from_f16((const uint16_t *)p + at);
-    default: return f_load((const float *)p + at);
-    }
-}
-
-INLINE float f_largest(vf a) {
-    float lanes[LANES];
-    f_store(lanes, a);
-    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    return lanes[0];
-}
-
-/* The first row of chunk c of ``n`` chunks of nearly equal size. */
-INLINE int64_t chunk_start(int64_t c, int64_t n, int64_t rows) { return c * rows / n; }
-
 INLINE float bf16_to_float(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;
@@ -171,4 +162,56 @@ INLINE uint16_t float_to_bf16(float f) {
     memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 64; /* NaN */
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;              /* nearest, ties to even */
+}
+
+/* LANES numbers of a kind, from item ``at`` on. */
+INLINE vf f_load_kind(const void *p, int kind, int64_t at) {
+    switch (kind) {
+    case BF16: return f_from_bf16((const uint16_t *)p + at);
+    case F16: return f_from_f16((const uint16_t *)p + at);
+    default: return f_load((const float *)p + at);
+    }
+}
+
+INLINE void f_store_kind(void *p, int kind, int64_t at, vf a) {
+    switch (kind) {
+    case BF16: {
+        float lanes[LANES];
+        f_store(lanes, a);
+        for (int i = 0; i < LANES; i++) ((uint16_t *)p)[at + i] = float_to_bf16(lanes[i]);
+        break;
+    }
+    case F16: f_store_f16((uint16_t *)p + at, a); break;
+    default: f_store((float *)p + at, a);
+    }
+}
+
+INLINE float f_largest(vf a) {
+    float lanes[LANES];
+    f_store(lanes, a);
+    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    return lanes[0];
+}
+
+/* A weight [n][k], and y [rows][n] = x [rows][k] W^T for it. Those of one call have the same x, k and
+   format; scale and zero are those of quantized.h. */
+typedef struct {
+    const void *weight, *scale;
+    const uint8_t *zero;
+    float *y;
+    int64_t n;
+} matrix;
+
+/* The first row of chunk c of ``n`` chunks of nearly equal size. */
+INLINE int64_t chunk_start(int64_t c, int64_t n, int64_t rows) { return c * rows / n; }
+
+/* e^x = 2^n 2^r with |r| <= 1/2, and the Taylor series of 2^r = e^(r ln 2) to the 7th power, whose
+   error is below float32's. e^-87, about 1e-38, below -87. */
+INLINE vf f_exp(vf x) {
+    const vf y = f_mul(f_max(f_set1(-87), x), f_set1(1.44269504f));
+    const vf n = f_round(y), r = f_mul(f_fma(f_set1(-1), n, y), f_set1(0.693147181f));
+    vf sum = f_set1(1.f / 5040);
+    const float divisors[] = {720, 120, 24, 6, 2, 1, 1};
+    for (int i = 0; i < 7; i++) sum = f_fma(sum, r, f_set1(1 / divisors[i]));
+    return f_mul(sum, f_power_of_two(n));
 }

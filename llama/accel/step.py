@@ -1,0 +1,210 @@
+"""The layers of a decoding step in one call of the C kernels.
+
+The weights of each product replace everything in the processor's cache, so that the Python code and
+the small operators between two products run slowly: they took a fifth of a step of a 1B model in 4
+bits.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from llama.accel import kernels
+from llama.attention import attention
+from llama.cache import Decode, KVCache
+from llama.config import ModelArgs
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.model import (
+    Attention,
+    FeedForward,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+    project,
+    rotate,
+    swiglu,
+)
+
+
+class _Layer(ctypes.Structure):
+    """``layer`` of csrc/layers.h."""
+
+    _fields_ = [
+        *((name, kernels.Matrix) for name in "q k v o gate up down".split()),
+        *((name, ctypes.c_void_p) for name in "attention_norm ffn_norm cache_k cache_v".split()),
+    ]
+
+
+class _Sizes(ctypes.Structure):
+    """``sizes`` of csrc/layers.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "dim n_heads n_kv_heads head_dim ffn_dim n_slots max_length bits kind cache_kind"
+            ).split()
+        ),
+        ("eps", ctypes.c_double),
+    ]
+
+
+# What the kernel stands for: methods, and the functions that a module may have in these places.
+_METHODS: dict[type, tuple[Callable[..., Any], ...]] = {
+    TransformerBlock: (TransformerBlock.forward,),
+    Attention: (Attention.forward, Attention.update_cache),
+    FeedForward: (FeedForward.forward,),
+    RMSNorm: (RMSNorm.forward,),
+    ColumnParallelLinear: (ColumnParallelLinear.forward,),
+    RowParallelLinear: (RowParallelLinear.forward,),
+    KVCache: (KVCache.allocate, KVCache.update),
+    Transformer: (Transformer.decode, Transformer.hidden),
+}
+C_KERNELS = "C kernels"  # in ``Ways.decode``
+_FUNCTIONS = (attention, kernels.decode_attention, project, rotate, swiglu)
+_ATTRIBUTES = ("attend", "project", "rotate", "compute", "linear", "cache", "eps")
+
+
+def why_not(args: ModelArgs, n_ranks: int) -> str | None:
+    """Why steps aren't one call, or None."""
+    if n_ranks > 1:
+        return "ranks sum their results in every layer"
+    if not kernels.can_attend(args.head_dim):
+        return f"the kernels don't support heads of size {args.head_dim}"
+    return None
+
+
+class KernelStep:
+    """``Transformer.decode`` of a model on one rank, with activations in float32.
+
+    Each step compares the modules with those that it knows. If the kernel doesn't compute what they
+    do (hooks, patches, other classes, different formats), they run themselves.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model, self._decode = model, model.decode
+        self._modules: list[nn.Module] = []
+        self._seen: object = None
+        self._layers: Any = None
+        self._sizes = _Sizes()
+        self._held: list[object] = []
+
+    def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
+        model, sizes = self._model, self._sizes
+        if torch.is_grad_enabled() or not self._is_ready() or not self._use_caches():
+            return self._decode(tokens, batch)
+        n_rows = len(batch.positions)
+        x = model.tok_embeddings(tokens).to(torch.float32, copy=True).view(n_rows, sizes.dim)
+        rotations = torch.view_as_real(model.freqs_cis)[batch.positions].float().contiguous()
+        kernels.run(
+            "decode_layers",
+            *(self._layers, len(self._layers), ctypes.byref(sizes), x, n_rows),
+            rotations.view(n_rows, sizes.head_dim),
+            *(batch.slots, batch.positions, batch.seqlens_k.int().contiguous()),
+        )
+        return model.logits(model.norm(x))
+
+    def _is_ready(self) -> bool:
+        """Whether the kernel computes what the layers do now."""
+        state = self._state()
+        if state is not None and state != self._seen:
+            self._layers = self._describe()
+            state = self._seen = self._state()
+        return state is not None and self._layers is not None
+
+    def _state(self) -> object:
+        """Differs after a change of what ``_describe`` reads; None if methods were replaced, or
+        have hooks."""
+        for cls, methods in _METHODS.items():
+            if any(getattr(cls, method.__name__) is not method for method in methods):
+                return None
+        if "hidden" in vars(self._model):
+            return None
+        found: list[object] = [id(self._model.layers)]
+        for module in self._modules:
+            values = vars(module)
+            if values["_forward_hooks"] or values["_forward_pre_hooks"] or "forward" in values:
+                return None
+            found += map(id, values["_modules"].values())
+            found += [None if p is None else p.data_ptr() for p in values["_parameters"].values()]
+            found += [id(values.get(name)) for name in _ATTRIBUTES]
+        return found
+
+    def _describe(self) -> Any:
+        """An array of ``_Layer`` without caches; None if the kernel can't compute the layers."""
+        model, args = self._model, self._model.params
+        blocks = list(model.layers)
+        inner = [module for block in blocks for module in block.modules()]
+        self._modules, self._held = [model.layers, *inner], []
+        if not all(type(module) in _METHODS for module in inner):
+            return None
+        layers, formats, eps = (_Layer * len(blocks))(), set(), set()
+        dim, ffn_dim = args.dim, args.ffn_hidden_dim
+        q_dim, kv_dim = args.n_heads * args.head_dim, args.n_local_kv_heads(1) * args.head_dim
+        for layer, block in zip(layers, blocks, strict=True):
+            attn, ffn = block.attention, block.feed_forward
+            matrices: dict[str, tuple[Any, int, int]] = {
+                "q": (attn.wq, q_dim, dim),
+                "k": (attn.wk, kv_dim, dim),
+                "v": (attn.wv, kv_dim, dim),
+                "o": (attn.wo, dim, q_dim),
+                "gate": (ffn.w1, ffn_dim, dim),
+                "up": (ffn.w3, ffn_dim, dim),
+                "down": (ffn.w2, dim, ffn_dim),
+            }
+            for name, (linear, *shape) in matrices.items():
+                weight = linear.weight if linear.linear is kernels.linear else linear.linear
+                if isinstance(weight, kernels.TiledLinear):
+                    form: kernels.Form | None = weight.form
+                    matrix = weight.matrix
+                elif isinstance(weight, Tensor):
+                    form, matrix = kernels.half_form(weight), kernels.Matrix.of(weight)
+                else:
+                    return None
+                if form is None or [*weight.shape] != shape:
+                    return None
+                formats.add(form)
+                setattr(layer, name, matrix)
+                self._held.append(weight.detach() if isinstance(weight, Tensor) else weight)
+            for name in ("attention_norm", "ffn_norm"):
+                norm = getattr(block, name)
+                weight = norm.weight.detach()
+                is_dense = weight.dtype == torch.float32 and weight.is_contiguous()
+                if not is_dense or weight.shape != (dim,):
+                    return None
+                setattr(layer, name, weight.data_ptr())
+                eps.add(norm.eps)
+                self._held.append(weight)
+            forms = attn.attend, attn.project, attn.rotate, ffn.compute
+            if any(form not in _FUNCTIONS for form in forms) or type(attn.cache) is not KVCache:
+                return None
+        if len(formats) != 1 or len(eps) != 1:
+            return None
+        sizes = self._sizes
+        sizes.dim, sizes.ffn_dim, sizes.head_dim = dim, ffn_dim, args.head_dim
+        sizes.n_heads, sizes.n_kv_heads = args.n_heads, args.n_local_kv_heads(1)
+        (sizes.bits, sizes.kind), (sizes.eps,) = formats.pop(), eps
+        return layers
+
+    def _use_caches(self) -> bool:
+        """Give the kernel the caches, which may have been freed or replaced."""
+        sizes, args = self._sizes, self._model.params
+        caches = [block.attention.cache for block in self._model.layers]
+        tensors, found = [], set()
+        for layer, cache in zip(self._layers, caches, strict=True):
+            cache.allocate(self._model.norm.weight)
+            layer.cache_k, layer.cache_v = cache.k.data_ptr(), cache.v.data_ptr()
+            for x in (cache.k, cache.v):
+                tensors.append(x)
+                found.add((x.shape, x.dtype, x.is_contiguous()))
+        (shape, dtype, is_contiguous), *others = found
+        if others or not is_contiguous or dtype not in kernels.KINDS:
+            return False
+        sizes.n_slots, n_kv_heads, sizes.max_length, head_dim = shape
+        sizes.cache_kind = kernels.KINDS[dtype]
+        increment_version(tensors)  # as if torch had written
+        return (n_kv_heads, head_dim) == (sizes.n_kv_heads, sizes.head_dim)
