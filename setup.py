@@ -1,10 +1,12 @@
 import json
+import os
 import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
@@ -26,7 +28,8 @@ TEST = [
 CSRC = "llama/accel/csrc"
 FLAGS = json.loads((ROOT / CSRC / "flags.json").read_text())
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-FILES = FLAGS.get(MACHINE, {})  # of csrc, one per instruction set, with its flags
+# of csrc, one per instruction set, with its flags; Windows' compilers don't have them
+FILES = FLAGS.get(MACHINE, {}) if os.name == "posix" else {}
 
 
 class BuildKernels(build_ext):
@@ -38,12 +41,17 @@ class BuildKernels(build_ext):
         openmp = ["-Xpreprocessor", "-fopenmp"] if is_mac else ["-fopenmp"]
         objects = []
         for name, flags in FILES.items():
-            objects += self.compiler.compile(
-                [f"{CSRC}/{name}.c"],
-                output_dir=self.build_temp,
-                extra_postargs=[*FLAGS["every file"], *openmp, *flags],
-                depends=ext.depends,
-            )
+            try:
+                objects += self.compiler.compile(
+                    [f"{CSRC}/{name}.c"],
+                    output_dir=self.build_temp,
+                    extra_postargs=[*FLAGS["every file"], *openmp, *flags],
+                    depends=ext.depends,
+                )
+            except CompileError as error:  # gcc 8 and 9 don't know AVX512-BF16
+                self.warn(f"no kernels for {name}: {error}")
+        if not objects:
+            raise CompileError("the compiler can't build any of the kernels")
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

@@ -1,7 +1,8 @@
-"""Advise the kernel about a tensor's memory pages (madvise(2))."""
+"""Advise the kernel about a tensor's memory pages (madvise(2)), and release freed ones."""
 
 import ctypes
 import mmap
+import sys
 
 from torch import Tensor
 
@@ -21,6 +22,12 @@ def use_huge_pages(tensor: Tensor) -> None:
     """Request 2 MiB pages for a tensor that is mapped from a file but not read yet: with 4 KiB
     pages, address translation takes up to a tenth of a decoding step."""
     _advise(tensor, "MADV_HUGEPAGE", whole_pages=False)
+
+
+def release_freed_memory() -> None:
+    """Return the free blocks of glibc's heap to the kernel (malloc_trim(3)); elsewhere, nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _advise(tensor: Tensor, advice: str, *, whole_pages: bool) -> None:

@@ -80,7 +80,8 @@ def _library() -> "ctypes.CDLL | str":
             try:
                 return ctypes.CDLL(str(path))
             except OSError as error:
-                return f"{path.name} can't be loaded: {summary(error)}"
+                remedy = "install the package again, on Linux with gcc"
+                return f"{path.name} can't be loaded ({summary(error)}): {remedy}"
     return "the kernels aren't built: install the package again where there is a C compiler"
 
 

@@ -37,7 +37,7 @@ from llama.checkpoint.sharding import (
 from llama.checkpoint.tensor_files import FLOAT_DTYPES, is_plain, open_file
 from llama.config import ModelArgs
 from llama.files import expanded, listed
-from llama.pages import release_pages, will_read_in_order
+from llama.pages import release_freed_memory, release_pages, will_read_in_order
 from llama.quantize import GROUP, Bits, QuantizedWeight
 
 # In Llama 2's files, but not parameters: RoPE frequencies are computed from params.json.
@@ -395,6 +395,9 @@ def load(
                 loaded[key] = weights.read(key, n_ranks, rank, wanted, device)
             else:
                 loaded[key] = loaded[twin]
+            if key in weights.quantized or key in bits:
+                # the intermediate forms: as holes in the heap, they would add half of the weights
+                release_freed_memory()
             bar.update(n_bytes(spec, n_ranks, dtype))
     weights.finish()
     weights.check_same_model()
