@@ -31,20 +31,47 @@ INLINE void softmax(float *scores, int64_t padded) {
         f_store(scores + t, f_mul(f_load(scores + t), inverse));
 }
 
+/* The scores of a query and ``count`` keys, 4 or 1. */
+INLINE void dot_keys(
+    const float *q, float keys[][MAX_HEAD_DIM], const int count, int head_dim, float scale,
+    float *scores) {
+    vf sums[4];
+    UNROLL for (int c = 0; c < count; c++) sums[c] = f_set1(0);
+    for (int i = 0; i < head_dim; i += LANES)
+        UNROLL for (int c = 0; c < count; c++)
+            sums[c] = f_fma(f_load(keys[c] + i), f_load(q + i), sums[c]);
+    if (count == 4) f_sum_4(sums, scores);
+    else scores[0] = f_sum(sums[0]);
+    UNROLL for (int c = 0; c < count; c++) scores[c] *= scale;
+}
+
+/* y += the weighted sum of ``count`` values. */
+INLINE void add_values(
+    const float *weights, float values[][MAX_HEAD_DIM], const int count, int head_dim, float *y) {
+    vf by[4];
+    UNROLL for (int c = 0; c < count; c++) by[c] = f_set1(weights[c]);
+    for (int i = 0; i < head_dim; i += LANES) {
+        vf sum = f_load(y + i);
+        UNROLL for (int c = 0; c < count; c++) sum = f_fma(by[c], f_load(values[c] + i), sum);
+        f_store(y + i, sum);
+    }
+}
+
 /* One key head of one sequence. q, y: [n_queries][head_dim]; scores: room for
    n_queries * padded. */
 INLINE void attend_head(
     const float *q, const void *k, const void *v, int kind, int64_t at, int64_t length,
     int n_queries, int head_dim, float *scores, int64_t padded, float *y) {
-    float row[MAX_HEAD_DIM];
+    float rows[4][MAX_HEAD_DIM];
     const float scale = 1 / sqrtf((float)head_dim);
-    for (int64_t t = 0; t < length; t++) {
-        load_row(k, kind, at + t * head_dim, head_dim, row);
+    for (int64_t t = 0, count; t < length; t += count) {
+        count = length - t >= 4 ? 4 : 1;
+        for (int c = 0; c < count; c++)
+            load_row(k, kind, at + (t + c) * head_dim, head_dim, rows[c]);
         for (int h = 0; h < n_queries; h++) {
-            vf sum = f_set1(0);
-            for (int i = 0; i < head_dim; i += LANES)
-                sum = f_fma(f_load(row + i), f_load(q + h * head_dim + i), sum);
-            scores[h * padded + t] = f_sum(sum) * scale;
+            float *to = scores + h * padded + t;
+            if (count == 4) dot_keys(q + h * head_dim, rows, 4, head_dim, scale, to);
+            else dot_keys(q + h * head_dim, rows, 1, head_dim, scale, to);
         }
     }
     for (int h = 0; h < n_queries; h++) {
@@ -52,13 +79,14 @@ INLINE void attend_head(
         softmax(scores + h * padded, padded);
         for (int i = 0; i < head_dim; i++) y[h * head_dim + i] = 0;
     }
-    for (int64_t t = 0; t < length; t++) {
-        load_row(v, kind, at + t * head_dim, head_dim, row);
+    for (int64_t t = 0, count; t < length; t += count) {
+        count = length - t >= 4 ? 4 : 1;
+        for (int c = 0; c < count; c++)
+            load_row(v, kind, at + (t + c) * head_dim, head_dim, rows[c]);
         for (int h = 0; h < n_queries; h++) {
-            const vf weight = f_set1(scores[h * padded + t]);
-            float *out = y + h * head_dim;
-            for (int i = 0; i < head_dim; i += LANES)
-                f_store(out + i, f_fma(weight, f_load(row + i), f_load(out + i)));
+            const float *by = scores + h * padded + t;
+            if (count == 4) add_values(by, rows, 4, head_dim, y + h * head_dim);
+            else add_values(by, rows, 1, head_dim, y + h * head_dim);
         }
     }
 }

@@ -17,9 +17,17 @@ enum { TILE = 16, GROUP = 32 };
 /* compilers give up on nests of more than 16 bodies, and keep their variables in memory then */
 #define UNROLL _Pragma("GCC unroll 8")
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+/* Each vector's sum. */
+INLINE void store_sums(__m256 a, __m256 b, __m256 c, __m256 d, float *sums) {
+    __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+}
+#endif
+
 #if defined(__AVX512F__)
 
-#include <immintrin.h>
 #define LANES 16
 typedef __m512 vf;
 typedef __m512i vi;
@@ -34,6 +42,13 @@ INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf f_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 INLINE float f_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE __m256 f_halves(vf a) {
+    const __m512d b = _mm512_castps_pd(a);
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm256_castpd_ps(_mm512_extractf64x4_pd(b, 1)));
+}
+INLINE void f_sum_4(const vf *a, float *sums) {
+    store_sums(f_halves(a[0]), f_halves(a[1]), f_halves(a[2]), f_halves(a[3]), sums);
+}
 INLINE vf f_from_bf16(const uint16_t *p) {
     vi wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -61,7 +76,6 @@ INLINE vi i_high_nibbles(vi a) { return i_low_nibbles(_mm512_srli_epi16(a, 4)); 
 
 #elif defined(__AVX2__)
 
-#include <immintrin.h>
 #define LANES 8
 typedef __m256 vf;
 typedef __m256i vi;
@@ -80,6 +94,7 @@ INLINE float f_sum(vf a) {
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
+INLINE void f_sum_4(const vf *a, float *sums) { store_sums(a[0], a[1], a[2], a[3], sums); }
 INLINE vf f_from_bf16(const uint16_t *p) {
     vi wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -122,6 +137,9 @@ INLINE vf f_min(vf a, vf b) { return vminq_f32(a, b); }
 INLINE vf f_max(vf a, vf b) { return vmaxq_f32(a, b); }
 INLINE vf f_round(vf a) { return vrndnq_f32(a); }
 INLINE float f_sum(vf a) { return vaddvq_f32(a); }
+INLINE void f_sum_4(const vf *a, float *sums) {
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+}
 INLINE vf f_from_bf16(const uint16_t *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
