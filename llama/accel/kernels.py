@@ -283,9 +283,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor) -> Ten
     n_kv_heads, max_seq_len = k.shape[1], k.shape[2]
     queries, y = q.float().contiguous(), torch.empty(q.shape)
     sizes = n_rows, n_kv_heads, n_heads // n_kv_heads, max_seq_len, head_dim
-    run(
-        "decode_attention", queries, k, v, KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y
-    )
+    run("decode_attention", queries, k, v, KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y)
     return y.to(q.dtype)
 
 

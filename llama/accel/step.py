@@ -7,7 +7,7 @@ bits.
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class KernelStep:
     def _describe(self) -> Any:
         """An array of ``_Layer`` without caches; None if the kernel can't compute the layers."""
         model, args = self._model, self._model.params
-        blocks = list(model.layers)
+        blocks: list[Any] = list(model.layers)
         inner = [module for block in blocks for module in block.modules()]
         self._modules, self._held = [model.layers, *inner], []
         if not all(type(module) in _METHODS for module in inner):
@@ -192,19 +192,19 @@ class KernelStep:
 
     def _use_caches(self) -> bool:
         """Give the kernel the caches, which may have been freed or replaced."""
-        sizes, args = self._sizes, self._model.params
-        caches = [block.attention.cache for block in self._model.layers]
-        tensors, found = [], set()
-        for layer, cache in zip(self._layers, caches, strict=True):
+        sizes, blocks = self._sizes, cast(list[TransformerBlock], self._model.layers)
+        tensors: list[Tensor] = []
+        for layer, block in zip(self._layers, blocks, strict=True):
+            cache = block.attention.cache
             cache.allocate(self._model.norm.weight)
             layer.cache_k, layer.cache_v = cache.k.data_ptr(), cache.v.data_ptr()
-            for x in (cache.k, cache.v):
-                tensors.append(x)
-                found.add((x.shape, x.dtype, x.is_contiguous()))
-        (shape, dtype, is_contiguous), *others = found
-        if others or not is_contiguous or dtype not in kernels.KINDS:
+            tensors += cache.k, cache.v
+        (shape, dtype, is_dense), *others = {(x.shape, x.dtype, x.is_contiguous()) for x in tensors}
+        n_slots, n_kv_heads, max_length, head_dim = shape
+        fits = (n_kv_heads, head_dim) == (sizes.n_kv_heads, sizes.head_dim)
+        if others or not is_dense or not fits or dtype not in kernels.KINDS:
             return False
-        sizes.n_slots, n_kv_heads, sizes.max_length, head_dim = shape
+        sizes.n_slots, sizes.max_length = n_slots, max_length
         sizes.cache_kind = kernels.KINDS[dtype]
         increment_version(tensors)  # as if torch had written
-        return (n_kv_heads, head_dim) == (sizes.n_kv_heads, sizes.head_dim)
+        return True
