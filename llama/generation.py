@@ -24,6 +24,7 @@ from llama.hooks import hidden_states
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
+from llama.score import score, score_rolling
 from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
@@ -145,6 +146,8 @@ class Llama:
             prefix_caching=prefix_caching,
         )
         self._generator = new_generator(seed, model.device)
+
+    score, score_rolling = score, score_rolling
 
     def sample(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
