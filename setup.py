@@ -10,8 +10,10 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
+EVAL = ["lm-eval>=0.4.13"]
 HF = ["safetensors>=0.5", "tokenizers>=0.20", "huggingface_hub>=1.3"]
 TEST = [
+    *EVAL,
     *LLAMA2,
     *HF,
     "pytest>=8",
@@ -79,6 +81,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={
+        "eval": EVAL,
         "llama2": LLAMA2,
         "hf": HF,
         "bench": [

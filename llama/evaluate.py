@@ -129,8 +129,14 @@ def evaluate(
     if "groups" in results:
         print(harness.utils.make_table(results, "groups"))
     if output is not None:
-        options = {"dtype": str(llm.model.dtype), "quantize": quantize, "template": template}
-        options |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "seed": seed}
+        options = {
+            "dtype": str(llm.model.dtype),
+            "quantize": quantize,
+            "template": template,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+            "seed": seed,
+        }
         found = {"llama": {"folder": ckpt_dir, **options, **_environment(llm)}, **results}
         text = json.dumps(found, indent=1, default=str, ensure_ascii=False)
         Path(expanded(output)).write_text(text, encoding="utf-8")
@@ -139,7 +145,7 @@ def evaluate(
 def _environment(llm: Llama) -> dict[str, Any]:
     """What two runs must share to be equal, see docs/evaluation.md."""
     groups = llm.model.groups
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

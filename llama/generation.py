@@ -133,8 +133,7 @@ class Llama:
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.ways = accel.ways(model)
         self.formatter: AnyChatFormat = chat_format(tokenizer)
         self.engine = Engine(
@@ -296,8 +295,6 @@ class Llama:
         """
         return hidden_states(self.model, tokens, layers)
 
-    # --- Shared helpers -------------------------------------------------------------------------
-
     def _complete(
         self,
         prompt_tokens: list[list[int]],
@@ -323,8 +320,7 @@ class Llama:
                 f"top_logprobs is {params.top_logprobs}, expected 0: generate is overridden and "
                 "returns none"
             )
-        options: dict[str, Any] = {"seed": seed, "truncate": truncate or None}
-        options["stop"] = params.stop or None
+        options: Any = {"seed": seed, "truncate": truncate or None, "stop": params.stop or None}
         limit = params.max_gen_len
         tokens, logprobs = self.generate(
             prompt_tokens,

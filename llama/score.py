@@ -75,7 +75,7 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
         request = tokens[row]
         ids = (request.prompt + request.last)[request.scored_from :]
         top = [{int(token): x for token, x in (each or {}).items()} for each in tops]
-        scores[row] = Score(ids, logprobs, ranks, top)
+        scores[row] = Score(ids, logprobs, ranks or [], top)
     return scores
 
 

@@ -36,7 +36,10 @@ ORDER = [
     {"completions"},
     {"checkpoint"},
     {"build"},
+    {"score"},
     {"generation"},
+    {"integrations"},
+    {"evaluate"},
     {"cli"},
     {"__main__"},
 ]

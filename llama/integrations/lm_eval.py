@@ -22,7 +22,7 @@ _PAIRS = 256  # scored together, between two updates of the progress bar
 TEMPLATES = ("meta", "folder")
 
 
-class LlamaLM(TemplateLM):  # type: ignore[misc]
+class LlamaLM(TemplateLM):
     """A harness model.
 
     With several ranks each is the only one for the harness, which so builds the same requests on
@@ -93,7 +93,8 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         ids = self._formatter.encode_dialog_prompt(
             chat_history, continue_final_message=not add_generation_prompt
         )
-        text, run = "", []
+        text = ""
+        run: list[int] = []
         for token in ids:
             if token in self._names:
                 text += self.llm.tokenizer.decode(run) + self._names[token]
