@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama.completions import run
-from llama.distributed.collectives import raise_on_all_ranks
+from llama.distributed import collectives
+from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.request import Request
 from llama.sampling import SamplingParams, new_generator
 
@@ -62,6 +63,9 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
     # so that neighbours share a prefix
     requests.sort(key=lambda request: (request.prompt, request.last))
     groups = llm.model.groups
+    if groups.n_replicas > 1:
+        every = {"pairs": [[request.prompt, request.last] for request in requests]}
+        check_same_on_all_ranks("Llama.score", every, collectives.world)
     n_here = -(-len(requests) // groups.n_replicas)
     own = requests[groups.replica * n_here :][:n_here]
     with raise_on_all_ranks(), llm.model.lock:
@@ -70,9 +74,9 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
     found = [(r.row, r.prompt_logprobs[1:], r.ranks, r.prompt_top[1:]) for r in own]
     scores: list[Any] = [None] * len(requests)
     parts = groups.gather_from_replicas(found) if groups.n_replicas > 1 else [found]
-    tokens = {request.row: request for request in requests}
+    by_row = {request.row: request for request in requests}
     for row, logprobs, ranks, tops in (each for part in parts for each in part):
-        request = tokens[row]
+        request = by_row[row]
         ids = (request.prompt + request.last)[request.scored_from :]
         top = [{int(token): x for token, x in (each or {}).items()} for each in tops]
         scores[row] = Score(ids, logprobs, ranks or [], top)
