@@ -21,6 +21,7 @@ from llama.completions import (
 from llama.dialog import Dialog, Message, Role, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
+from llama.inspection import inspect
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
@@ -146,7 +147,7 @@ class Llama:
         )
         self._generator = new_generator(seed, model.device)
 
-    score, score_rolling = score, score_rolling
+    score, score_rolling, inspect = score, score_rolling, inspect
 
     def sample(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
