@@ -157,7 +157,7 @@ def accelerate(model: Transformer, *, compile: bool = False, off: str | None = N
         model.decode = compiled_decode(model)  # type: ignore[method-assign, assignment]
         chosen.decode = "compiled"
     elif chosen.decode == step.C_KERNELS:
-        model.decode = step.KernelStep(model)  # type: ignore[method-assign, assignment]
+        model.decode = step.KernelStep(model)  # type: ignore[method-assign]
     else:
         chosen.decode = "eager"
     if device.type == "cuda" and model.groups.size > 1 and model.groups.control is None:
