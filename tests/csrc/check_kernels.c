@@ -472,7 +472,7 @@ static char *cache_of(const layer *layers, int64_t l, int i) {
     return i ? layers[l].cache_v : layers[l].cache_k;
 }
 
-/* Run ``rows`` rows from ``first`` on, with copies of the caches in ``layers``. Returns the error. */
+/* Run ``rows`` rows from ``first`` on, with copies of the caches in ``layers``; returns the error. */
 static int run_step(const step *t, int64_t first, int64_t rows, layer **layers, float **x) {
     const int64_t dim = t->s->dim, head_dim = t->s->head_dim;
     const int cache_kind = (int)t->s->cache_kind;
@@ -515,8 +515,8 @@ static void rotate(double *x, const float *by, int64_t n_heads, int64_t head_dim
 /* Compare row b with float64: the entries that the kernel has stored in the caches of ``after``,
    and x. Attention reads what is stored, so that each entry's rounding counts once.
 
-   Numbers are about 1, and LIMIT is 170 times float32's rounding of 1: sums have up to 384 terms, and
-   a norm may scale x up. Entries are rounded to the cache's kind too. */
+   Numbers are about 1, and LIMIT is 170 times float32's rounding of 1: sums have up to 384 terms,
+   and a norm may scale x up. Entries are rounded to the cache's kind too. */
 #define LIMIT 1e-5
 static void check_row(const step *t, int64_t b, const layer *after, const float *x) {
     const sizes *s = t->s;
