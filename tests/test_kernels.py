@@ -306,7 +306,7 @@ def test_what_the_kernel_does_not_support_is_left_to_sdpa() -> None:
     assert not kernels.can_attend(18)
     assert not kernels.can_attend(512)
     batch = Decode(torch.tensor([3, 39, 0, 7]), 40, ragged=True)
-    for case in ("head_dim", "strides", "float64", "gradients"):
+    for case in ("head_dim", "strides", "float64", "dtypes", "gradients"):
         q, cache = torch.randn(4, 2, 18 if case == "head_dim" else 32), new_cache(2, 32)
         if case == "head_dim":
             cache = new_cache(2, 18)
@@ -314,6 +314,8 @@ def test_what_the_kernel_does_not_support_is_left_to_sdpa() -> None:
             cache.k = cache.k.transpose(1, 2).contiguous().transpose(1, 2)
         elif case == "float64":
             cache.k, cache.v = cache.k.double(), cache.v.double()
+        elif case == "dtypes":
+            cache.v = cache.v.half()
         q.requires_grad_(case == "gradients")
         wanted = attention(q, cache, batch)
         y = kernels.decode_attention(q, cache, batch)
