@@ -12,7 +12,11 @@
 
 enum { MAX_HEAD_DIM = 256 };
 
+/* A row as floats. Rows are read in order: one some steps ahead is fetched. */
 INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, float *row) {
+    const int size = kind == F32 ? 4 : 2;
+    const char *ahead = (const char *)cache + (at + 32 * head_dim) * size;
+    for (int i = 0; i < head_dim * size; i += 64) __builtin_prefetch(ahead + i);
     for (int i = 0; i < head_dim; i += LANES) f_store(row + i, f_load_kind(cache, kind, at + i));
 }
 
