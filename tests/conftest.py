@@ -9,8 +9,8 @@ Reading order of the tests:
 4. test_checkpoint, test_huggingface, test_hub, test_reshard, test_convert, test_lora,
    test_quantized_folders, test_memory, test_device_copy: files and memory
 5. test_distributed, test_faults, test_state, test_hostile: ranks, failures, threads, attacks
-6. test_fast, test_steps, test_gpu, test_gpu_loading, test_mps, test_benchmarks*: accelerated forms,
-   their kernels and synchronizations, and their measurement
+6. test_fast, test_kernels, test_step, test_steps, test_gpu, test_gpu_loading, test_mps,
+   test_benchmarks*: accelerated forms, their kernels and synchronizations, and their measurement
 7. test_messages, test_examples, test_demo, test_download, test_package, test_windows: programs,
    pages and platforms
 

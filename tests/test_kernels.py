@@ -306,7 +306,7 @@ def test_what_the_kernel_does_not_support_is_left_to_sdpa() -> None:
     assert not kernels.can_attend(18)
     assert not kernels.can_attend(512)
     batch = Decode(torch.tensor([3, 39, 0, 7]), 40, ragged=True)
-    for case in ("head_dim", "strides", "float64", "gradients"):
+    for case in ("head_dim", "strides", "float64", "dtypes", "gradients"):
         q, cache = torch.randn(4, 2, 18 if case == "head_dim" else 32), new_cache(2, 32)
         if case == "head_dim":
             cache = new_cache(2, 18)
@@ -314,6 +314,8 @@ def test_what_the_kernel_does_not_support_is_left_to_sdpa() -> None:
             cache.k = cache.k.transpose(1, 2).contiguous().transpose(1, 2)
         elif case == "float64":
             cache.k, cache.v = cache.k.double(), cache.v.double()
+        elif case == "dtypes":
+            cache.v = cache.v.half()
         q.requires_grad_(case == "gradients")
         wanted = attention(q, cache, batch)
         y = kernels.decode_attention(q, cache, batch)
@@ -448,6 +450,31 @@ def test_threads_are_torchs_in_every_thread_and_process(instructions: str) -> No
         "1 OpenMP runtime",
         "the child's result is right",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell script is the compiler")
+@pytest.mark.parametrize("refused", ["*", "*-mavx512bf16*", ""])
+def test_the_build_leaves_out_what_the_compiler_lacks(
+    tmp_path: Path, refused: str, instructions: str
+) -> None:
+    pytest.importorskip("setuptools")
+    if instructions != SETS[0] or platform.machine() != "x86_64" or shutil.which("gcc") is None:
+        pytest.skip("needs gcc on x86; once")
+    compiler = tmp_path / "cc"
+    refusal = f'case "$*" in {refused}) exit 1;; esac\n' if refused else ""
+    compiler.write_text(f'#!/bin/sh\n{refusal}exec gcc "$@"\n')
+    compiler.chmod(0o755)
+    folders = "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"
+    environment = {"CC": str(compiler), "LDSHARED": f"{compiler} -shared"}
+    command = sys.executable, "setup.py", "-q", "build_ext", *folders
+    result = run(*command, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    built = list((tmp_path / "lib").rglob("_kernels*"))
+    symbols = built[0].read_bytes() if built else b""
+    names = {name for name in FLAGS["x86_64"] if f"products_{name}\0".encode() in symbols}
+    wanted = {"*": set(), "": set(FLAGS["x86_64"])}
+    assert names == wanted.get(refused, {"avx2", "avx512"})
 
 
 # --- The checks in C ------------------------------------------------------------------------------

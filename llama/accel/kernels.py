@@ -209,8 +209,12 @@ class TiledLinear:
         return self.bits, KINDS[self.scale.dtype]
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.packed, self.scale, self.zero
+
+    @property
     def matrix(self) -> Matrix:
-        return Matrix.of(self.packed, self.scale, self.zero, self.shape[0])
+        return Matrix.of(*self.parts, self.shape[0])
 
     def __call__(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -262,7 +266,8 @@ def decode_attention(q: Tensor, cache: KVCache, batch: Batch) -> Tensor:
         return _attention_op(q, cache.k, cache.v, batch.seqlens_k)
     n_slots, n_kv_heads, _, head_dim = cache.k.shape
     fits = len(q) <= n_slots and q.shape[1] % n_kv_heads == 0 and q.shape[2] == head_dim
-    is_dense = cache.k.is_contiguous() and cache.v.is_contiguous() and cache.k.dtype in KINDS
+    is_dense = cache.k.is_contiguous() and cache.v.is_contiguous()
+    is_dense = is_dense and cache.k.dtype == cache.v.dtype and cache.k.dtype in KINDS
     if not (fits and is_dense and can_attend(head_dim) and can_run(q, cache.k, cache.v)):
         return attention(q, cache, batch)
     return _decode_attention(q, cache.k, cache.v, batch.seqlens_k)

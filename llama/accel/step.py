@@ -6,12 +6,12 @@ bits.
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.module import _has_any_global_hook
 
 from llama.accel import kernels
 from llama.attention import attention
@@ -54,19 +54,27 @@ class _Sizes(ctypes.Structure):
 
 
 # What the kernel stands for: methods, and the functions that a module may have in these places.
-_METHODS: dict[type, tuple[Callable[..., Any], ...]] = {
-    TransformerBlock: (TransformerBlock.forward,),
-    Attention: (Attention.forward, Attention.update_cache),
-    FeedForward: (FeedForward.forward,),
-    RMSNorm: (RMSNorm.forward,),
-    ColumnParallelLinear: (ColumnParallelLinear.forward,),
-    RowParallelLinear: (RowParallelLinear.forward,),
-    KVCache: (KVCache.allocate, KVCache.update),
-    Transformer: (Transformer.decode, Transformer.hidden),
+_NAMES: dict[type, str] = {
+    TransformerBlock: "forward",
+    Attention: "forward as_pass update_cache project rotate attend",
+    FeedForward: "forward compute",
+    RMSNorm: "forward",
+    ColumnParallelLinear: "forward",
+    RowParallelLinear: "forward",
+    KVCache: "allocate update",
+    Transformer: "decode hidden",
 }
+_METHODS = {cls: {name: getattr(cls, name) for name in _NAMES[cls].split()} for cls in _NAMES}
 C_KERNELS = "C kernels"  # in ``Ways.decode``
 _FUNCTIONS = (attention, kernels.decode_attention, project, rotate, swiglu)
-_ATTRIBUTES = ("attend", "project", "rotate", "compute", "linear", "cache", "eps")
+# Their objects may differ by instance.
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    Attention: ("attend", "project", "rotate", "cache"),
+    FeedForward: ("compute",),
+    ColumnParallelLinear: ("linear",),
+    RowParallelLinear: ("linear",),
+}
+_LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def why_not(args: ModelArgs, n_ranks: int) -> str | None:
@@ -86,7 +94,7 @@ class KernelStep:
     """
 
     def __init__(self, model: Transformer) -> None:
-        self._model, self._decode = model, model.decode
+        self._model = model
         self._modules: list[nn.Module] = []
         self._seen: object = None
         self._layers: Any = None
@@ -96,15 +104,15 @@ class KernelStep:
     def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
         model, sizes = self._model, self._sizes
         if torch.is_grad_enabled() or not self._is_ready() or not self._use_caches():
-            return self._decode(tokens, batch)
-        n_rows = len(batch.positions)
+            return type(model).decode(model, tokens, batch)
+        n_rows, positions = len(batch.positions), batch.positions.long().contiguous()
         x = model.tok_embeddings(tokens).to(torch.float32, copy=True).view(n_rows, sizes.dim)
-        rotations = torch.view_as_real(model.freqs_cis)[batch.positions].float().contiguous()
+        rotations = torch.view_as_real(model.freqs_cis)[positions].float().contiguous()
         kernels.run(
             "decode_layers",
             *(self._layers, len(self._layers), ctypes.byref(sizes), x, n_rows),
             rotations.view(n_rows, sizes.head_dim),
-            *(batch.slots, batch.positions, batch.seqlens_k.int().contiguous()),
+            *(batch.slots.contiguous(), positions, batch.seqlens_k.int().contiguous()),
         )
         return model.logits(model.norm(x))
 
@@ -119,19 +127,30 @@ class KernelStep:
     def _state(self) -> object:
         """Differs after a change of what ``_describe`` reads; None if methods were replaced, or
         have hooks."""
+        model = self._model
         for cls, methods in _METHODS.items():
-            if any(getattr(cls, method.__name__) is not method for method in methods):
+            own = type(model) if cls is Transformer else cls
+            if any(getattr(own, name) is not method for name, method in methods.items()):
                 return None
-        if "hidden" in vars(self._model):
+        if "hidden" in vars(model) or _has_any_global_hook():
             return None
-        found: list[object] = [id(self._model.layers)]
+        found: list[object] = [id(model.layers)]
         for module in self._modules:
             values = vars(module)
             if values["_forward_hooks"] or values["_forward_pre_hooks"] or "forward" in values:
                 return None
+            found += (type(module), values.get("eps"))
             found += map(id, values["_modules"].values())
-            found += [None if p is None else p.data_ptr() for p in values["_parameters"].values()]
-            found += [id(values.get(name)) for name in _ATTRIBUTES]
+            found += [id(values.get(name)) for name in _ATTRIBUTES.get(type(module), ())]
+            for p in values["_parameters"].values():
+                if p is not None:
+                    found += (p.data_ptr(), p.dtype, p.shape, p.stride())
+            if isinstance(linear := values.get("linear"), kernels.TiledLinear):
+                found += [None if x is None else x.data_ptr() for x in linear.parts]
+            if (cache := values.get("cache")) is not None:
+                patched = "as_pass" in values or "update_cache" in values
+                if patched or "allocate" in vars(cache) or "update" in vars(cache):
+                    return None
         return found
 
     def _describe(self) -> Any:
@@ -147,6 +166,8 @@ class KernelStep:
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_local_kv_heads(1) * args.head_dim
         for layer, block in zip(layers, blocks, strict=True):
             attn, ffn = block.attention, block.feed_forward
+            if (type(block), type(attn), type(ffn)) != (TransformerBlock, Attention, FeedForward):
+                return None
             matrices: dict[str, tuple[Any, int, int]] = {
                 "q": (attn.wq, q_dim, dim),
                 "k": (attn.wk, kv_dim, dim),
@@ -158,9 +179,10 @@ class KernelStep:
             }
             for name, (linear, *shape) in matrices.items():
                 weight = linear.weight if linear.linear is kernels.linear else linear.linear
-                if isinstance(weight, kernels.TiledLinear):
+                if type(weight) is kernels.TiledLinear:
                     form: kernels.Form | None = weight.form
                     matrix = weight.matrix
+                    self._held += [x.detach() for x in weight.parts if x is not None]
                 elif isinstance(weight, Tensor):
                     form, matrix = kernels.half_form(weight), kernels.Matrix.of(weight)
                 else:
@@ -182,7 +204,7 @@ class KernelStep:
             forms = attn.attend, attn.project, attn.rotate, ffn.compute
             if any(form not in _FUNCTIONS for form in forms) or type(attn.cache) is not KVCache:
                 return None
-        if len(formats) != 1 or len(eps) != 1:
+        if len(formats) != 1 or len(eps) != 1 or None in eps:
             return None
         sizes = self._sizes
         sizes.dim, sizes.ffn_dim, sizes.head_dim = dim, ffn_dim, args.head_dim
@@ -192,11 +214,11 @@ class KernelStep:
 
     def _use_caches(self) -> bool:
         """Give the kernel the caches, which may have been freed or replaced."""
-        sizes, blocks = self._sizes, cast(list[TransformerBlock], self._model.layers)
+        sizes, blocks = self._sizes, list[Any](self._model.layers)
         tensors: list[Tensor] = []
         for layer, block in zip(self._layers, blocks, strict=True):
             cache = block.attention.cache
-            cache.allocate(self._model.norm.weight)
+            cache.allocate(_LIKE)  # the kernel's x is float32
             layer.cache_k, layer.cache_v = cache.k.data_ptr(), cache.v.data_ptr()
             tensors += cache.k, cache.v
         (shape, dtype, is_dense), *others = {(x.shape, x.dtype, x.is_contiguous()) for x in tensors}

@@ -12,7 +12,11 @@
 
 enum { MAX_HEAD_DIM = 256 };
 
+/* A row as floats. Rows are read in order: one some steps ahead is fetched. */
 INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, float *row) {
+    const int size = kind == F32 ? 4 : 2;
+    const char *ahead = (const char *)cache + (at + 32 * head_dim) * size;
+    for (int i = 0; i < head_dim * size; i += 64) __builtin_prefetch(ahead + i);
     for (int i = 0; i < head_dim; i += LANES) f_store(row + i, f_load_kind(cache, kind, at + i));
 }
 
@@ -92,12 +96,13 @@ INLINE void attend_head(
 }
 
 /* y [rows][n_kv_heads * n_queries][head_dim]. Row b attends to the first lengths[b] positions of
-   k and v [slots][n_kv_heads][max_length][head_dim], in slot b. head_dim is a multiple of LANES, up
-   to MAX_HEAD_DIM. Returns 0, -1 without memory for the scores, or -2 for a length that isn't from
-   0 to max_length. */
-int NAME(decode_attention)(
-    const float *q, const void *k, const void *v, int kind, const int32_t *lengths, int64_t rows,
-    int64_t n_kv_heads, int64_t n_queries, int64_t max_length, int64_t head_dim, float *y) {
+   k and v [n_slots][n_kv_heads][max_length][head_dim], in slots[b], or in slot b if slots is NULL.
+   head_dim is a multiple of LANES, up to MAX_HEAD_DIM. Returns 0, -1 without memory for the scores,
+   or -2 for a length that isn't from 0 to max_length. */
+static int attend_rows(
+    const float *q, const void *k, const void *v, int kind, const int64_t *slots,
+    const int32_t *lengths, int64_t rows, int64_t n_kv_heads, int64_t n_queries,
+    int64_t max_length, int64_t head_dim, float *y) {
     int64_t longest = 0;
     for (int64_t b = 0; b < rows; b++) {
         if (lengths[b] < 0 || lengths[b] > max_length) return -2;
@@ -109,7 +114,8 @@ int NAME(decode_attention)(
     /* dynamic: rows have different lengths */
 #pragma omp parallel for schedule(dynamic) if (rows * longest * size > 1 << 14)
     for (int64_t i = 0; i < rows * n_kv_heads; i++) {
-        const int64_t length = lengths[i / n_kv_heads], at = i * max_length * head_dim;
+        const int64_t b = i / n_kv_heads, length = lengths[b], slot = slots ? slots[b] : b;
+        const int64_t at = (slot * n_kv_heads + i % n_kv_heads) * max_length * head_dim;
         float *own = scores + i * n_queries * padded;
         const int64_t used = (length + LANES - 1) / LANES * LANES;
         attend_head(
@@ -118,4 +124,11 @@ int NAME(decode_attention)(
     }
     free(scores);
     return 0;
+}
+
+int NAME(decode_attention)(
+    const float *q, const void *k, const void *v, int kind, const int32_t *lengths, int64_t rows,
+    int64_t n_kv_heads, int64_t n_queries, int64_t max_length, int64_t head_dim, float *y) {
+    return attend_rows(
+        q, k, v, kind, NULL, lengths, rows, n_kv_heads, n_queries, max_length, head_dim, y);
 }

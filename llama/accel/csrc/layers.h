@@ -38,9 +38,9 @@ static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-/* x [rows][dim] becomes the last layer's output. Row b is the token at positions[b] of slot b, and
-   attends to lengths[b] positions. rotations: see rotate_and_store. Returns 0, -1 without memory, or
-   -2 for a length or position outside of the cache. */
+/* x [rows][dim] becomes the last layer's output. Row b is the token at positions[b] of slots[b], and
+   attends to lengths[b] positions there. Slots are distinct. rotations: see rotate_and_store. Returns
+   0, -1 without memory, or -2 for a length, position or slot outside of the cache. */
 int NAME(decode_layers)(
     const layer *layers, int64_t n_layers, const sizes *s, float *x, int64_t rows,
     const float *rotations, const int64_t *slots, const int64_t *positions,
@@ -63,8 +63,8 @@ int NAME(decode_layers)(
         TRY(rotate_and_store(
             q, k, v, rotations, rows, s->n_heads, s->n_kv_heads, s->head_dim, l->cache_k,
             l->cache_v, cache_kind, slots, positions, s->n_slots, s->max_length));
-        TRY(NAME(decode_attention)(
-            q, l->cache_k, l->cache_v, cache_kind, lengths, rows, s->n_kv_heads,
+        TRY(attend_rows(
+            q, l->cache_k, l->cache_v, cache_kind, slots, lengths, rows, s->n_kv_heads,
             s->n_heads / s->n_kv_heads, s->max_length, s->head_dim, attended));
         TRY(NAME(products)(&o, 1, bits, kind, q_dim, attended, rows));
         add(x, y, rows * s->dim);
