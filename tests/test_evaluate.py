@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ import pytest
 from conftest import DEMO, ROOT, TORCHRUN, run
 
 from llama import Llama
-from llama.checkpoint.convert import convert
+from llama.__main__ import convert_folder
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
+import datasets  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from llama.integrations.lm_eval import LlamaLM  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's packages
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "local_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{query}}",
@@ -47,9 +49,15 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of the tasks, with their documents."""
     folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield write_tasks(folder)
+
+
+def write_tasks(folder: Path) -> Path:
     rng = random.Random(0)
     documents = []
     for i in range(20):
@@ -88,14 +96,14 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", ["demo", "stories260K"])
+@pytest.mark.parametrize("name", [pytest.param("demo", marks=pytest.mark.slow), "stories260K"])
 def test_the_numbers_of_the_hf_model(
     name: str, tasks: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """On several windows of 128 tokens, and with examples in the prompt."""
     source = DEMO if name == "demo" else request.getfixturevalue("stories") / "native"
     folder = str(tmp_path / "hf")
-    convert(str(source), folder, layout="hf")
+    convert_folder(str(source), folder, format="hf")
     llm = Llama.build(folder, max_seq_len=256, max_batch_size=8, dtype="float32", device="cpu")
     ours = results(LlamaLM(llm, progress=False), tasks)
     arguments = f"pretrained={folder},dtype=float32,max_length=256"
@@ -164,6 +172,7 @@ def command(tasks: Path, *options: str | Path) -> list[str | Path]:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_the_command(tasks: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     options = ("--tasks", "local_choice,local_until", "--limit", "4", "--output", output)
@@ -200,7 +209,10 @@ def test_two_ranks(tasks: Path, tmp_path: Path, size: str) -> None:
         assert result.stdout.count("|local_choice") == 1
         found.append(json.loads(output.read_text()))
     one, two = found
-    assert (two["llama"]["tensor_parallel"], two["llama"]["replicas"]) == (int(size), 2 // int(size))
+    assert (two["llama"]["tensor_parallel"], two["llama"]["replicas"]) == (
+        int(size),
+        2 // int(size),
+    )
     for task in TASKS:
         for metric, value in one["results"][task].items():
             if isinstance(value, float):

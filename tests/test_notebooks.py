@@ -28,14 +28,15 @@ def test_the_tour_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    for name, value in environment({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}).items():
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    for name, value in environment(inline).items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(TOUR, as_version=4)
     saved = texts(notebook), plots(notebook)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": ROOT}}).execute()
     for text, n_plots in (saved, (texts(notebook), plots(notebook))):
         assert "23 + 45 = 68." in text
-        assert "The| capital| of| France| is| Paris" in text
+        assert "The capital of France is Paris." in text.replace("|", "")
         assert "greedy: True   23 + 45 = 68." in text
         assert "rgba(255, 0, 0" in text
         assert n_plots == 3

@@ -10,6 +10,7 @@ from peers import huggingface_model
 from torch import Tensor
 
 from llama import Llama, Score
+from llama.cache import Batch
 
 Pair = tuple[list[int], list[int]]
 
@@ -73,12 +74,15 @@ def test_equal_to_hugging_faces_logits(stories: Any) -> None:
 
 def test_shared_prefixes_are_computed_once(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = few_shot_pairs(500)
-    n_fed = []
+    n_fed: list[int] = []
     hidden = demo.model.hidden
-    # a pass-through that the prefix cache accepts, as it isn't a hook
-    monkeypatch.setattr(
-        demo.model, "hidden", lambda t, batch: (n_fed.append(t.numel()), hidden(t, batch))[1]
-    )
+
+    def counting(tokens: Tensor, batch: Batch) -> Tensor:
+        n_fed.append(tokens.numel())
+        return hidden(tokens, batch)
+
+    # the prefix cache stays on, as this isn't a hook
+    monkeypatch.setattr(demo.model, "hidden", counting)
     demo.score(pairs)
     n_tokens = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
     assert n_tokens > 3 * sum(n_fed)
