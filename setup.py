@@ -10,8 +10,12 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
+EVAL = ["lm-eval>=0.4.13"]
+NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "matplotlib>=3.8"]
 HF = ["safetensors>=0.5", "tokenizers>=0.20", "huggingface_hub>=1.3"]
 TEST = [
+    *EVAL,
+    *NOTEBOOK,
     *LLAMA2,
     *HF,
     "pytest>=8",
@@ -79,6 +83,8 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     install_requires=(ROOT / "requirements.txt").read_text().split(),
     extras_require={
+        "eval": EVAL,
+        "notebook": NOTEBOOK,
         "llama2": LLAMA2,
         "hf": HF,
         "bench": [

@@ -8,6 +8,7 @@ from llama.config import ModelArgs
 from llama.distributed.watchdog import RankError
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, TokenEvent
 from llama.model import Transformer
+from llama.score import Score
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ModelArgs",
     "RankError",
     "Role",
+    "Score",
     "TokenEvent",
     "Tokenizer",
     "Transformer",

@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify or convert a checkpoint folder, or run a prompt."""
+"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run a prompt."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
+from llama.evaluate import evaluate
 from llama.files import escaped, expanded
 from llama.generation import Llama
 from llama.quantize import parse_quantize
@@ -320,6 +321,7 @@ def main() -> None:
         "convert": convert_folder,
         "complete": complete,
         "chat": chat,
+        "eval": evaluate,
     }
     cli.run(commands, name="python -m llama")
 

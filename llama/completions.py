@@ -12,6 +12,7 @@ from llama.chat_template import AnyChatFormat
 from llama.distributed import collectives
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from llama.engine import Engine
+from llama.notebook import Prediction
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, draw_seed, new_generator
 
@@ -53,7 +54,7 @@ class Completion:
         self.top_logprobs.append(event.top_logprobs or {})
 
     def prediction(self, generation: Any, params: SamplingParams) -> Any:
-        found = {"generation": generation}
+        found = Prediction(generation=generation)
         if params.logprobs or params.top_logprobs:
             found["tokens"] = self.pieces
         if params.logprobs:

@@ -195,19 +195,20 @@ class Engine:
         prefilling = self._admit()
         if not prefilling:
             return
-        scores_prompt = prefilling[0].scores_prompt
-        n_left = self.max_prefill_tokens
-        if scores_prompt:
-            n_left = min(n_left, max(1, SCORING_LOGITS // self.model.params.vocab_size))
+        n_left, scores_prompt = self.max_prefill_tokens, False
         batch: list[tuple[Request, int]] = []
         for i, request in enumerate(prefilling):
-            if n_left == 0 or request.scores_prompt != scores_prompt:
+            if n_left == 0:
                 break
             if request.slot is None and not self.slots.place(request, prefilling[:i]):
                 continue
-            n_tokens = min(n_left, len(request.prompt) - request.n_prefilled)
-            batch.append((request, n_tokens))
-            n_left -= n_tokens
+            n_tokens, is_scored = request.next_chunk()
+            if is_scored and not batch:
+                scores_prompt = True
+                n_left = min(n_left, max(1, SCORING_LOGITS // self.model.params.vocab_size))
+            if is_scored == scores_prompt:
+                batch.append((request, min(n_left, n_tokens)))
+                n_left -= batch[-1][1]
         self._prefill_pass(batch, scores_prompt)
 
     def _prefill_pass(self, batch: list[tuple[Request, int]], scores_prompt: bool) -> None:

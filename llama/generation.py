@@ -21,9 +21,11 @@ from llama.completions import (
 from llama.dialog import Dialog, Message, Role, check_dialogs
 from llama.engine import MAX_PREFILL_TOKENS, Engine
 from llama.hooks import hidden_states
+from llama.inspection import inspect
 from llama.model import Transformer
 from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator, sample, sample_top_p
+from llama.score import score, score_rolling
 from llama.tokenizer import AnyTokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "TokenEvent", "sample_top_p"]
@@ -132,8 +134,7 @@ class Llama:
         max_prefill_tokens: int = MAX_PREFILL_TOKENS,
         prefix_caching: bool = True,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.ways = accel.ways(model)
         self.formatter: AnyChatFormat = chat_format(tokenizer)
         self.engine = Engine(
@@ -145,6 +146,8 @@ class Llama:
             prefix_caching=prefix_caching,
         )
         self._generator = new_generator(seed, model.device)
+
+    score, score_rolling, inspect = score, score_rolling, inspect
 
     def sample(
         self, logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
@@ -293,8 +296,6 @@ class Llama:
         """
         return hidden_states(self.model, tokens, layers)
 
-    # --- Shared helpers -------------------------------------------------------------------------
-
     def _complete(
         self,
         prompt_tokens: list[list[int]],
@@ -320,8 +321,7 @@ class Llama:
                 f"top_logprobs is {params.top_logprobs}, expected 0: generate is overridden and "
                 "returns none"
             )
-        options: dict[str, Any] = {"seed": seed, "truncate": truncate or None}
-        options["stop"] = params.stop or None
+        options: Any = {"seed": seed, "truncate": truncate or None, "stop": params.stop or None}
         limit = params.max_gen_len
         tokens, logprobs = self.generate(
             prompt_tokens,

@@ -47,6 +47,8 @@ class Request:
     Attributes:
         row: the caller's index of it, used in events and messages.
         limit: maximum number of tokens to generate.
+        scored_from: index of the first token of the prompt whose log-probability is computed; None:
+            of none.
         tokens: generated so far, including a stop token.
         n_reused: prompt tokens found in the prefix cache.
         finish_reason: None while it runs.
@@ -58,6 +60,7 @@ class Request:
     limit: int
     stop_ids: set[int]
     detokenizer: Detokenizer
+    scored_from: int | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     n_reused: int = 0
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
@@ -67,15 +70,25 @@ class Request:
     logits: Tensor | None = None  # [V], of the prompt's last token
     prompt_logprobs: list[float] = dataclasses.field(default_factory=lambda: [0.0])
     prompt_top: list[dict[int, float] | None] = dataclasses.field(default_factory=lambda: [None])
+    # of ``Llama.score``: the token after the prompt, and the ranks of the scored tokens
+    last: list[int] = dataclasses.field(default_factory=list)
+    ranks: list[int] | None = None
 
     @property
-    def scores_prompt(self) -> bool:
-        return self.params.echo and (self.params.logprobs or self.params.top_logprobs > 0)
+    def n_unscored(self) -> int:
+        """Tokens at the start of the prompt whose logits aren't needed."""
+        return (len(self.prompt) if self.scored_from is None else self.scored_from) - 1
 
     @property
     def waits_for_prefill(self) -> bool:
-        is_needed = self.limit > 0 or self.scores_prompt
+        is_needed = self.limit > 0 or self.scored_from is not None
         return is_needed and not self.finish_reason and self.n_prefilled < len(self.prompt)
+
+    def next_chunk(self) -> tuple[int, bool]:
+        """The number of tokens to prefill together, and whether the logits of all are needed."""
+        if self.scored_from is not None and self.n_prefilled < self.n_unscored:
+            return self.n_unscored - self.n_prefilled, False
+        return len(self.prompt) - self.n_prefilled, self.scored_from is not None
 
     def add_token(
         self, token: int, logprob: float | None, top: dict[int, float] | None
@@ -157,6 +170,7 @@ def new_request(
                 f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
                 f"{args.vocab_size - 1}"
             )
+    is_scored = params.echo and (params.logprobs or params.top_logprobs > 0)
     limit = args.max_seq_len - 1 if params.max_gen_len is None else params.max_gen_len
     starts_text = prompt[-1] == tokenizer.bos_id or formatter.starts_answer(prompt)
     return Request(
@@ -166,4 +180,5 @@ def new_request(
         min(limit, args.max_seq_len - len(prompt)),
         tokenizer.stop_tokens | params.stop_ids,
         Detokenizer(tokenizer, starts_text=params.echo or starts_text),
+        scored_from=1 if is_scored else None,
     )

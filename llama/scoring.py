@@ -13,18 +13,24 @@ SCORING_LOGITS = 2**25
 
 
 def score_prompt(request: Request, start: int, logits: Tensor) -> bool:
-    """Add the log-probabilities of the prompt's tokens after ``start``, given the logits [S, V]
-    from ``start`` on.
+    """Add the log-probabilities of the request's tokens after ``start``, given the logits [S, V]
+    from ``start`` on; and their ranks, if wanted: 0 for the likeliest, ties by ascending id.
 
     Returns:
         Whether they are finite, except for individual tokens of probability 0.
     """
-    targets = request.prompt[start + 1 : start + 1 + len(logits)]
+    targets = (request.prompt + request.last)[start + 1 : start + 1 + len(logits)]
     if not targets:
         return True
     tokens = on_device(targets, logits.device)
     counts = [request.params.top_logprobs] * len(targets)
-    _, totals, logprobs, tops = fetch(logits[: len(targets)], tokens, counts)
+    logits = logits[: len(targets)]
+    _, totals, logprobs, tops = fetch(logits, tokens, counts)
+    if request.ranks is not None:
+        own = logits.gather(-1, tokens[:, None])
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        is_before = (logits > own) | ((logits == own) & (ids < tokens[:, None]))
+        request.ranks += is_before.sum(-1).tolist()
     request.prompt_logprobs += logprobs
     request.prompt_top += tops
     return all(map(math.isfinite, totals))

@@ -41,7 +41,7 @@ class Slots:
             False if one of the ``earlier`` requests is about to compute a longer common prefix.
         """
         prompt = request.prompt
-        n_reusable = len(prompt) - 1 if self._reuses and not request.scores_prompt else 0
+        n_reusable = request.n_unscored if self._reuses else 0
         shared = [min(n_reusable, common_prefix_length(c, prompt)) for c in self.cached]
         source = max(range(len(shared)), key=lambda i: (shared[i], self.occupants[i] is None))
         n = shared[source]

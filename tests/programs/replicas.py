@@ -24,6 +24,10 @@ llm.model.hidden = counting
 results = {
     "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
     "scored": llm.generate(prompts, 4, temperature=0, logprobs=True, echo=True),
+    "pairs": [
+        [score.logprobs, score.ranks]
+        for score in llm.score([(prompts[i % 5], [i, 7]) for i in range(9)], top_logprobs=1)
+    ],
     "equal": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
     "again": llm.generate([[1, 2]] * 4, 12, temperature=1.5, top_p=1.0, seed=3)[0],
     "streamed": [e.token for events in llm.stream(prompts, 5, temperature=0) for e in events],

@@ -1,0 +1,164 @@
+"""``python -m llama eval``: evaluate a folder with lm-evaluation-harness."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.accel.features import cpu_features
+from llama.accel.kernels import instruction_set
+from llama.files import expanded
+from llama.generation import Llama
+
+_PACKAGES = ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken", "datasets")
+
+
+def _harness() -> Any:
+    """The modules that are needed.
+
+    Raises:
+        ImportError: the harness isn't installed; the message has the command.
+    """
+    try:
+        import lm_eval.tasks
+        import lm_eval.utils
+
+        from llama.integrations import lm_eval as adapter
+    except ImportError as error:
+        raise ImportError(
+            f"evaluation needs lm-evaluation-harness ({error}): "
+            'pip install -c constraints.txt -e ".[eval]"'
+        ) from None
+    return lm_eval, adapter
+
+
+def evaluate(
+    ckpt_dir: str,
+    tasks: str,
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | None = None,
+    apply_chat_template: bool = False,
+    template: str = "meta",
+    system: str | None = None,
+    gen_kwargs: str | None = None,
+    output: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 8,
+    model_parallel_size: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 1234,
+    adapter: str | None = None,
+    quantize: str | None = None,
+) -> None:
+    """Evaluate a model with lm-evaluation-harness, and print its table.
+
+    Under torchrun, the ranks of a copy of the weights compute together, and copies divide the
+    requests.
+
+    Args:
+        ckpt_dir: checkpoint folder, or hub id (owner/name).
+        tasks: names of tasks or groups, separated by commas.
+        num_fewshot: examples in each prompt; default: the task's.
+        limit: documents per task, or their share if below 1; for trials only.
+        include_path: folder of further tasks (YAML files).
+        apply_chat_template: ask each question as a dialog.
+        template: of dialogs: meta, or folder for the folder's own chat template.
+        system: system message, or text before each prompt without apply_chat_template.
+        gen_kwargs: changes of the tasks' generation options: max_gen_toks=64,temperature=0.5.
+        output: file for the results, the configuration and each document's answers, in JSON.
+        tokenizer_path: tokenizer file; default: the one in the folder.
+        max_seq_len: maximum length of prompt plus generation, in tokens.
+        max_batch_size: maximum number of sequences in a batch.
+        model_parallel_size: ranks per copy of the weights; default: all.
+        dtype: bfloat16, float16 or float32; the default depends on the device.
+        device: cuda, mps or cpu; default: the first that is available.
+        seed: seed for few-shot examples and for sampling.
+        adapter: folder of a LoRA adapter to merge into the weights.
+        quantize: int8 or int4: quantize the linear layers; default: as stored.
+    """
+    harness, integration = _harness()
+    names = [name for name in tasks.split(",") if name]
+    manager = harness.tasks.TaskManager(include_path=include_path and expanded(include_path))
+    if unknown := [name for name in names if not manager.match_tasks([name])] or not names:
+        raise ValueError(
+            f"--tasks has {unknown if names else 'no name'}, which the harness doesn't know: "
+            "lm-eval ls tasks lists its own; give the folder of others with --include_path"
+        )
+    if output is not None and not Path(expanded(output)).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output {output} is in a folder that doesn't exist")
+    llm = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        model_parallel_size,
+        seed,
+        dtype=dtype,
+        device=device,
+        adapter=adapter,
+        quantize=quantize,
+    )
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    results = harness.simple_evaluate(
+        model=integration.LlamaLM(llm, template, progress=is_first),
+        tasks=names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system,
+        gen_kwargs=gen_kwargs,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        bootstrap_iters=0,
+    )
+    if not is_first:
+        return
+    print(f"{ckpt_dir}: {llm.ways}")
+    print(harness.utils.make_table(results))
+    if "groups" in results:
+        print(harness.utils.make_table(results, "groups"))
+    if output is not None:
+        options = {
+            "dtype": str(llm.model.dtype),
+            "quantize": quantize,
+            "template": template,
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+            "seed": seed,
+        }
+        found = {"llama": {"folder": ckpt_dir, **options, **_environment(llm)}, **results}
+        text = json.dumps(found, indent=1, default=str, ensure_ascii=False)
+        Path(expanded(output)).write_text(text, encoding="utf-8")
+
+
+def _environment(llm: Llama) -> dict[str, Any]:
+    """What two runs must share to be equal, see docs/evaluation.md."""
+    groups = llm.model.groups
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "ways": str(llm.ways),
+        "device": str(llm.model.device),
+        "threads": torch.get_num_threads(),
+        "processor": sorted(cpu_features()),
+        "kernels": instruction_set(),
+        "tensor_parallel": groups.size,
+        "replicas": groups.n_replicas,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
