@@ -130,7 +130,7 @@ def evaluate(
         print(harness.utils.make_table(results, "groups"))
     if output is not None:
         options = {
-            "dtype": str(llm.model.dtype),
+            "dtype": str(llm.model.tok_embeddings.weight.dtype),
             "quantize": quantize,
             "template": template,
             "max_seq_len": max_seq_len,

@@ -1,0 +1,57 @@
+"""Llama.inspect, and how predictions look in a notebook."""
+
+import pytest
+import torch
+from conftest import DEMO
+from peers import huggingface_model
+
+from llama import Llama
+
+TEXT = "What is 23 + 45? It is 68."
+
+
+def test_equal_to_hugging_face() -> None:
+    llm = Llama.build(str(DEMO), max_seq_len=64, dtype="float32", device="cpu")
+    seen = llm.inspect(TEXT)
+    model = huggingface_model(vars(llm.model.params), llm.model.state_dict())
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        wanted = model(
+            torch.tensor([seen.tokens]), output_hidden_states=True, output_attentions=True
+        )
+    assert seen.tokens == llm.tokenizer.encode(TEXT, bos=True, eos=False)
+    assert "".join(seen.texts[1:]) == TEXT
+    for got, expected in (
+        (seen.hidden_states, torch.cat(wanted.hidden_states)),
+        (seen.attentions, torch.cat(wanted.attentions)),
+        (seen.logits, wanted.logits[0]),
+    ):
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    lens = seen.logit_lens()
+    assert lens.shape == (7, len(seen.tokens), llm.model.vocab_size)
+    assert torch.equal(lens[-1], seen.logits)
+    middle = model.lm_head(model.model.norm(wanted.hidden_states[3]))[0].detach()
+    torch.testing.assert_close(lens[3], middle, atol=2e-4, rtol=1e-4)
+
+
+def test_the_model_is_as_before(demo: Llama) -> None:
+    forms = [vars(block.attention).get("attend") for block in demo.model.layers]
+    plain = demo.score([(TEXT, " Yes.")])[0].logprobs
+    demo.inspect([5])
+    with pytest.raises(ValueError, match="max_seq_len"):
+        demo.inspect([5] * 300)
+    with pytest.raises(ValueError, match="there are no tokens to inspect"):
+        demo.inspect([])
+    assert [vars(block.attention).get("attend") for block in demo.model.layers] == forms
+    assert demo.score([(TEXT, " Yes.")])[0].logprobs == pytest.approx(plain, abs=1e-3)
+
+
+def test_predictions_in_a_notebook(demo: Llama) -> None:
+    dialog = [[{"role": "user", "content": "What is 23 + 45?"}]]
+    [plain] = demo.chat_completion(dialog, temperature=0)  # type: ignore[arg-type]
+    assert plain._repr_html_() == "<pre>23 + 45 = 68.</pre>"  # type: ignore[attr-defined]
+    [scored] = demo.text_completion(["1 < 2"], temperature=0, logprobs=True, max_gen_len=4)
+    html = scored._repr_html_()  # type: ignore[attr-defined]
+    assert html.count("<span") == len(scored["tokens"])
+    assert "log-probability" in html
+    assert {**scored} == scored
