@@ -213,10 +213,8 @@ def test_prompts_are_distributed_over_replicas(
         assert found["scored"][0] == undivided["scored"][0]
         for row, scores in zip(found["scored"][1], undivided["scored"][1], strict=True):
             assert row == pytest.approx(scores, abs=1e-4)
-        for (logprobs, ranks), (expected, places) in zip(
-            found["pairs"], undivided["pairs"], strict=True
-        ):
-            assert (logprobs, ranks) == (pytest.approx(expected, abs=1e-4), places)
+        for (row, places), (scores, wanted) in zip(found["pairs"], undivided["pairs"], strict=True):
+            assert (row, places) == (pytest.approx(scores, abs=1e-4), wanted)
         assert found["equal"] == found["again"] == ranks[0]["equal"]
         # replicas don't share random draws
         assert len({tuple(row) for row in found["equal"]}) == 4
