@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llama import accel, memory
@@ -58,7 +57,7 @@ def build_model(
         raise ValueError("compile is True, but accelerate is False: leave one of them out")
     groups.initialize(torch_device, model_parallel_size, rank_timeout)
     ranks = groups.current_groups()
-    is_first_process = not dist.is_initialized() or dist.get_rank() == 0
+    is_first_process = groups.is_first_process()
     if quiet_ranks and not is_first_process:
         _silence_stdout()
     folder = _local_folder(ckpt_dir)

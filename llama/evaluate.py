@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from llama.accel.features import cpu_features
 from llama.accel.kernels import instruction_set
+from llama.distributed.groups import is_first_process
 from llama.files import expanded
 from llama.generation import Llama
 
@@ -87,7 +87,8 @@ def evaluate(
     harness, integration = _harness()
     names = [name for name in tasks.split(",") if name]
     manager = harness.tasks.TaskManager(include_path=include_path and expanded(include_path))
-    if unknown := [name for name in names if not manager.match_tasks([name])] or not names:
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown or not names:
         raise ValueError(
             f"--tasks has {unknown if names else 'no name'}, which the harness doesn't know: "
             "lm-eval ls tasks lists its own; give the folder of others with --include_path"
@@ -106,7 +107,7 @@ def evaluate(
         adapter=adapter,
         quantize=quantize,
     )
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     results = harness.simple_evaluate(
         model=integration.LlamaLM(llm, template, progress=is_first),
         tasks=names,
@@ -143,7 +144,7 @@ def evaluate(
 
 
 def _environment(llm: Llama) -> dict[str, Any]:
-    """What two runs must share to be equal, see docs/evaluation.md."""
+    """Everything outside of the options that two equal runs share, see docs/evaluation.md."""
     groups = llm.model.groups
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:

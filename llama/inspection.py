@@ -1,4 +1,4 @@
-"""What a model computes for a text, layer by layer: ``Llama.inspect``."""
+"""The intermediate results of a pass, layer by layer: ``Llama.inspect``."""
 
 import dataclasses
 import math

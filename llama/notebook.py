@@ -1,4 +1,4 @@
-"""How results look in a notebook."""
+"""HTML representations for notebooks."""
 
 import html
 import math

@@ -127,6 +127,26 @@ class Group:
     is_echoed: bool = False
 
 
+def token_ids(tokens: Sequence[int], row: int) -> list[int]:
+    """The ids as ints. Raises TypeError if they aren't integers."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise TypeError(
+            f"prompt {row} is {tokens!r:.60}, expected a list of token ids ({error})"
+        ) from None
+
+
+def check_vocabulary(prompt: Sequence[int], row: int, vocab_size: int) -> None:
+    """Raise ValueError if an id is outside the vocabulary."""
+    for token in prompt:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
+                f"{vocab_size - 1}"
+            )
+
+
 def new_request(
     tokens: Sequence[int],
     params: SamplingParams,
@@ -145,12 +165,7 @@ def new_request(
         TypeError: the prompt isn't a list of ids.
         ValueError: it is empty, too long, or has an id outside the vocabulary.
     """
-    try:
-        prompt = [operator.index(token) for token in tokens]
-    except TypeError as error:
-        raise TypeError(
-            f"prompt {row} is {tokens!r:.60}, expected a list of token ids ({error})"
-        ) from None
+    prompt = token_ids(tokens, row)
     if not prompt:
         raise ValueError(f"prompt {row} has no tokens, expected at least one (such as bos_id)")
     if truncate and len(prompt) > args.max_seq_len:
@@ -164,12 +179,7 @@ def new_request(
             "shorten it, build with a larger max_seq_len, or let truncate=True keep the end of "
             "a text"
         )
-    for token in prompt:
-        if not 0 <= token < args.vocab_size:
-            raise ValueError(
-                f"prompt {row} has the token id {token}, but the vocabulary is 0 to "
-                f"{args.vocab_size - 1}"
-            )
+    check_vocabulary(prompt, row, args.vocab_size)
     is_scored = params.echo and (params.logprobs or params.top_logprobs > 0)
     limit = args.max_seq_len - 1 if params.max_gen_len is None else params.max_gen_len
     starts_text = prompt[-1] == tokenizer.bos_id or formatter.starts_answer(prompt)

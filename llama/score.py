@@ -7,7 +7,7 @@ from typing import Any
 from llama.completions import run
 from llama.distributed import collectives
 from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
-from llama.request import Request
+from llama.request import Request, check_vocabulary, token_ids
 from llama.sampling import SamplingParams, new_generator
 
 Text = str | Sequence[int]
@@ -50,11 +50,11 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
     Args:
         pairs: (context, continuation), each of ids or a text. Texts are encoded as one, after a
             begin-of-text token, and divided where the context's own encoding ends; spaces at the
-            end of the context count to the continuation.
+            end of the context belong to the continuation.
         top_logprobs: see ``Score.top``.
 
     Raises:
-        TypeError: a part is neither a text nor a list of ids, or they differ.
+        TypeError: a part is neither a text nor a list of ids, or the parts differ in kind.
         ValueError: a part is empty, a pair is too long, or an id is outside of the vocabulary.
         FloatingPointError, RankError: as in ``Llama.stream``.
     """
@@ -95,8 +95,8 @@ def score_rolling(llm: Any, texts: Sequence[Text], *, top_logprobs: int = 0) -> 
     width = llm.model.params.max_seq_len
     pairs: list[tuple[list[int], list[int]]] = []
     counts = []
-    for i, text in enumerate(texts):
-        tokens = [llm.tokenizer.bos_id, *_encode(llm, text, f"text {i}")]
+    for text in texts:
+        tokens = [llm.tokenizer.bos_id, *_encode(llm, text)]
         starts = range(1, len(tokens), width)
         counts.append(len(starts))
         for start in starts:
@@ -114,10 +114,8 @@ def _joined(parts: list[Score]) -> Score:
 def _request(llm: Any, row: int, pair: tuple[Text, Text], params: SamplingParams) -> Request:
     context, continuation = pair
     if isinstance(context, str) and isinstance(continuation, str):
-        n_spaces = len(context) - len(context.rstrip())
-        start = context[: len(context) - n_spaces]
-        ids = _encode(llm, context + continuation, f"pair {row}")
-        n = len(_encode(llm, start, f"pair {row}"))
+        ids = _encode(llm, context + continuation)
+        n = len(_encode(llm, context.rstrip()))
         context, continuation = [llm.tokenizer.bos_id, *ids[:n]], ids[n:]
     elif isinstance(context, str) or isinstance(continuation, str):
         raise TypeError(f"pair {row} has a text and ids, expected two texts or two lists of ids")
@@ -126,15 +124,15 @@ def _request(llm: Any, row: int, pair: tuple[Text, Text], params: SamplingParams
     if not context or not continuation:
         part = "continuation" if context else "context"
         raise ValueError(f"the {part} of pair {row} has no tokens, expected at least one")
-    tokens = context + continuation
     # the last token isn't fed: its log-probability needs the logits before it
-    llm.engine.request(tokens[-1:], params, row)
+    tokens = token_ids([*context, *continuation], row)
+    check_vocabulary(tokens[-1:], row, llm.model.params.vocab_size)
     request: Request = llm.engine.request(tokens[:-1], params, row)
     request.last, request.ranks, request.scored_from = tokens[-1:], [], len(context)
     return request
 
 
-def _encode(llm: Any, text: Text, name: str) -> list[int]:
+def _encode(llm: Any, text: Text) -> list[int]:
     if not isinstance(text, str):
         return [*text]
     ids: list[int] = llm.tokenizer.encode(text, bos=False, eos=False)

@@ -100,7 +100,7 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
 def test_the_numbers_of_the_hf_model(
     name: str, tasks: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """On several windows of 128 tokens, and with examples in the prompt."""
+    """On several windows of 256 tokens, and with examples in the prompt."""
     source = DEMO if name == "demo" else request.getfixturevalue("stories") / "native"
     folder = str(tmp_path / "hf")
     convert_folder(str(source), folder, format="hf")

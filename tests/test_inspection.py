@@ -34,7 +34,9 @@ def test_equal_to_hugging_face() -> None:
     torch.testing.assert_close(lens[3], middle, atol=2e-4, rtol=1e-4)
 
 
-def test_the_model_is_as_before(demo: Llama) -> None:
+def test_the_model_is_as_before() -> None:
+    # float32: in bfloat16 a score depends on the prefixes that earlier calls have cached
+    demo = Llama.build(str(DEMO), max_seq_len=256, dtype="float32", device="cpu")
     forms = [vars(block.attention).get("attend") for block in demo.model.layers]
     plain = demo.score([(TEXT, " Yes.")])[0].logprobs
     demo.inspect([5])

@@ -101,16 +101,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 # --- Which models, and their results ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize(("dtype", "quantize"), FORMS)
-def test_logits_are_those_of_the_modules(
-    instructions: str,
-    dtype: str,
-    quantize: str | None,
-    use_processor: Callable[[str], None],
-    calls: Calls,
+@pytest.fixture(params=SETS)
+def each_instruction_set(
+    request: pytest.FixtureRequest, use_processor: Callable[[str], None]
 ) -> None:
-    use_processor(instructions)
+    use_processor(request.param)
+
+
+@pytest.mark.usefixtures("each_instruction_set")
+@pytest.mark.parametrize(("dtype", "quantize"), FORMS)
+def test_logits_are_those_of_the_modules(dtype: str, quantize: str | None, calls: Calls) -> None:
     llm = build(dtype=dtype, quantize=quantize)
     assert llm.ways.decode == "C kernels"
     assert "decode" not in llm.ways.reasons
@@ -120,16 +120,11 @@ def test_logits_are_those_of_the_modules(
     assert relative_error(logits, wanted) < ROUNDED_LIMIT
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.usefixtures("each_instruction_set")
 @pytest.mark.parametrize(("dtype", "quantize"), FORMS[:2] + FORMS[-1:])
 def test_a_prompt_has_the_same_tokens_and_logits_alone_and_in_a_batch(
-    instructions: str,
-    dtype: str,
-    quantize: str | None,
-    use_processor: Callable[[str], None],
-    calls: Calls,
+    dtype: str, quantize: str | None, calls: Calls
 ) -> None:
-    use_processor(instructions)
     llm = build(dtype=dtype, quantize=quantize)
     together = llm.generate(PROMPTS, 10, temperature=0)[0]
     assert calls.n == 9

@@ -57,7 +57,7 @@ Form = tuple[int, int]  # of a matrix: the bits of its integers, or 16; the kind
 
 
 class Matrix(ctypes.Structure):
-    """``matrix`` of csrc/simd.h: addresses, valid while the tensors live."""
+    """``matrix`` of csrc/types.h: addresses, valid while the tensors live."""
 
     _fields_ = [*((name, _POINTER) for name in ("weight", "scale", "zero", "y")), ("n", _LONG)]
 

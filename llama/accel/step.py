@@ -31,7 +31,7 @@ from llama.model import (
 
 
 class _Layer(ctypes.Structure):
-    """``layer`` of csrc/layers.h."""
+    """``layer`` of csrc/types.h."""
 
     _fields_ = [
         *((name, kernels.Matrix) for name in "q k v o gate up down".split()),
@@ -40,7 +40,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Sizes(ctypes.Structure):
-    """``sizes`` of csrc/layers.h."""
+    """``sizes`` of csrc/types.h."""
 
     _fields_ = [
         *(
@@ -53,7 +53,7 @@ class _Sizes(ctypes.Structure):
     ]
 
 
-# What the kernel stands for: methods, and the functions that a module may have in these places.
+# The methods that the kernel replaces, and the functions that a module may have in their places.
 _NAMES: dict[type, str] = {
     TransformerBlock: "forward",
     Attention: "forward as_pass update_cache project rotate attend",
@@ -89,8 +89,8 @@ def why_not(args: ModelArgs, n_ranks: int) -> str | None:
 class KernelStep:
     """``Transformer.decode`` of a model on one rank, with activations in float32.
 
-    Each step compares the modules with those that it knows. If the kernel doesn't compute what they
-    do (hooks, patches, other classes, different formats), they run themselves.
+    Each step compares the modules with those of the step before. With hooks, patches, other classes
+    or mixed formats, the modules run instead of the kernel.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -117,7 +117,7 @@ class KernelStep:
         return model.logits(model.norm(x))
 
     def _is_ready(self) -> bool:
-        """Whether the kernel computes what the layers do now."""
+        """Whether the kernel can replace the layers as they are now."""
         state = self._state()
         if state is not None and state != self._seen:
             self._layers = self._describe()

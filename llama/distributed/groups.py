@@ -136,11 +136,16 @@ def n_local_processes() -> int:
     return n_processes()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of all launched ones."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def is_first_on_machine() -> bool:
     """Whether this process is the first of the launched ones on its machine."""
     if dist.is_torchelastic_launched():
         return os.environ["LOCAL_RANK"] == "0"
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return is_first_process()
 
 
 def initialize(device: torch.device, requested_size: int | None, rank_timeout: float) -> None:

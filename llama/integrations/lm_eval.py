@@ -6,7 +6,7 @@ The harness builds the requests and computes the metrics. Here they are encoded,
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -25,8 +25,8 @@ TEMPLATES = ("meta", "folder")
 class LlamaLM(TemplateLM):
     """A harness model.
 
-    With several ranks each is the only one for the harness, which so builds the same requests on
-    all of them; replicas divide the requests in ``score`` and ``generate``.
+    The harness sees one process, so that every rank builds the same requests; replicas divide them
+    in ``score`` and ``generate``.
 
     Args:
         template: of dialogs: "meta" for the model family's format, "folder" for the folder's
@@ -73,7 +73,7 @@ class LlamaLM(TemplateLM):
         return f"llama-{self._template}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness records; ``apply_chat_template`` has the format."""
+        """The name that the harness records; ``apply_chat_template`` has the format."""
         return self._template if chat_template else None
 
     def tok_encode(
@@ -135,7 +135,9 @@ class LlamaLM(TemplateLM):
     ) -> list[float]:
         texts = [text for (text,) in (request.args for request in requests)]
         totals = []
-        for text in self._bar(texts, "rolling log-likelihoods", disable_tqdm):
+        every = list(range(len(texts)))
+        for [i] in self._chunks(every, "rolling log-likelihoods", disable_tqdm, 1):
+            text = texts[i]
             [score] = self.llm.score_rolling([self.tok_encode(text)])
             totals.append(score.total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), score.total)
@@ -190,14 +192,13 @@ class LlamaLM(TemplateLM):
             )
         return found
 
-    def _bar(self, items: Sequence[Any], what: str, disable: bool) -> Any:
-        return tqdm(items, desc=what, disable=disable or not self._progress)
-
     def _chunks(
         self, indices: list[int], what: str, disable: bool, size: int = _PAIRS
     ) -> Iterator[list[int]]:
-        with self._bar([], what, disable) as bar:
-            bar.total = len(indices)
+        """Parts of ``indices``, with a progress bar."""
+        hidden = disable or not self._progress
+        with tqdm(total=len(indices), desc=what, disable=hidden) as bar:
             for start in range(0, len(indices), size):
-                yield indices[start : start + size]
-                bar.update(len(indices[start : start + size]))
+                some = indices[start : start + size]
+                yield some
+                bar.update(len(some))

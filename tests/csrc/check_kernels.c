@@ -10,26 +10,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../llama/accel/csrc/types.h"
+
 #define JOIN(function, isa) function##_##isa
 #define JOINED(function, isa) JOIN(function, isa)
 #define KERNEL(function) JOINED(function, ISA)
-
-typedef struct {
-    const void *weight, *scale;
-    const uint8_t *zero;
-    float *y;
-    int64_t n;
-} matrix;
-typedef struct {
-    matrix q, k, v, o, gate, up, down;
-    const float *attention_norm, *ffn_norm;
-    void *cache_k, *cache_v;
-} layer;
-typedef struct {
-    int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim, n_slots, max_length;
-    int64_t bits, kind, cache_kind;
-    double eps;
-} sizes;
 
 int KERNEL(products)(const matrix *, int64_t, int, int, int64_t, const float *, int64_t);
 int KERNEL(decode_layers)(
@@ -41,7 +26,7 @@ int KERNEL(decode_attention)(
 int KERNEL(quantize)(const void *, int, int64_t, int64_t, int, uint8_t *, uint16_t *);
 int KERNEL(interleave)(const uint8_t *, int64_t, int64_t, int, uint8_t *);
 
-enum { BF16, F16, F32, GROUP = 32, TILE = 16, MAX_BLOCKS = 256 };
+enum { MAX_BLOCKS = 256 };
 static const int SIZES[] = {2, 2, 4};
 
 static uint64_t state, checksum = 14695981039346656037u;

@@ -21,19 +21,6 @@ int NAME(products)(
     return quantized_products(matrices, count, kind, bits, k, x, rows);
 }
 
-/* Norms are float32 [dim]; each matrix has one of the following widths. */
-typedef struct {
-    matrix q, k, v, o, gate, up, down;
-    const float *attention_norm, *ffn_norm;
-    void *cache_k, *cache_v; /* [n_slots][n_kv_heads][max_length][head_dim] */
-} layer;
-
-typedef struct {
-    int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim, n_slots, max_length;
-    int64_t bits, kind, cache_kind; /* of all matrices and caches */
-    double eps;
-} sizes;
-
 static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }

@@ -1,4 +1,4 @@
-/* What a decoding step computes between the products, on rows of float32: RMSNorm, the rotation of
+/* The operations of a decoding step between the products, on rows of float32: RMSNorm, the rotation of
    queries and keys with the store into the cache, and SwiGLU's product. */
 #pragma once
 

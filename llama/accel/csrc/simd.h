@@ -8,10 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Of numbers in memory. */
-enum { BF16, F16, F32 };
-/* Rows in a tile of integer weights, columns in a group. */
-enum { TILE = 16, GROUP = 32 };
+#include "types.h"
 
 #define INLINE static inline __attribute__((always_inline))
 /* compilers give up on nests of more than 16 bodies, and keep their variables in memory then */
@@ -210,15 +207,6 @@ INLINE float f_largest(vf a) {
     for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
     return lanes[0];
 }
-
-/* A weight [n][k], and y [rows][n] = x [rows][k] W^T for it. Those of one call have the same x, k and
-   format; scale and zero are those of quantized.h. */
-typedef struct {
-    const void *weight, *scale;
-    const uint8_t *zero;
-    float *y;
-    int64_t n;
-} matrix;
 
 /* The first row of chunk c of ``n`` chunks of nearly equal size. */
 INLINE int64_t chunk_start(int64_t c, int64_t n, int64_t rows) { return c * rows / n; }
