@@ -1,9 +1,10 @@
 /* y = x W^T with W [N][K] in bfloat16 or float16, as stored in the file, for any number of rows.
 
    Each product of a row of W and a row of x has CHAINS vectors of partial sums, so that it doesn't
-   depend on the other rows. For one row of x, W is read from start to end, which the processor
-   prefetches best. More rows of x are limited by arithmetic: tiles of some rows of W and up to
-   MAX_HALF_ROWS rows of x share every load.
+   depend on the other rows. Tiles of some rows of W and up to MAX_HALF_ROWS rows of x share every
+   load. A tile reads several rows of W at once, but prefetches the memory behind it in order, into
+   the second-level cache: 8 rows are 1.3 to 1.7 times as fast as with prefetches row by row. One
+   row with AVX512-BF16 keeps up with the memory without tiles, and W is read from start to end.
 
    x is float32, in blocks of WIDTH columns, [K / WIDTH][rows][WIDTH]: rows a power of two apart in
    memory would compete for the same cache lines. With AVX512-BF16, x is rounded to bfloat16 for
@@ -15,15 +16,15 @@
 
 #include "simd.h"
 
-/* WIDTH columns per step; HEIGHT(rows) rows of W in a tile, as many as have registers. */
+/* WIDTH columns per step; HEIGHT(rows) rows of W in a tile, about as many as have registers. */
 #if defined(__AVX512F__)
-#define MAX_HALF_ROWS 6
+#define MAX_HALF_ROWS 8
 enum { CHAINS = 1 };
-#define HEIGHT(rows) ((rows) == 1 ? 1 : 4)
+#define HEIGHT(rows) 4
 #elif defined(__AVX2__)
 #define MAX_HALF_ROWS 3
 enum { CHAINS = 2 };
-#define HEIGHT(rows) ((rows) == 1 ? 1 : 2)
+#define HEIGHT(rows) 2
 #elif defined(__ARM_NEON)
 #define MAX_HALF_ROWS 6
 enum { CHAINS = 2 };
@@ -74,6 +75,7 @@ INLINE void dot_f16(vf *sum, f16s w, const uint8_t *x) {
         UNROLL for (int r = 0; r < rows; r++)                                             \
             UNROLL for (int i = 0; i < height; i++)                                       \
                 for (int c = 0; c < CHAINS; c++) sum[r][i][c] = f_set1(0);                \
+        const uint16_t *ahead = w + height * k + 8192; /* numbers */                      \
         for (int64_t at = 0; at < k; at += WIDTH, x += rows * WIDTH * x_size) {           \
             KIND##s weights[4];                                                           \
             UNROLL for (int i = 0; i < height; i++) {                                     \
@@ -83,12 +85,13 @@ INLINE void dot_f16(vf *sum, f16s w, const uint8_t *x) {
                     weights[i] = load_##KIND(tail);                                       \
                 } else {                                                                  \
                     weights[i] = load_##KIND(w + i * k + at);                             \
-                    if (rows > 1) __builtin_prefetch(w + (i + height) * k + at);          \
+                    if (height > 1) __builtin_prefetch(ahead + i * WIDTH, 0, 2);          \
                 }                                                                         \
             }                                                                             \
             UNROLL for (int r = 0; r < rows; r++)                                         \
                 UNROLL for (int i = 0; i < height; i++)                                   \
                     dot_##KIND(sum[r][i], weights[i], x + r * WIDTH * x_size);            \
+            ahead += height * WIDTH;                                                      \
         }                                                                                 \
         UNROLL for (int r = 0; r < rows; r++)                                             \
             UNROLL for (int i = 0; i < height; i++) {                                     \
@@ -105,7 +108,8 @@ DEFINE_TILE(f16)
 INLINE void half_columns(
     const uint16_t *w, const int is_bf16, int64_t begin, int64_t end, int64_t k, const uint8_t *x,
     const int rows, float *y, int64_t n) {
-    const int x_size = is_bf16 ? BF16_X_SIZE : 4, height = HEIGHT(rows);
+    const int x_size = is_bf16 ? BF16_X_SIZE : 4;
+    const int height = rows == 1 && x_size == 2 ? 1 : HEIGHT(rows);
     int64_t i = begin;
     for (; i + height <= end; i += height)
         if (is_bf16) bf16_tile(w + i * k, k, x, rows, height, x_size, y + i, n);
@@ -170,6 +174,9 @@ static int half_products(
                         CASE(1) CASE(2) CASE(3)
 #if MAX_HALF_ROWS > 3
                         CASE(4) CASE(5) CASE(6)
+#endif
+#if MAX_HALF_ROWS > 6
+                        CASE(7) CASE(8)
 #endif
                     }
 #undef CASE
