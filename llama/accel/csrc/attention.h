@@ -12,21 +12,70 @@
 
 enum { MAX_HEAD_DIM = 256 };
 
-/* A row as floats. Rows are read in order: one some steps ahead is fetched. */
-INLINE void load_row(const void *cache, int kind, int64_t at, int head_dim, float *row) {
+/* A tile has the scores of up to HEADS queries and KEYS keys, or the sums of up to HEADS queries and
+   PARTS vectors of the values: as many as have registers. */
+enum { KEYS = 4, PARTS = 4, VALUES = 16 };
+#if defined(__AVX2__) && !defined(__AVX512F__)
+enum { HEADS = 2 };
+#else
+enum { HEADS = 4 };
+#endif
+
+/* Rows are read in order: those some steps behind ``count`` of them are fetched. */
+INLINE void prefetch_rows(
+    const void *cache, const int kind, int64_t at, int64_t count, int64_t head_dim) {
     const int size = kind == F32 ? 4 : 2;
-    const char *ahead = (const char *)cache + (at + 32 * head_dim) * size;
-    for (int i = 0; i < head_dim * size; i += 64) __builtin_prefetch(ahead + i);
-    for (int i = 0; i < head_dim; i += LANES) f_store(row + i, f_load_kind(cache, kind, at + i));
+    const char *ahead = (const char *)cache + at * size + 8192;
+    for (int64_t i = 0; i < count * head_dim * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
 }
 
-/* scores [length] to softmax weights; padded to a multiple of LANES with -inf by the caller. */
-INLINE void softmax(float *scores, int64_t padded) {
+/* The scores of ``heads`` queries, and ``keys`` keys from number ``at`` of the cache on. */
+INLINE void score_tile(
+    const float *q, const void *k, const int kind, int64_t at, const int heads, const int keys,
+    int64_t head_dim, float *scores, int64_t padded) {
+    vf sum[HEADS][KEYS];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int t = 0; t < keys; t++) sum[h][t] = f_set1(0);
+    for (int64_t i = 0; i < head_dim; i += LANES) {
+        vf key[KEYS];
+        UNROLL for (int t = 0; t < keys; t++) key[t] = f_load_kind(k, kind, at + t * head_dim + i);
+        UNROLL for (int h = 0; h < heads; h++) {
+            const vf query = f_load(q + h * head_dim + i);
+            UNROLL for (int t = 0; t < keys; t++) sum[h][t] = f_fma(key[t], query, sum[h][t]);
+        }
+    }
+    UNROLL for (int h = 0; h < heads; h++)
+        if (keys == KEYS) f_sum_4(sum[h], scores + h * padded);
+        else scores[h * padded] = f_sum(sum[h][0]);
+}
+
+/* y += the weighted sums of ``count`` values, for ``heads`` queries and ``parts`` vectors. */
+INLINE void value_tile(
+    const float *weights, int64_t padded, const void *v, const int kind, int64_t at, int64_t count,
+    const int heads, const int parts, int64_t head_dim, float *y) {
+    vf sum[HEADS][PARTS];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int p = 0; p < parts; p++) sum[h][p] = f_load(y + h * head_dim + p * LANES);
+    for (int64_t t = 0; t < count; t++, at += head_dim) {
+        vf value[PARTS];
+        UNROLL for (int p = 0; p < parts; p++) value[p] = f_load_kind(v, kind, at + p * LANES);
+        UNROLL for (int h = 0; h < heads; h++) {
+            const vf weight = f_set1(weights[h * padded + t]);
+            UNROLL for (int p = 0; p < parts; p++) sum[h][p] = f_fma(weight, value[p], sum[h][p]);
+        }
+    }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int p = 0; p < parts; p++) f_store(y + h * head_dim + p * LANES, sum[h][p]);
+}
+
+/* Scores [padded] to softmax weights, of the scores times scale. */
+INLINE void softmax(float *scores, int64_t length, int64_t padded, float scale) {
+    for (int64_t t = length; t < padded; t++) scores[t] = -INFINITY;
     vf most = f_set1(-INFINITY), sum = f_set1(0);
     for (int64_t t = 0; t < padded; t += LANES) most = f_max(most, f_load(scores + t));
     const vf offset = f_set1(-f_largest(most));
     for (int64_t t = 0; t < padded; t += LANES) {
-        const vf e = f_exp(f_add(f_load(scores + t), offset));
+        const vf e = f_exp(f_mul(f_add(f_load(scores + t), offset), f_set1(scale)));
         f_store(scores + t, e);
         sum = f_add(sum, e);
     }
@@ -35,62 +84,47 @@ INLINE void softmax(float *scores, int64_t padded) {
         f_store(scores + t, f_mul(f_load(scores + t), inverse));
 }
 
-/* The scores of a query and ``count`` keys, 4 or 1. */
-INLINE void dot_keys(
-    const float *q, float keys[][MAX_HEAD_DIM], const int count, int head_dim, float scale,
-    float *scores) {
-    vf sums[4];
-    UNROLL for (int c = 0; c < count; c++) sums[c] = f_set1(0);
-    for (int i = 0; i < head_dim; i += LANES)
-        UNROLL for (int c = 0; c < count; c++)
-            sums[c] = f_fma(f_load(keys[c] + i), f_load(q + i), sums[c]);
-    if (count == 4) f_sum_4(sums, scores);
-    else scores[0] = f_sum(sums[0]);
-    UNROLL for (int c = 0; c < count; c++) scores[c] *= scale;
-}
-
-/* y += the weighted sum of ``count`` values. */
-INLINE void add_values(
-    const float *weights, float values[][MAX_HEAD_DIM], const int count, int head_dim, float *y) {
-    vf by[4];
-    UNROLL for (int c = 0; c < count; c++) by[c] = f_set1(weights[c]);
-    for (int i = 0; i < head_dim; i += LANES) {
-        vf sum = f_load(y + i);
-        UNROLL for (int c = 0; c < count; c++) sum = f_fma(by[c], f_load(values[c] + i), sum);
-        f_store(y + i, sum);
-    }
-}
-
 /* One key head of one sequence. q, y: [n_queries][head_dim]; scores: room for
    n_queries * padded. */
 INLINE void attend_head(
-    const float *q, const void *k, const void *v, int kind, int64_t at, int64_t length,
-    int n_queries, int head_dim, float *scores, int64_t padded, float *y) {
-    float rows[4][MAX_HEAD_DIM];
-    const float scale = 1 / sqrtf((float)head_dim);
-    for (int64_t t = 0, count; t < length; t += count) {
-        count = length - t >= 4 ? 4 : 1;
-        for (int c = 0; c < count; c++)
-            load_row(k, kind, at + (t + c) * head_dim, head_dim, rows[c]);
-        for (int h = 0; h < n_queries; h++) {
+    const float *q, const void *k, const void *v, const int kind, int64_t at, int64_t length,
+    int64_t n_queries, int64_t head_dim, float *scores, int64_t padded, float *y) {
+    for (int64_t t = 0, keys; t < length; t += keys) {
+        keys = length - t >= KEYS ? KEYS : 1;
+        const int64_t first = at + t * head_dim;
+        prefetch_rows(k, kind, first, keys, head_dim);
+        for (int64_t h = 0, heads; h < n_queries; h += heads) {
+            heads = n_queries - h >= HEADS ? HEADS : 1;
+            const float *query = q + h * head_dim;
             float *to = scores + h * padded + t;
-            if (count == 4) dot_keys(q + h * head_dim, rows, 4, head_dim, scale, to);
-            else dot_keys(q + h * head_dim, rows, 1, head_dim, scale, to);
+#define TILE_OF(H, T) score_tile(query, k, kind, first, H, T, head_dim, to, padded)
+            if (heads == HEADS && keys == KEYS) TILE_OF(HEADS, KEYS);
+            else if (heads == HEADS) TILE_OF(HEADS, 1);
+            else if (keys == KEYS) TILE_OF(1, KEYS);
+            else TILE_OF(1, 1);
+#undef TILE_OF
         }
     }
-    for (int h = 0; h < n_queries; h++) {
-        for (int64_t t = length; t < padded; t++) scores[h * padded + t] = -INFINITY;
-        softmax(scores + h * padded, padded);
-        for (int i = 0; i < head_dim; i++) y[h * head_dim + i] = 0;
-    }
-    for (int64_t t = 0, count; t < length; t += count) {
-        count = length - t >= 4 ? 4 : 1;
-        for (int c = 0; c < count; c++)
-            load_row(v, kind, at + (t + c) * head_dim, head_dim, rows[c]);
-        for (int h = 0; h < n_queries; h++) {
-            const float *by = scores + h * padded + t;
-            if (count == 4) add_values(by, rows, 4, head_dim, y + h * head_dim);
-            else add_values(by, rows, 1, head_dim, y + h * head_dim);
+    for (int64_t h = 0; h < n_queries; h++)
+        softmax(scores + h * padded, length, padded, 1 / sqrtf((float)head_dim));
+    memset(y, 0, n_queries * head_dim * sizeof(float));
+    for (int64_t t = 0; t < length; t += VALUES) {
+        const int64_t count = length - t >= VALUES ? VALUES : length - t;
+        prefetch_rows(v, kind, at + t * head_dim, count, head_dim);
+        for (int64_t h = 0, heads; h < n_queries; h += heads) {
+            heads = n_queries - h >= HEADS ? HEADS : 1;
+            const float *weights = scores + h * padded + t;
+            for (int64_t i = 0, parts; i < head_dim; i += parts * LANES) {
+                parts = head_dim - i >= PARTS * LANES ? PARTS : 1;
+                const int64_t first = at + t * head_dim + i;
+                float *to = y + h * head_dim + i;
+#define TILE_OF(H, P) value_tile(weights, padded, v, kind, first, count, H, P, head_dim, to)
+                if (heads == HEADS && parts == PARTS) TILE_OF(HEADS, PARTS);
+                else if (heads == HEADS) TILE_OF(HEADS, 1);
+                else if (parts == PARTS) TILE_OF(1, PARTS);
+                else TILE_OF(1, 1);
+#undef TILE_OF
+            }
         }
     }
 }
@@ -118,9 +152,13 @@ static int attend_rows(
         const int64_t at = (slot * n_kv_heads + i % n_kv_heads) * max_length * head_dim;
         float *own = scores + i * n_queries * padded;
         const int64_t used = (length + LANES - 1) / LANES * LANES;
-        attend_head(
-            q + i * size, k, v, kind, at, length, (int)n_queries, (int)head_dim, own, used,
-            y + i * size);
+#define CASE(KIND)                                                                              \
+    case KIND:                                                                                  \
+        attend_head(                                                                            \
+            q + i * size, k, v, KIND, at, length, n_queries, head_dim, own, used, y + i * size); \
+        break;
+        switch (kind) { CASE(BF16) CASE(F16) CASE(F32) }
+#undef CASE
     }
     free(scores);
     return 0;
