@@ -99,10 +99,12 @@ INLINE void tile_product(
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = i_set1(0);
         /* The least arithmetic per byte needs none: hardware prefetches best then. */
-        if (rows > 2 || bits == 4 || LANES < 16)
-            for (int i = 0; i < bytes; i += 64)
+        if (rows > 2 || bits == 4 || LANES < 16) {
+            for (int i = 0; i < bytes; i += 64) {
                 if (rows == 1) __builtin_prefetch(packed + 4096 + i);
                 else __builtin_prefetch(packed + 16384 + i, 0, 2);
+            }
+        }
         UNROLL for (int j = 0; j < per_group; j++) {
             UNROLL for (int v = 0; v < VECTORS; v++) {
                 vi q = i_load(packed + (j * VECTORS + v) * LANES * 4);
