@@ -12,10 +12,19 @@ ROOT = Path(__file__).parent
 LLAMA2 = ["sentencepiece>=0.2"]
 EVAL = ["lm-eval>=0.4.13"]
 NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "matplotlib>=3.8"]
+CHAT = ["prompt_toolkit>=3.0.40"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+STRUCTURED = ["llguidance>=1.0"]
 HF = ["safetensors>=0.5", "tokenizers>=0.20", "huggingface_hub>=1.3"]
 TEST = [
     *EVAL,
     *NOTEBOOK,
+    *CHAT,
+    *SERVE,
+    *STRUCTURED,
+    "openai>=2",
+    "langchain-openai>=1",
+    "schemathesis>=4",
     *LLAMA2,
     *HF,
     "pytest>=8",
@@ -85,6 +94,9 @@ setup(
     extras_require={
         "eval": EVAL,
         "notebook": NOTEBOOK,
+        "chat": CHAT,
+        "serve": SERVE,
+        "structured": STRUCTURED,
         "llama2": LLAMA2,
         "hf": HF,
         "bench": [

@@ -18,7 +18,7 @@ from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, M
 from llama.device import parse_dtype, resolve_device
 from llama.evaluate import evaluate
 from llama.files import escaped, expanded
-from llama.generation import Llama
+from llama.options import ModelOptions, runs_model
 from llama.quantize import parse_quantize
 from llama.request import TokenEvent
 from llama.tokenizer import Tokenizer
@@ -216,97 +216,49 @@ def _show(text: str) -> None:
     print(escaped(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+@runs_model(max_batch_size=1)
 def complete(
-    ckpt_dir: str,
+    model: ModelOptions,
     prompt: str,
     *,
-    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
-    max_seq_len: int = 512,
     max_gen_len: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    seed: int = 1,
-    adapter: str | None = None,
-    quantize: str | None = None,
 ) -> None:
     """Continue a text and show it as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the text.
-        tokenizer_path: tokenizer file; default: the one in the folder.
         temperature: divides the logits; 0 is greedy.
         top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_seq_len: maximum length of prompt plus generation, in tokens.
         max_gen_len: maximum number of tokens to generate; default: as many as fit.
-        dtype: bfloat16, float16 or float32; the default depends on the device.
-        device: cuda, mps or cpu; default: the first that is available.
-        seed: seed for sampling.
-        adapter: folder of a LoRA adapter to merge into the weights.
-        quantize: int8 or int4: quantize the linear layers; default: as stored.
     """
-    llm = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        1,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        adapter=adapter,
-        quantize=quantize,
-    )
+    llm = model.build()
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
     _show(prompt)
     _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 
+@runs_model(max_batch_size=1)
 def chat(
-    ckpt_dir: str,
+    model: ModelOptions,
     prompt: str,
     *,
     system: str | None = None,
-    tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
-    max_seq_len: int = 512,
     max_gen_len: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    seed: int = 1,
-    adapter: str | None = None,
-    quantize: str | None = None,
 ) -> None:
     """Answer a message and show the answer as it is generated.
 
     Args:
-        ckpt_dir: checkpoint folder, or hub id (owner/name).
         prompt: the message.
         system: the system message, if any.
-        tokenizer_path: tokenizer file; default: the one in the folder.
         temperature: divides the logits; 0 is greedy.
         top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_seq_len: maximum length of prompt plus answer, in tokens.
         max_gen_len: maximum number of tokens to generate; default: as many as fit.
-        dtype: bfloat16, float16 or float32; the default depends on the device.
-        device: cuda, mps or cpu; default: the first that is available.
-        seed: seed for sampling.
-        adapter: folder of a LoRA adapter to merge into the weights.
-        quantize: int8 or int4: quantize the linear layers; default: as stored.
     """
-    llm = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        1,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        adapter=adapter,
-        quantize=quantize,
-    )
+    llm = model.build()
     dialog: list[Message] = [{"role": "user", "content": prompt}]
     if system is not None:
         dialog.insert(0, {"role": "system", "content": system})

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial, wraps
 from types import NoneType
@@ -14,6 +15,7 @@ import torch
 from llama.distributed.groups import n_processes
 
 _Command = Callable[..., None]
+_HELP = ("--help", "-h")
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
@@ -26,17 +28,25 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
     """
     calls: list[Callable[[], None]] = []
     words = sys.argv[1:]
+    name = name or f"python {sys.argv[0]}"
     if isinstance(commands, dict):
-        words = words or ["--help"]
-        target: Any = {key: _bound(command, calls) for key, command in commands.items()}
-        chosen = commands.get(words[0])
+        if not words or words[0] in _HELP:
+            print(_overview(commands, name))
+            return
+        key, *words = words
+        if key not in commands:
+            print(f"error: unknown command {key}\n\n{_overview(commands, name)}", file=sys.stderr)
+            sys.exit(2)
+        command, name = commands[key], f"{name} {key}"
     else:
-        target, chosen = _bound(commands, calls), commands
-    if chosen:
-        _check_options(words, chosen)
+        command = commands
+    if not set(_HELP).isdisjoint(words):
+        print(_help(command, name))
+        return
+    _check_options(words, command)
     # Fire ends a call at "-" by default; no argument can contain a NUL
-    separator = ["--separator=\0"] if "--" in words else ["--", "--separator=\0"]
-    fire.Fire(target, command=[*words, *separator], name=name, serialize=lambda _: None)
+    words += ["--separator=\0"] if "--" in words else ["--", "--separator=\0"]
+    fire.Fire(_bound(command, calls), command=words, name=name, serialize=lambda _: None)
     try:
         for call in calls:
             call()
@@ -54,6 +64,31 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
     except KeyboardInterrupt:
         print("\ninterrupted")
         sys.exit(130)
+
+
+def _overview(commands: dict[str, _Command], name: str) -> str:
+    """The names of the commands, with the first line of each one's docstring."""
+    lines = [f"usage: {name} COMMAND ...   ({name} COMMAND --help lists its options)", ""]
+    for key, command in commands.items():
+        lines.append(f"  {key:10} {inspect.cleandoc(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _help(command: _Command, name: str) -> str:
+    """The docstring of a command, with a line or two for each argument."""
+    text, _, described = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
+    meanings = {key: re.sub(r"\s+", " ", meaning) for key, meaning in found}
+    usage, lines = f"usage: {name}", []
+    for key, parameter in inspect.signature(command).parameters.items():
+        default, label = parameter.default, f"--{key}"
+        if default is parameter.empty:
+            usage, label = f"{usage} {key.upper()}", key.upper()
+        elif default is not None and default is not False:
+            label += f" {default}"
+        first, rest = f"  {label:26} ", " " * 29
+        lines.append(textwrap.fill(first + meanings.get(key, ""), 100, subsequent_indent=rest))
+    return "\n".join([f"{usage} [OPTIONS]", "", text, "", *lines])
 
 
 def _texts(command: _Command) -> set[str]:

@@ -25,7 +25,7 @@ from llama.cache import Decode, Prefill, on_device
 from llama.chat_template import AnyChatFormat
 from llama.distributed.collectives import fail_fast
 from llama.model import Transformer
-from llama.request import Group, Request, TokenEvent, new_request
+from llama.request import Group, Request, TokenEvent, constrained, new_request
 from llama.sampling import SamplingParams
 from llama.scoring import SCORING_LOGITS, fetch, score_prompt
 from llama.slots import Slots
@@ -277,7 +277,7 @@ class Engine:
     ) -> list[tuple[Request, TokenEvent]]:
         """The next token of each row of logits [R, V], the same on every rank."""
         if self.model.groups.rank == 0:
-            tokens = self._draw(rows, logits).to(torch.int64).contiguous()
+            tokens = self._draw(rows, constrained(rows, logits)).to(torch.int64).contiguous()
         else:
             tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         self.model.groups.broadcast_from_first(tokens)

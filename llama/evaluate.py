@@ -1,5 +1,6 @@
 """``python -m llama eval``: evaluate a folder with lm-evaluation-harness."""
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -13,6 +14,7 @@ from llama.accel.kernels import instruction_set
 from llama.distributed.groups import is_first_process
 from llama.files import expanded
 from llama.generation import Llama
+from llama.options import ModelOptions, runs_model
 
 _PACKAGES = ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken", "datasets")
 
@@ -36,8 +38,9 @@ def _harness() -> Any:
     return lm_eval, adapter
 
 
+@runs_model(max_seq_len=2048, max_batch_size=8, seed=1234)
 def evaluate(
-    ckpt_dir: str,
+    model: ModelOptions,
     tasks: str,
     *,
     num_fewshot: int | None = None,
@@ -48,15 +51,6 @@ def evaluate(
     system: str | None = None,
     gen_kwargs: str | None = None,
     output: str | None = None,
-    tokenizer_path: str | None = None,
-    max_seq_len: int = 2048,
-    max_batch_size: int = 8,
-    model_parallel_size: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    seed: int = 1234,
-    adapter: str | None = None,
-    quantize: str | None = None,
 ) -> None:
     """Evaluate a model with lm-evaluation-harness, and print its table.
 
@@ -64,7 +58,6 @@ def evaluate(
     requests.
 
     Args:
-        ckpt_dir: checkpoint folder, or hub id (owner/name).
         tasks: names of tasks or groups, separated by commas.
         num_fewshot: examples in each prompt; default: the task's.
         limit: documents per task, or their share if below 1; for trials only.
@@ -74,15 +67,6 @@ def evaluate(
         system: system message, or text before each prompt without apply_chat_template.
         gen_kwargs: changes of the tasks' generation options: max_gen_toks=64,temperature=0.5.
         output: file for the results, the configuration and each document's answers, in JSON.
-        tokenizer_path: tokenizer file; default: the one in the folder.
-        max_seq_len: maximum length of prompt plus generation, in tokens.
-        max_batch_size: maximum number of sequences in a batch.
-        model_parallel_size: ranks per copy of the weights; default: all.
-        dtype: bfloat16, float16 or float32; the default depends on the device.
-        device: cuda, mps or cpu; default: the first that is available.
-        seed: seed for few-shot examples and for sampling.
-        adapter: folder of a LoRA adapter to merge into the weights.
-        quantize: int8 or int4: quantize the linear layers; default: as stored.
     """
     harness, integration = _harness()
     names = [name for name in tasks.split(",") if name]
@@ -95,18 +79,7 @@ def evaluate(
         )
     if output is not None and not Path(expanded(output)).absolute().parent.is_dir():
         raise FileNotFoundError(f"--output {output} is in a folder that doesn't exist")
-    llm = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        model_parallel_size,
-        seed,
-        dtype=dtype,
-        device=device,
-        adapter=adapter,
-        quantize=quantize,
-    )
+    llm = model.build()
     is_first = is_first_process()
     results = harness.simple_evaluate(
         model=integration.LlamaLM(llm, template, progress=is_first),
@@ -117,28 +90,24 @@ def evaluate(
         apply_chat_template=apply_chat_template,
         system_instruction=system,
         gen_kwargs=gen_kwargs,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        random_seed=model.seed,
+        numpy_random_seed=model.seed,
+        torch_random_seed=model.seed,
+        fewshot_random_seed=model.seed,
         bootstrap_iters=0,
     )
     if not is_first:
         return
-    print(f"{ckpt_dir}: {llm.ways}")
+    print(f"{model.ckpt_dir}: {llm.ways}")
     print(harness.utils.make_table(results))
     if "groups" in results:
         print(harness.utils.make_table(results, "groups"))
     if output is not None:
-        options = {
+        options = dataclasses.asdict(model) | {
             "dtype": str(llm.model.tok_embeddings.weight.dtype),
-            "quantize": quantize,
             "template": template,
-            "max_seq_len": max_seq_len,
-            "max_batch_size": max_batch_size,
-            "seed": seed,
         }
-        found = {"llama": {"folder": ckpt_dir, **options, **_environment(llm)}, **results}
+        found = {"llama": {**options, **_environment(llm)}, **results}
         text = json.dumps(found, indent=1, default=str, ensure_ascii=False)
         Path(expanded(output)).write_text(text, encoding="utf-8")
 

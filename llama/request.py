@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,16 @@ class TokenEvent(NamedTuple):
     top_logprobs: dict[int, float] | None = None
 
 
+class Constraint(Protocol):
+    """Which tokens may come next, such as those of a grammar."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [V] of all other tokens to -inf."""
+
+    def accept(self, token: int) -> None:
+        """Go on after this token."""
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One sequence.
@@ -73,6 +83,7 @@ class Request:
     # of ``Llama.score``: the token after the prompt, and the ranks of the scored tokens
     last: list[int] = dataclasses.field(default_factory=list)
     ranks: list[int] | None = None
+    constraint: Constraint | None = None  # on the first rank, which samples
 
     @property
     def n_unscored(self) -> int:
@@ -95,6 +106,8 @@ class Request:
     ) -> TokenEvent:
         """Append a generated token."""
         self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
         reason: Literal["stop", "length"] | None = None
         if token in self.stop_ids:
             reason, text = "stop", self.detokenizer.add(None, final=True)
@@ -125,6 +138,17 @@ class Group:
     requests: list[Request]
     generator: torch.Generator | None
     is_echoed: bool = False
+
+
+def constrained(rows: Sequence[tuple[Request, Group]], logits: Tensor) -> Tensor:
+    """The logits [R, V], with -inf for tokens that the constraints of their requests exclude."""
+    if all(request.constraint is None for request, _ in rows):
+        return logits
+    logits = logits.clone()
+    for row, (request, _) in zip(logits, rows, strict=True):
+        if request.constraint is not None:
+            request.constraint.mask(row)
+    return logits
 
 
 def token_ids(tokens: Sequence[int], row: int) -> list[int]:

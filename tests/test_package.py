@@ -38,6 +38,8 @@ ORDER = [
     {"build"},
     {"inspection", "score"},
     {"generation"},
+    {"options"},
+    {"driver"},
     {"integrations"},
     {"evaluate"},
     {"cli"},
