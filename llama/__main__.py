@@ -266,16 +266,18 @@ def chat(
     _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "info": info,
+    "verify": verify,
+    "convert": convert_folder,
+    "complete": complete,
+    "chat": chat,
+    "eval": evaluate,
+}
+
+
 def main() -> None:
-    commands: dict[str, Callable[..., None]] = {
-        "info": info,
-        "verify": verify,
-        "convert": convert_folder,
-        "complete": complete,
-        "chat": chat,
-        "eval": evaluate,
-    }
-    cli.run(commands, name="python -m llama")
+    cli.run(COMMANDS, name="python -m llama")
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def test_a_misspelt_option_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "--temperature is 'hot', expected a number" in cli(
         "chat", DEMO, "hi", "--temperature", "hot", code=1
     )
-    assert "convert" in run(sys.executable, "-m", "llama").stderr
+    assert "unknown command covert" in cli("covert", folder, target, code=2)
     assert not list(tmp_path.iterdir())
 
 

@@ -96,18 +96,30 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", [pytest.param("demo", marks=pytest.mark.slow), "stories260K"])
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        pytest.param("demo", None, marks=pytest.mark.slow),
+        pytest.param("demo", "meta", marks=pytest.mark.slow),
+        pytest.param("demo", "folder", marks=pytest.mark.slow),
+        ("stories260K", None),
+    ],
+)
 def test_the_numbers_of_the_hf_model(
-    name: str, tasks: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, template: str | None, tasks: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """On several windows of 256 tokens, and with examples in the prompt."""
+    """On several windows of 256 tokens, with examples in the prompt, and as dialogs. The folder
+    has Meta's format as its template."""
     source = DEMO if name == "demo" else request.getfixturevalue("stories") / "native"
     folder = str(tmp_path / "hf")
     convert_folder(str(source), folder, format="hf")
     llm = Llama.build(folder, max_seq_len=256, max_batch_size=8, dtype="float32", device="cpu")
-    ours = results(LlamaLM(llm, progress=False), tasks)
+    options: dict[str, Any] = {}
+    if template is not None:
+        options = {"apply_chat_template": True, "system_instruction": "Answer in one sentence."}
+    ours = results(LlamaLM(llm, template or "meta", progress=False), tasks, **options)
     arguments = f"pretrained={folder},dtype=float32,max_length=256"
-    theirs = results("hf", tasks, model_args=arguments, device="cpu", batch_size=4)
+    theirs = results("hf", tasks, model_args=arguments, device="cpu", batch_size=4, **options)
     for task in TASKS:
         pairs = zip(ours["samples"][task], theirs["samples"][task], strict=True)
         for mine, other in pairs:

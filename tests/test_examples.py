@@ -115,7 +115,7 @@ def test_help_explains_the_arguments(script: Path) -> None:
     result = run(sys.executable, script, "--help", stdin=subprocess.DEVNULL)
     assert result.returncode == 0
     for name in ("ckpt_dir", "temperature", "max_gen_len", "prompt"):
-        assert f"--{name}=" in result.stdout + result.stderr
+        assert f"  --{name} " in result.stdout
 
 
 @pytest.mark.slow
