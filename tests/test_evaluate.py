@@ -156,6 +156,25 @@ def test_dialogs(demo: Llama) -> None:
         LlamaLM(demo, "alpaca")
 
 
+def test_the_folders_template(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    )
+    monkeypatch.setattr(demo.tokenizer, "chat_template", text, raising=False)
+    model = LlamaLM(demo, "folder", progress=False)
+    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == (
+        "<|begin_of_text|>[user] Hi\n"
+    )
+
+
+def test_a_context_that_is_too_long_loses_its_start(demo: Llama) -> None:
+    model = LlamaLM(demo, progress=False)
+    long, short = [7, 8] * 200, ([7, 8] * 200)[-254:]
+    pairs: list[Any] = [(None, context, [20, 300, 41]) for context in (long, short)]
+    first, second = model._loglikelihood_tokens(pairs)
+    assert first == second
+
+
 def test_one_begin_of_text_token(demo: Llama) -> None:
     model, bos = LlamaLM(demo), demo.tokenizer.bos_id
     assert model.tok_encode("one").count(bos) == 1
