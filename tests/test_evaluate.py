@@ -156,21 +156,22 @@ def test_dialogs(demo: Llama) -> None:
         LlamaLM(demo, "alpaca")
 
 
-def test_the_folders_template(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+def test_the_folders_template(tmp_path: Path) -> None:
+    convert_folder(str(DEMO), str(tmp_path / "hf"), format="hf")
+    path = tmp_path / "hf" / "tokenizer_config.json"
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     )
-    monkeypatch.setattr(demo.tokenizer, "chat_template", text, raising=False)
-    model = LlamaLM(demo, "folder", progress=False)
-    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == (
-        "<|begin_of_text|>[user] Hi\n"
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    llm = Llama.build(str(tmp_path / "hf"), max_seq_len=64, dtype="float32", device="cpu")
+    text = LlamaLM(llm, "folder").apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert text == "<|begin_of_text|>[user] Hi"
 
 
 def test_a_context_that_is_too_long_loses_its_start(demo: Llama) -> None:
     model = LlamaLM(demo, progress=False)
-    long, short = [7, 8] * 200, ([7, 8] * 200)[-254:]
-    pairs: list[Any] = [(None, context, [20, 300, 41]) for context in (long, short)]
+    long = list(range(10, 400))
+    pairs: list[Any] = [(None, context, [20, 300, 41]) for context in (long, long[-254:])]
     first, second = model._loglikelihood_tokens(pairs)
     assert first == second
 
