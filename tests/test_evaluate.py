@@ -12,6 +12,7 @@ from conftest import DEMO, ROOT, TORCHRUN, run
 
 from llama import Llama
 from llama.__main__ import convert_folder
+from llama.chat_template import LLAMA3_TEMPLATE
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
@@ -156,16 +157,26 @@ def test_dialogs(demo: Llama) -> None:
         LlamaLM(demo, "alpaca")
 
 
-def test_the_folders_template(tmp_path: Path) -> None:
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+WITH_DATES = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n"
+    + DATES
+    + "' + system + '<|eot_id|>' }}"
+    + LLAMA3_TEMPLATE.removeprefix("{{ bos_token }}")
+)
+
+
+def test_the_folders_template_may_add_dates(tmp_path: Path) -> None:
+    """As Hugging Face's of Llama 3.1 does, which is otherwise Meta's format."""
     convert_folder(str(DEMO), str(tmp_path / "hf"), format="hf")
     path = tmp_path / "hf" / "tokenizer_config.json"
-    template = (
-        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
-    )
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": WITH_DATES}))
     llm = Llama.build(str(tmp_path / "hf"), max_seq_len=64, dtype="float32", device="cpu")
-    text = LlamaLM(llm, "folder").apply_chat_template([{"role": "user", "content": "Hi"}])
-    assert text == "<|begin_of_text|>[user] Hi"
+    dialog = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    meta, folder = (LlamaLM(llm, name).apply_chat_template(dialog) for name in ("meta", "folder"))
+    assert folder == meta.replace("Be brief.", f"{DATES}Be brief.")
 
 
 def test_a_context_that_is_too_long_loses_its_start(demo: Llama) -> None:
