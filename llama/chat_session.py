@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 
@@ -221,8 +222,9 @@ class ChatSession:
                 "a value, or nothing"
             )
         if words:
+            change: dict[str, Any] = {words[0]: _value(words[1])}
             try:
-                self.params = dataclasses.replace(self.params, **{words[0]: _value(words[1])})
+                self.params = dataclasses.replace(self.params, **change)
             except TypeError as error:
                 raise ValueError(str(error)) from None
         return "\n".join(
