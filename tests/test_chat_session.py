@@ -57,7 +57,9 @@ def test_the_computed_tokens_of_a_turn_do_not_grow_with_the_history(session: Cha
     assert max(computed[1:]) <= lengths[0] + 2  # and the end of the last answer
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_was_shown(session: ChatSession) -> None:
+def test_an_answer_that_is_stopped_stays_as_far_as_it_was_shown(
+    session: ChatSession, demo: Llama
+) -> None:
     whole = say(session, "Spell the word garden.")
     say(session, "/clear")
     with closing(session.respond("Spell the word garden.")) as pieces:
@@ -69,6 +71,7 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_shown(session: ChatSes
     n_prompt = session.stats.n_prompt
     assert say(session, "What is 23 + 45?") == "23 + 45 = 68."
     assert session.stats.n_reused >= n_prompt
+    assert not demo.engine.is_busy
 
 
 def test_an_answer_may_be_stopped_before_its_first_token(
