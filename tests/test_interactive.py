@@ -245,13 +245,14 @@ def test_without_standard_input_there_is_nothing_to_answer(monkeypatch: pytest.M
     chat(str(DEMO), device="cpu")
 
 
-def test_only_a_second_ctrl_c_interrupts_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_ctrl_c_interrupts_a_step() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    terminal = interactive._Terminal()
+    terminal, seen = interactive._Terminal(), []
     with terminal.answering() as is_interrupted:
-        assert not is_interrupted()
+        seen.append(is_interrupted())
         signal.raise_signal(signal.SIGINT)
-        assert is_interrupted()
+        seen.append(is_interrupted())
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second one raises KeyboardInterrupt")
+    assert seen == [False, True]
     assert signal.getsignal(signal.SIGINT) is handler
