@@ -94,8 +94,8 @@ class ChatSession:
         the answer, and the dialog keeps what was yielded. After an error the dialog is as before.
 
         Raises:
-            ValueError: the command is unknown or its argument invalid, or the dialog
-                isn't valid in the model's chat format or leaves no room for an answer.
+            ValueError: the command is unknown or its argument invalid, or the dialog isn't valid in
+                the model's chat format or leaves no room for an answer.
             OSError: a file can't be read or written.
             FloatingPointError, torch.OutOfMemoryError, RankError: see ``Driver.step``.
         """

@@ -160,8 +160,9 @@ class _Terminal:
 
         before = signal.signal(signal.SIGINT, handle)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                yield lambda: received
+            yield lambda: received
+        except KeyboardInterrupt:
+            print()
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -258,9 +259,11 @@ def _line_editor() -> Callable[[], str] | None:
     except ImportError:
         return None
     keys = KeyBindings()
-    typing = has_focus(DEFAULT_BUFFER)
-    keys.add("enter", filter=typing)(lambda event: event.current_buffer.validate_and_handle())
-    keys.add("escape", "enter", filter=typing)(lambda event: event.current_buffer.newline())
+    is_message = has_focus(DEFAULT_BUFFER)  # not the search field
+    keys.add("enter", filter=is_message)(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter", filter=is_message)(
+        lambda event: event.current_buffer.insert_text("\n")
+    )
     session: PromptSession[str] = PromptSession(
         multiline=True, key_bindings=keys, prompt_continuation=" " * len(_PROMPT)
     )

@@ -112,10 +112,9 @@ def saved(terminal: Terminal, path: Path) -> list[str]:
 def stop_an_answer(terminal: Terminal, path: Path) -> None:
     """Ctrl-C in an endless answer: the dialog keeps what was shown, and goes on."""
     terminal.send("Tell me a story.\r")
-    shown = terminal.expect("word word word")
-    terminal.send(CTRL_C)
+    terminal.expect("word word word")
+    terminal.send("typed ahead\r" + CTRL_C)  # which drops it
     shown = terminal.expect(PROMPT)
-    assert shown.count(" word") < 1000
     question, answer = saved(terminal, path)[-2:]
     assert question == "Tell me a story."
     n_words = len(answer.split())

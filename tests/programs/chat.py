@@ -22,7 +22,7 @@ if "endless" in changes:
 
     def endless(*args, **kwargs):
         llm = build(*args, **kwargs)
-        (word,) = llm.tokenizer.encode(" word", bos=False, eos=False)[:1]
+        word = llm.tokenizer.encode(" word", bos=False, eos=False)[0]
 
         def sample(logits, temperature, top_p, generator):
             time.sleep(0.01)
