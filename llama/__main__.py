@@ -1,13 +1,11 @@
 """python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run a prompt."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from llama import accel, cli, memory
-from llama.chat import Message
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
@@ -17,10 +15,10 @@ from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
 from llama.evaluate import evaluate
-from llama.files import escaped, expanded
+from llama.files import expanded
+from llama.interactive import chat, show, show_steps
 from llama.options import ModelOptions, runs_model
 from llama.quantize import parse_quantize
-from llama.request import TokenEvent
 from llama.tokenizer import Tokenizer
 
 
@@ -204,18 +202,6 @@ def convert_folder(
         print(f"note: {dst} can't record that {sorted(lost)} end a generation")
 
 
-def _write(steps: Iterator[list[TokenEvent]]) -> None:
-    for events in steps:
-        for event in events:
-            _show(event.text)
-    print()
-
-
-def _show(text: str) -> None:
-    """Print a piece of text, on a terminal without control characters."""
-    print(escaped(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
 @runs_model(max_batch_size=1)
 def complete(
     model: ModelOptions,
@@ -235,35 +221,8 @@ def complete(
     """
     llm = model.build()
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
-    _show(prompt)
-    _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
-
-
-@runs_model(max_batch_size=1)
-def chat(
-    model: ModelOptions,
-    prompt: str,
-    *,
-    system: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
-) -> None:
-    """Answer a message and show the answer as it is generated.
-
-    Args:
-        prompt: the message.
-        system: the system message, if any.
-        temperature: divides the logits; 0 is greedy.
-        top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_gen_len: maximum number of tokens to generate; default: as many as fit.
-    """
-    llm = model.build()
-    dialog: list[Message] = [{"role": "user", "content": prompt}]
-    if system is not None:
-        dialog.insert(0, {"role": "system", "content": system})
-    tokens = llm.formatter.encode_dialog_prompt(dialog)
-    _write(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
+    show(prompt)
+    show_steps(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -23,11 +23,14 @@ from llama.model import Transformer
 from llama.quantize import parse_quantize
 from llama.tokenizer import AnyTokenizer, Tokenizer
 
+# With max_seq_len=None, if the model's context isn't shorter.
+_DEFAULT_SEQ_LEN = 2048
+
 
 def build_model(
     ckpt_dir: str,
     tokenizer_path: str | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     max_batch_size: int,
     model_parallel_size: int | None,
     *,
@@ -66,6 +69,8 @@ def build_model(
         path = tokenizer_path or str(ckpt.tokenizer_path)
         tokenizer: AnyTokenizer = Tokenizer(path, llama31=ckpt.is_llama31)
         tokenizer.stop_tokens |= ckpt.stop_tokens
+        if max_seq_len is None:
+            max_seq_len = min(_DEFAULT_SEQ_LEN, ckpt.context or _DEFAULT_SEQ_LEN)
         args = ckpt.args(tokenizer.n_words, max_seq_len, max_batch_size, rope_scaling_factor)
         tokenizer.n_padding = args.vocab_size - tokenizer.n_words
         shards = f" ({ckpt.n_shards} shards)" if ckpt.layout == "native" else ""

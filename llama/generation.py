@@ -47,7 +47,7 @@ class Llama:
         cls,
         ckpt_dir: str,
         tokenizer_path: str | None = None,
-        max_seq_len: int = 512,
+        max_seq_len: int | None = 512,
         max_batch_size: int = 4,
         model_parallel_size: int | None = None,
         seed: int = 1,
@@ -71,7 +71,7 @@ class Llama:
         Args:
             ckpt_dir: the folder, or the id owner/name of a model on the Hugging Face hub.
             tokenizer_path: tokenizer file; default: in ``ckpt_dir`` or its parent (Llama 2).
-            max_seq_len: maximum length of prompt plus generation, in tokens.
+            max_seq_len: maximum tokens of prompt plus generation; None: 2048, or a shorter context.
             max_batch_size: maximum number of sequences in a batch; further prompts wait for a slot.
             model_parallel_size: ranks per copy of the weights (default: all); copies share prompts.
             seed: seed of the sampling generator.

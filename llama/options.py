@@ -16,7 +16,8 @@ class ModelOptions:
     Args:
         ckpt_dir: checkpoint folder, or hub id (owner/name).
         tokenizer_path: tokenizer file; default: the one in the folder.
-        max_seq_len: maximum length of prompt plus generation, in tokens.
+        max_seq_len: maximum length of prompt plus generation, in tokens; default, if none is shown:
+            2048, or the model's context if that is shorter.
         max_batch_size: maximum number of sequences in a batch.
         model_parallel_size: ranks per copy of the weights; default: all.
         dtype: bfloat16, float16 or float32; the default depends on the device.
@@ -28,7 +29,7 @@ class ModelOptions:
 
     ckpt_dir: str
     tokenizer_path: str | None = None
-    max_seq_len: int = 512
+    max_seq_len: int | None = 512
     max_batch_size: int = 4
     model_parallel_size: int | None = None
     dtype: str | None = None
@@ -41,7 +42,7 @@ class ModelOptions:
         return Llama.build(**dataclasses.asdict(self))
 
 
-def runs_model(**defaults: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def runs_model(**defaults: int | None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a command, whose first argument is a ModelOptions, take its fields as options instead.
 
     Args:

@@ -344,3 +344,8 @@ def test_the_demo_matches_its_checklist() -> None:
     for line in lines:
         md5, name = line.split()
         assert hashlib.md5((DEMO / name).read_bytes()).hexdigest() == md5
+
+
+def test_max_seq_len_none_is_2048_or_the_shorter_context(folder: Path, stories: Path) -> None:
+    assert build(folder, max_seq_len=None).model.params.max_seq_len == 2048
+    assert build(stories / "hf", max_seq_len=None).model.params.max_seq_len == 512

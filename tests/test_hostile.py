@@ -38,10 +38,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama import ChatFormat, Llama, Tokenizer
-from llama.__main__ import _write, complete
+from llama.__main__ import complete
 from llama.checkpoint import pth_safety, verify
 from llama.checkpoint.folder import find_checkpoint
 from llama.generation import TokenEvent
+from llama.interactive import show_steps
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 # --- Pickles ------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_generated_text_is_escaped_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stdout)
     complete(str(DEMO), ESCAPE + "é\n\t", max_gen_len=0)
-    _write(iter([[TokenEvent(0, 0, "\x9b2J", None, None)]]))
+    show_steps(iter([[TokenEvent(0, 0, "\x9b2J", None, None)]]))
     text = stdout.getvalue()
     assert "é\n\t" in text
     assert (ESCAPE in text) == ("\x9b" in text) == shown

@@ -40,6 +40,8 @@ ORDER = [
     {"generation"},
     {"options"},
     {"driver"},
+    {"chat_session"},
+    {"interactive"},
     {"integrations"},
     {"evaluate"},
     {"cli"},
