@@ -38,7 +38,7 @@ def _harness() -> Any:
     return lm_eval, adapter
 
 
-@runs_model(max_seq_len=2048, max_batch_size=8, seed=1234)
+@runs_model(max_seq_len=None, max_batch_size=8, seed=1234)
 def evaluate(
     model: ModelOptions,
     tasks: str,
@@ -105,6 +105,7 @@ def evaluate(
     if output is not None:
         options = dataclasses.asdict(model) | {
             "dtype": str(llm.model.tok_embeddings.weight.dtype),
+            "max_seq_len": llm.model.params.max_seq_len,
             "template": template,
         }
         found = {"llama": {**options, **_environment(llm)}, **results}
