@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -12,7 +11,7 @@ import jsonschema
 import llama_models.llama3
 import pytest
 import torch
-from conftest import DEMO, SHARED, environment
+from conftest import DEMO, SHARED
 
 from llama import Llama, Tokenizer
 from llama.request import Request
@@ -134,6 +133,32 @@ def test_the_texts_of_a_finite_schema(any_tokenizer: AnyTokenizer) -> None:
     assert ends == set(texts)
 
 
+def test_a_string_has_no_control_tokens(any_tokenizer: AnyTokenizer) -> None:
+    """Nor their names' bytes: it can't end the turn."""
+    constraint = JsonConstraint(any_tokenizer, {"type": "string"})
+    for text in ('"', "a", "<|"):
+        for token in any_tokenizer.encode(f"\n{text}", bos=False, eos=False)[-len(text) :]:
+            constraint.accept(token)
+        found = allowed(constraint, any_tokenizer)
+        assert len(found) > 100
+        assert not found & any_tokenizer.control_ids
+
+
+def test_text_without_a_choice_is_in_the_vocabularys_own_tokens(
+    any_tokenizer: AnyTokenizer,
+) -> None:
+    text = '"Once upon a time there was a little dog."'
+    constraint = JsonConstraint(any_tokenizer, {"const": json.loads(text)})
+    tokens: list[int] = []
+    while not (found := allowed(constraint, any_tokenizer)) & any_tokenizer.stop_tokens:
+        assert len(found) == 1
+        tokens += found
+        constraint.accept(tokens[-1])
+    assert text_of(any_tokenizer, tokens) == text
+    line = any_tokenizer.encode(f"\n{text}", bos=False, eos=False)
+    assert line[-len(tokens) :] == tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_only_excluded_logits_change(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """In place, also for a row of a batch and for weights with more rows than the vocabulary."""
@@ -214,7 +239,7 @@ def test_the_vocabulary_is_read_once_and_freed_with_its_tokenizer(
     assert gone() is None
 
 
-def test_llama_3s_vocabulary_takes_a_moment() -> None:
+def test_llama_3s_vocabulary() -> None:
     """128,256 tokens, of which many are parts of characters."""
     path = Path(llama_models.llama3.__file__).parent / "tokenizer.model"
     tokenizer = Tokenizer(str(path), llama31=True)
@@ -226,31 +251,25 @@ def test_llama_3s_vocabulary_takes_a_moment() -> None:
     assert allowed(constraint, tokenizer) == tokenizer.stop_tokens
 
 
-def test_without_llguidance_the_command_is_named() -> None:
-    program = (
-        "import sys; sys.modules['llguidance'] = None\n"
-        "from llama import Tokenizer\n"
-        "from llama.serving.structured import JsonConstraint\n"
-        "JsonConstraint(Tokenizer('demo/model/tokenizer.model'), None)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=DEMO.parents[1],
-        env=environment(),
-    )
-    assert "ImportError: structured output needs llguidance" in result.stderr
-    assert '-e ".[structured]"' in result.stderr
+def test_without_llguidance_the_command_is_named(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(
+        ImportError, match=r'needs llguidance .*constraints.txt -e "\.\[structured\]"'
+    ):
+        JsonConstraint(tokenizer, SUM)
 
 
 def test_an_error_ends_the_answer(tokenizer: Tokenizer) -> None:
     """Not the engine, whose other requests go on."""
     constraint = JsonConstraint(tokenizer, SUM)
     constraint.accept(tokenizer.encode("x", bos=False, eos=False)[0])
-    assert constraint.error
+    assert constraint.error is not None
+    assert "\n" not in constraint.error
+    first = constraint.error
     assert allowed(constraint, tokenizer) == tokenizer.stop_tokens
+    assert constraint.error == first
 
 
 # --- Answers ------------------------------------------------------------------------------------
@@ -327,30 +346,40 @@ def test_a_cancelled_request_leaves_the_others_valid(demo: Llama) -> None:
 
 
 def test_a_required_call_is_made(demo: Llama) -> None:
-    point = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9}}}
-    parameters = {
-        "$defs": {"Point": {**point, "required": ["x"], "additionalProperties": False}},
+    """With references inside the definitions."""
+    point = {
         "type": "object",
-        "properties": {"at": {"$ref": "#/$defs/Point"}},
-        "required": ["at"],
+        "properties": {"x": {"type": "integer", "maximum": 9, "minimum": 0}},
+        "required": ["x"],
         "additionalProperties": False,
     }
+    line = {
+        "$defs": {"Point": point},
+        "type": "object",
+        "properties": {"start": {"$ref": "#/$defs/Point"}, "end": {"$ref": "#/$defs/Point"}},
+        "required": ["start", "end"],
+        "additionalProperties": False,
+    }
+    schemas = {"wipe": point, "draw": line}
     tools = [
-        {"type": "function", "function": {"name": "draw", "parameters": parameters}},
-        {
-            "type": "function",
-            "function": {"name": "wipe", "parameters": {**point, "minProperties": 0}},
-        },
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name, parameters in schemas.items()
     ]
-    for choice in ("required", {"type": "function", "function": {"name": "draw"}}):
-        asked = request(demo, "What is 1 + 2?", 1.0)
-        asked.constraint = JsonConstraint(demo.tokenizer, answer_schema(tools[:1], choice))
-        [tokens] = run(demo, [asked])
-        answer = demo.tokenizer.decode(tokens)
-        content, [call] = tool_calls({"role": "assistant", "content": answer}, tools)
-        assert content is None
-        assert call["function"]["name"] == "draw"
-        jsonschema.validate(json.loads(call["function"]["arguments"]), parameters)
+    draw = {"type": "function", "function": {"name": "draw"}}
+    choices: list[tuple[Any, set[str]]] = [("required", {"wipe", "draw"}), (draw, {"draw"})]
+    for choice, expected in choices:
+        names = set()
+        asked = [request(demo, "What is 1 + 2?", 5.0) for _ in range(4)]
+        for each in asked:
+            each.constraint = JsonConstraint(demo.tokenizer, answer_schema(tools, choice))
+        for tokens in run(demo, asked):
+            answer = demo.tokenizer.decode(tokens)
+            content, [call] = tool_calls({"role": "assistant", "content": answer}, tools)
+            assert content is None
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            jsonschema.validate(json.loads(arguments), schemas[name])
+            names.add(name)
+        assert names == expected
 
 
 @pytest.mark.parametrize(

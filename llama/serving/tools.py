@@ -176,18 +176,18 @@ def _call_schema(function: Function, place: str) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to itself ("#/$defs/...") still hold at ``place``."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
+def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """The schema with its references to itself ("#/$defs/...") as they are at ``place``."""
     if "$id" in schema:  # its references start there
         return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = place + reference[1:]
+
+    def move(part: dict[str, Any]) -> dict[str, Any]:
+        reference = part.get("$ref")
+        if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+            part["$ref"] = place + reference[1:]
+        return part
+
+    moved: dict[str, Any] = json.loads(json.dumps(schema), object_hook=move)
     return moved
 
 
