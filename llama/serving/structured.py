@@ -44,10 +44,6 @@ class JsonConstraint:
     Args:
         schema: a JSON schema; None: any JSON object.
 
-    Attributes:
-        error: why the answer can't be continued, such as a limit of llguidance; None while it
-            can. After an error only stop tokens are allowed: the answer ends, incomplete.
-
     Raises:
         ImportError: llguidance isn't installed.
         ValueError: llguidance doesn't support the schema or the tokenizer.
@@ -62,9 +58,15 @@ class JsonConstraint:
             raise ValueError(f"the JSON schema is {schema!r:.100}, expected an object")
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         self._matcher = llguidance.LLMatcher(_ll_tokenizer(tokenizer), grammar, log_level=0)
-        self.error: str | None = self._first_error()
         if self.error:
             raise ValueError(f"the JSON schema isn't supported: {self.error}")
+
+    @property
+    def error(self) -> str | None:
+        """Why the answer can't be continued, such as a limit of llguidance; None while it can.
+        After an error only stop tokens are allowed: the answer ends, incomplete."""
+        # the state and the grammar follow on further lines
+        return self._matcher.get_error().partition("\n")[0] or None
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits [V] of all other tokens to -inf. V may exceed the vocabulary."""
@@ -73,17 +75,12 @@ class JsonConstraint:
         allowed[: len(bias)] = torch.frombuffer(bytearray(bias), dtype=torch.uint8) != 0
         allowed[self._stop_tokens] = False
         allowed[self._stop_tokens] = self._matcher.is_accepting() or not allowed.any()
-        self.error = self.error or self._first_error()
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token: int) -> None:
         """Go on after this token."""
-        if token not in self._stop_tokens and not self._matcher.consume_token(token):
-            self.error = self.error or self._first_error()
-
-    def _first_error(self) -> str | None:
-        """Without the state and the grammar, which llguidance appends."""
-        return self._matcher.get_error().partition("\n")[0] or None
+        if token not in self._stop_tokens:
+            self._matcher.consume_token(token)
 
 
 class _Vocabulary:
