@@ -330,6 +330,13 @@ def test_other_texts_stay_content(text: str) -> None:
     assert tool_calls(answer(CALL), None) == (CALL, [])
 
 
+def test_messages_that_arent_dicts_are_left_to_the_formatter(formatter: ChatFormat) -> None:
+    for messages in (["hi"], [USER, None]):
+        dialog = with_tools(messages, TOOLS, "auto", formatter)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="expected a dict of 'role' and 'content'"):
+            formatter.encode_dialog_prompt(dialog)
+
+
 def test_arguments_are_valid_json_in_utf8() -> None:
     text = r'{"name": "get_weather", "parameters": {"city": "\ud800"}}'
     _, [found] = tool_calls(answer(text), TOOLS)

@@ -4,7 +4,7 @@ This is "JSON based tool calling" of Meta's prompt format, which PyPI's ``llama-
 llama3_1/prompt_format.md: the system message begins with ``Environment: ipython``, and a user
 message defines the functions. The model answers ``<|python_tag|>``, the call as JSON and
 ``<|eom_id|>``, or the JSON alone; a result has the role ``ipython``. Later models get the same
-format.
+format; the one with Python calls, which Meta also publishes for Llama 3.2 1B and 3B, isn't used.
 """
 
 import json
@@ -17,7 +17,7 @@ from llama.chat_template import AnyChatFormat
 from llama.dialog import Dialog, Message, text_of
 
 _ENVIRONMENT = "Environment: ipython"
-# the wording that the models were trained on
+# Meta's wording, which is a part of the format
 _BEFORE_DEFINITIONS = (
     "Answer the user's question by making use of the following functions if needed.\n"
     "If none of the function can be used, please say so.\n"
@@ -26,6 +26,7 @@ _BEFORE_DEFINITIONS = (
 _AFTER_DEFINITIONS = "\n\nReturn function calls in JSON format."
 # how the models call the tools they know by name, such as brave_search
 _BUILT_IN_CALL = re.compile(r'(\w+)\.call\((\w+)="([^"]*)"\)')
+_SEPARATORS = tuple("; \t\r\n")
 _DECODER = json.JSONDecoder()
 
 Function = dict[str, Any]
@@ -196,7 +197,7 @@ def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _with_definitions(dialog: list[Message], functions: Sequence[Function]) -> list[Message]:
     system = _ENVIRONMENT
-    if dialog and dialog[0].get("role") == "system":
+    if dialog and _role(dialog[0]) == "system":
         system += "\n\n" + text_of(dialog[0], "message 0").strip()
         dialog = dialog[1:]
     definitions = [
@@ -217,8 +218,7 @@ def _with_calls(messages: Sequence[Json]) -> list[Message]:
     results: dict[str, Message | None] = {}  # of the last calls, by id
     for i, message in enumerate(messages):
         where, renamed = f"message {i}", _renamed(message)
-        is_result = isinstance(message, Mapping) and message.get("role") == "tool"
-        if is_result:
+        if _role(message) == "tool":
             call_id = message.get("tool_call_id")
             if not isinstance(call_id, str) or results.get(call_id, call_id) is not None:
                 raise ValueError(
@@ -232,7 +232,7 @@ def _with_calls(messages: Sequence[Json]) -> list[Message]:
             continue
         if results:
             raise ValueError(f"{where} comes before the results of the calls {_open(results)}")
-        if isinstance(message, Mapping) and message.get("role") == "assistant":
+        if _role(message) == "assistant":
             calls = message.get("tool_calls") or []
             renamed = _answered(renamed, calls, where)
             results = dict.fromkeys(_ids(calls, where))
@@ -244,9 +244,11 @@ def _with_calls(messages: Sequence[Json]) -> list[Message]:
 
 def _renamed(message: Any) -> Any:
     """The message with the role ``system`` for ``developer``."""
-    if isinstance(message, Mapping) and message.get("role") == "developer":
-        return {**message, "role": "system"}
-    return message
+    return {**message, "role": "system"} if _role(message) == "developer" else message
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _open(results: Mapping[str, Message | None]) -> str:
@@ -307,11 +309,13 @@ def _parse(text: str, functions: Mapping[str, Function]) -> list[tuple[str, str]
         return [(name, json.dumps({key: value}))] if name in functions else []
     found: list[Any] = []
     calls = []
+    at = 0
     try:
-        while text:
-            value, end = _DECODER.raw_decode(text)
+        while at < len(text):
+            value, at = _DECODER.raw_decode(text, at)
             found += value if isinstance(value, list) else [value]
-            text = text[end:].lstrip("; \t\r\n")
+            while text[at : at + 1] in _SEPARATORS:
+                at += 1
         for each in found:
             call = dict(each) if isinstance(each, dict) else {}
             name, kind = call.pop("name", None), call.pop("type", "function")
