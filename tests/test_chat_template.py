@@ -151,6 +151,29 @@ def test_tool_calls_and_options_of_filters(folder: Path) -> None:
     assert theirs.decode(ids) == text == '<|eot_id|>[{"id": 1, "name": "n\\u00e9"}]x'
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0]['content'] }}", "one"),
+        ("{% for part in messages[0]['content'] %}{{ part['text'] }},{% endfor %}", "one,"),
+        ("{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}", "one"),
+        (
+            "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}"
+            "{{ messages[0].content[0].text }} in parts{% endif %}",
+            "one",
+        ),
+    ],
+)
+def test_content_is_a_string_unless_the_template_reads_only_parts(
+    folder: Path, template: str, text: str
+) -> None:
+    tokenizer = with_template(folder, template)
+    parts = [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]
+    for content in ("one", parts):
+        dialog: Any = [{"role": "user", "content": content}]
+        assert tokenizer.decode(chat_format(tokenizer).encode_dialog_prompt(dialog)) == text
+
+
 def test_templates_by_name(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     formatter = chat_format(with_template(folder, named))

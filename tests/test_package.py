@@ -41,9 +41,8 @@ ORDER = [
     {"options"},
     {"driver"},
     {"chat_session"},
-    {"interactive"},
     {"integrations"},
-    {"evaluate"},
+    {"interactive", "serving", "evaluate"},
     {"cli"},
     {"__main__"},
 ]
