@@ -25,6 +25,7 @@ TEST = [
     "openai>=2",
     "langchain-openai>=1",
     "schemathesis>=4",
+    "jsonschema>=4",
     *LLAMA2,
     *HF,
     "pytest>=8",
