@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run a prompt."""
+"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run prompts."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from llama import accel, cli, memory
+from llama.batch import batch
 from llama.chat import Message
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
@@ -274,6 +275,7 @@ def main() -> None:
         "complete": complete,
         "chat": chat,
         "eval": evaluate,
+        "batch": batch,
     }
     cli.run(commands, name="python -m llama")
 

@@ -41,7 +41,7 @@ ORDER = [
     {"options"},
     {"driver"},
     {"integrations"},
-    {"evaluate"},
+    {"batch", "batch_lines", "batch_output", "evaluate"},
     {"cli"},
     {"__main__"},
 ]
