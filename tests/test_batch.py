@@ -205,7 +205,7 @@ def test_slots_stay_full_and_few_requests_wait(llm: Llama, monkeypatch: pytest.M
     found = list(generate(llm, prompts_of(llm, lines), 0, progress=False))
     assert len(found) == len(lines)
     n_tokens = sum(len(request.tokens) for _, request, _ in found)
-    assert len(n_waiting) <= 1.1 * n_tokens / 4 + 2 * max(lengths)
+    assert len(n_waiting) <= n_tokens / 4  # the first token of each takes no step of its own
     assert max(n_waiting) <= 8
 
 
@@ -321,16 +321,19 @@ def test_what_the_model_does_not_support_is_found_before_anything_is_generated(
 # --- Interruptions ----------------------------------------------------------------------------
 
 
+MIXED = [*LINES, openai_line("openai", "completions", prompt="The dog", max_tokens=9)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str | int, Json]:
-    """The answers to ``LINES`` in one run."""
+    """The answers to ``MIXED`` in one run."""
     folder = tmp_path_factory.mktemp("whole")
-    return run_here(write(folder / "in", LINES), folder / "out")
+    return run_here(write(folder / "in", MIXED), folder / "out")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    return write(tmp_path / "in.jsonl", LINES)
+    return write(tmp_path / "in.jsonl", MIXED)
 
 
 @pytest.fixture
@@ -372,13 +375,13 @@ def test_an_interrupted_run_keeps_its_answers_and_continues(
             run_here(source, output)
     assert f"{output} isn't complete: repeat the command to continue" in capsys.readouterr().err
     kept = output.read_bytes()
-    assert 3 <= kept.count(b"\n") < len(LINES)
+    assert 3 <= kept.count(b"\n") < len(MIXED)
     assert close_to(run_here(source, output), whole)
     assert output.read_bytes().startswith(kept)
     shown = capsys.readouterr()
     assert f"{output} has {kept.count(bytes([10]))} answers" in shown.err
     assert re.search(r"100%.* tokens/s", shown.err)
-    assert shown.out.endswith(f"\n{output}: {len(LINES)} answers\n")
+    assert shown.out.endswith(f"\n{output}: {len(MIXED)} answers\n")
 
 
 def test_a_complete_file_stays_as_it_is(source: str, output: Path) -> None:
@@ -454,7 +457,7 @@ def test_other_options_or_another_input_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr(ModelOptions, "build", lambda self: pytest.fail("built"))
     message = refused(source, output, temperature=0, quantize="int8")
     assert "quantize was None, is 'int8'; temperature was 0.6, is 0)" in message
-    write(Path(source), LINES[1:])
+    write(Path(source), MIXED[1:])
     assert "input_sha256 was" in refused(source, output)
 
 
@@ -480,9 +483,9 @@ def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> No
     data = output.read_bytes()
     first = data.splitlines(keepends=True)[0]
     for line, message in [
-        (b'{"id": "new"}\n', f'line 9 of {output} is b\'{{"id": "new"}}'),
-        (b"my notes\n", f"line 9 of {output} is b'my notes"),
-        (b"[" * 5000 + b"\n", f"line 9 of {output} is b'[["),
+        (b'{"id": "new"}\n', f'line 10 of {output} is b\'{{"id": "new"}}'),
+        (b"my notes\n", f"line 10 of {output} is b'my notes"),
+        (b"[" * 5000 + b"\n", f"line 10 of {output} is b'[["),
         (first, f"{output} has two lines with the id "),
     ]:
         output.write_bytes(data + line)
@@ -582,14 +585,16 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_two_ranks_give_the_answers_of_one_process(
-    output: Path, long_input: str, expected: dict[str | int, Json], size: int
+    output: Path, expected: dict[str | int, Json], size: int
 ) -> None:
-    option = f"--model_parallel_size={size}"
-    result = torchrun(2, *command(long_input, output, option))
+    source = write(output.with_name("in.jsonl"), made_up(300)[:80])
+    result = torchrun(2, *command(source, output, f"--model_parallel_size={size}"))
     assert result.returncode == 0, result.stderr
-    assert answers(output) == expected
-    assert result.stdout.count(f"{output}: 300 answers") == 1
-    assert sorted(os.listdir(output.parent)) == ["out.jsonl", "out.jsonl.run.json"]
+    found = answers(output)
+    assert found == {key: expected[key] for key in found}
+    assert result.stdout.count(f"{output}: 80 answers") == 1
+    assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+    assert len(found) == 80
 
 
 def children(pid: int) -> list[int]:
@@ -601,42 +606,32 @@ def children(pid: int) -> list[int]:
 def test_other_numbers_of_ranks_continue_after_kill_9(
     output: Path, long_input: str, expected: dict[str | int, Json]
 ) -> None:
-    """Of a rank or of torchrun, whose ranks outlive it for a moment. At last, torchrun restarts
-    the killed ranks itself."""
+    """Of a rank, or of torchrun, whose ranks outlive it for a moment."""
     rng = random.Random(0)
-    for n_ranks, size, victim in [
-        (2, 1, 0),
-        (2, 1, 1),
-        (2, 2, 1),
-        (4, 2, 2),
-        (3, 1, -1),
-        (2, 1, 9),
-    ]:
-        more = [f"--model_parallel_size={size}"]
-        launcher = [*TORCHRUN, str(n_ranks)]
-        if victim == 9:
-            launcher.insert(3, "--max_restarts=1")
+    for n_ranks, size, victim in [(2, 1, 0), (2, 1, 1), (3, 1, None), (2, 2, 1), (4, 2, 2)]:
         wanted = n_answers(output) + rng.randrange(1, 40)
-        with subprocess.Popen(
-            [*launcher, *command(long_input, output, *more)],
+        process = subprocess.Popen(
+            [
+                *TORCHRUN,
+                str(n_ranks),
+                *command(long_input, output, f"--model_parallel_size={size}"),
+            ],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=subprocess.DEVNULL,
             env=environment(),
-        ) as process:
+        )
+        try:
             while n_answers(output) < wanted and process.poll() is None:
                 time.sleep(0.001)
-            if victim < 0:
-                process.kill()
-            else:
-                os.kill(
-                    rng.choice(children(process.pid))
-                    if victim == 9
-                    else children(process.pid)[victim],
-                    signal.SIGKILL,
-                )
-            _, errors = process.communicate(timeout=120)
-        assert (process.returncode == 0) == (victim == 9), errors
+            killed = process.pid if victim is None else children(process.pid)[victim]
+            os.kill(killed, signal.SIGKILL)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
+            process.wait()
+        assert wanted <= n_answers(output) < 300
+    result = run(sys.executable, *command(long_input, output))
+    assert result.returncode == 0, result.stderr
     assert answers(output) == expected
 
 
