@@ -118,6 +118,9 @@ def alone(llm: Llama, line: Json, number: int) -> Json:
 def test_each_line_is_answered_as_it_is_alone(tmp_path: Path, llm: Llama) -> None:
     found = run_here(write(tmp_path / "in", LINES), tmp_path / "out")
     assert len(found) == len(LINES)
+    tail = found["tail"]
+    assert tail["finish_reason"] == "stop"  # by a token, which counts
+    assert tail["usage"]["completion_tokens"] == len(tail["tokens"]) + 1
     for number, line in enumerate(LINES, start=1):
         expected = alone(llm, line, number)
         result = found[expected["id"]]
