@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run a prompt."""
+"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run prompts."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from llama import accel, cli, memory
+from llama.batch import batch
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
@@ -231,6 +232,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert_folder,
     "complete": complete,
     "chat": chat,
+    "batch": batch,
     "eval": evaluate,
 }
 

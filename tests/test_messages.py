@@ -321,11 +321,11 @@ def test_verify_finds_non_finite_values(
 # --- Generation ---------------------------------------------------------------------------------
 
 
-def test_non_finite_logits(tokenizer: Tokenizer) -> None:
+def test_non_finite_logits(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names token and prompt, also after the first batch; finished rows are ignored."""
     weights = random_weights(PARAMS)
     llm = Llama(new_model(PARAMS, weights, max_seq_len=64, max_batch_size=2), tokenizer)
-    llm.tokenizer.stop_tokens = set()
+    monkeypatch.setattr(tokenizer, "stop_tokens", set())
     embedding = llm.model.tok_embeddings.weight
     (token,) = llm.generate([[5]], 1, temperature=0)[0][0]
     (second,) = llm.generate([[5, token]], 1, temperature=0)[0][0]

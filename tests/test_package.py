@@ -42,7 +42,7 @@ ORDER = [
     {"driver"},
     {"chat_session"},
     {"integrations"},
-    {"interactive", "serving", "evaluate"},
+    {"interactive", "serving", "batch", "batch_lines", "batch_output", "evaluate"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,665 @@
+"""python -m llama batch: answers, faults of lines, and what is left after kill -9."""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEMO, TORCHRUN, environment, run, torchrun
+
+from llama import Dialog, Llama, batch_output
+from llama.batch import batch, encode_lines, generate, ordered
+from llama.batch_lines import read_lines
+from llama.engine import Engine
+from llama.options import ModelOptions
+from llama.sampling import SamplingParams
+
+Json = dict[str, Any]
+MODEL: Json = {"dtype": "float32", "device": "cpu", "max_seq_len": 128, "max_batch_size": 4}
+FLAGS = [f"--{name}={value}" for name, value in MODEL.items()]
+SEED = 1  # the default of ModelOptions
+LONG = "Once upon a time, there was a little girl named Lily. " * 6
+LINES: list[Json] = [
+    {"prompt": "Once upon a time", "temperature": 0, "max_gen_len": 20},
+    {"id": "ids", "prompt": [1, 5, 300, 41], "temperature": 1.0, "top_p": 1.0, "seed": 7},
+    {"id": "dialog", "messages": [{"role": "user", "content": "What is 23 + 45?"}]},
+    {"prompt": "The dog", "stop": ".", "logprobs": True, "temperature": 0},
+    {"id": -1, "prompt": "The dog", "stop": ["a", 10], "max_gen_len": 30},
+    {"prompt": "né ", "max_gen_len": 0, "id": None},
+    {"prompt": LONG, "temperature": 0, "logprobs": True},
+    {
+        "id": "tail",
+        "messages": [
+            {"role": "system", "content": "Answer briefly."},
+            {"role": "user", "content": "What is the capital of France?"},
+        ],
+        "logprobs": True,
+        "temperature": 0,
+    },
+]
+
+
+def openai_line(key: str, url: str, **body: Any) -> Json:
+    return {"custom_id": key, "method": "POST", "url": f"/v1/{url}", "body": body}
+
+
+def write(path: Path, lines: list[Any]) -> str:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def answers(path: Path) -> dict[str | int, Json]:
+    """The answers by id, each exactly once."""
+    found = {}
+    data = path.read_text(encoding="utf-8")
+    assert data.endswith("\n")
+    for line in map(json.loads, data.removesuffix("\n").split("\n")):
+        key = line.get("custom_id", line.get("id"))
+        assert key not in found, f"{key} is there twice"
+        if "custom_id" in line:
+            line["response"]["body"]["created"] = 0
+        found[key] = line
+    return found
+
+
+def close_to(found: Any, expected: Any) -> bool:
+    """Equal, except for the rounding of log-probabilities."""
+    if isinstance(expected, float):
+        return bool(found == pytest.approx(expected, abs=1e-4))
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            close_to(found[k], expected[k]) for k in found
+        )
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close_to, found, expected))
+    return bool(found == expected)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama:
+    return Llama.build(str(DEMO), **MODEL)
+
+
+def run_here(source: str, output: Path, **options: Any) -> dict[str | int, Json]:
+    batch(str(DEMO), source, str(output), **MODEL, **options)
+    return answers(output)
+
+
+# --- Answers ----------------------------------------------------------------------------------
+
+
+def alone(llm: Llama, line: Json, number: int) -> Json:
+    """What the public calls give for one line."""
+    options = {"seed": SEED + number, **line}
+    key, content = options.pop("id", None), options.pop("messages", None)
+    prompt = options.pop("prompt", None)
+    if isinstance(options.get("stop"), str):
+        options["stop"] = [options["stop"]]
+    if content:
+        found: Any = llm.chat_completion([content], **options)[0]
+    elif isinstance(prompt, str):
+        found = llm.text_completion([prompt], **options)[0]
+    else:
+        [tokens], _ = llm.generate([prompt], 128, **options)
+        found = {"generation": llm.tokenizer.decode(tokens)}
+    return {"id": number if key is None else key, **found}
+
+
+def test_each_line_is_answered_as_it_is_alone(tmp_path: Path, llm: Llama) -> None:
+    found = run_here(write(tmp_path / "in", LINES), tmp_path / "out")
+    assert len(found) == len(LINES)
+    tail = found["tail"]
+    assert tail["finish_reason"] == "stop"  # by a token, which counts
+    assert tail["usage"]["completion_tokens"] == len(tail["tokens"]) + 1
+    for number, line in enumerate(LINES, start=1):
+        expected = alone(llm, line, number)
+        result = found[expected["id"]]
+        usage, reason = result.pop("usage"), result.pop("finish_reason")
+        assert close_to(result, expected)
+        limit = min(line.get("max_gen_len", 128), 128 - usage["prompt_tokens"])
+        assert usage["completion_tokens"] <= limit
+        assert reason == "stop" or usage["completion_tokens"] == limit
+    assert found["dialog"]["generation"] == {"role": "assistant", "content": "23 + 45 = 68."}
+    assert found[6]["generation"] == ""
+
+
+def test_the_commands_options_hold_where_a_line_has_none(tmp_path: Path, llm: Llama) -> None:
+    lines = [{"prompt": "The dog"}, {"prompt": "The dog", "max_gen_len": 9, "temperature": 1.5}]
+    found = run_here(
+        write(tmp_path / "in", lines), tmp_path / "out", temperature=0, max_gen_len=5, seed=3
+    )
+    greedy, sampled = found[1], found[2]
+    assert greedy["generation"] == llm.text_completion(["The dog"], 0, 0.9, 5)[0]["generation"]
+    expected = llm.text_completion(["The dog"], 1.5, 0.9, 9, seed=3 + 2)[0]["generation"]
+    assert sampled["generation"] == expected
+
+
+def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
+    question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
+    fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "user": None}
+    lines = [
+        openai_line("chat", "chat/completions", messages=question, logprobs=True, **fixed),
+        openai_line("cut", "chat/completions", messages=question, max_completion_tokens=3, **fixed),
+        openai_line("text", "completions", prompt="The dog", max_tokens=9, stop=["."], **fixed),
+    ]
+    found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
+    bodies = {}
+    for key, line in found.items():
+        assert line.keys() == {"id", "custom_id", "response", "error"}
+        assert (line["error"], line["response"]["status_code"]) == (None, 200)
+        bodies[key] = line["response"]["body"]
+        assert bodies[key]["model"] == str(DEMO)
+    choice = bodies["chat"]["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "23 + 45 = 68."}
+    expected = llm.chat_completion([question], temperature=0, logprobs=True)[0]
+    tokens = choice["logprobs"]["content"]
+    assert [token["token"] for token in tokens] == expected["tokens"]
+    assert [token["logprob"] for token in tokens] == pytest.approx(expected["logprobs"], abs=1e-4)
+    assert bodies["cut"]["choices"][0]["finish_reason"] == "length"
+    usage = bodies["cut"]["usage"]
+    assert usage["completion_tokens"] == 3
+    assert usage["total_tokens"] == 3 + usage["prompt_tokens"]
+    text = llm.text_completion(["The dog"], 0, max_gen_len=9, stop=["."])[0]["generation"]
+    assert bodies["text"]["choices"][0]["text"] == text
+
+
+def test_openais_client_reads_the_bodies(tmp_path: Path) -> None:
+    types = pytest.importorskip("openai.types")
+    question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
+    lines = [
+        openai_line("chat", "chat/completions", messages=question, logprobs=True),
+        openai_line("text", "completions", prompt="The dog", max_tokens=9),
+    ]
+    found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
+    chat = types.chat.ChatCompletion.model_validate(found["chat"]["response"]["body"], strict=True)
+    assert chat.choices[0].logprobs.content
+    types.Completion.model_validate(found["text"]["response"]["body"], strict=True)
+
+
+# --- The engine -------------------------------------------------------------------------------
+
+
+def prompts_of(llm: Llama, lines: list[Json]) -> Any:
+    data = "\n".join(map(json.dumps, lines)).encode()
+    return encode_lines("in", read_lines("in", data, SamplingParams(temperature=0)), llm)
+
+
+def test_slots_stay_full_and_few_requests_wait(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 30) for _ in range(60)]
+    lines = [{"prompt": [9, i], "max_gen_len": n} for i, n in enumerate(lengths)]
+    step, n_waiting = Engine.step, []
+
+    def counted(engine: Engine) -> Any:
+        n_waiting.append(len(engine._waiting))
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    found = list(generate(llm, prompts_of(llm, lines), 0, progress=False))
+    assert len(found) == len(lines)
+    n_tokens = sum(len(request.tokens) for _, request, _ in found)
+    assert len(n_waiting) <= n_tokens / 4  # the first token of each takes no step of its own
+    assert max(n_waiting) <= 8
+
+
+def test_a_shared_beginning_is_computed_once(llm: Llama) -> None:
+    """40 prompts with one of five beginnings, in turns."""
+    lines = [{"prompt": [7, 8 + i % 5] * 20 + [i, i], "max_gen_len": 2} for i in range(40)]
+    prompts = ordered(prompts_of(llm, lines))
+    requests = [request for _, request, _ in generate(llm, prompts, 0, progress=False)]
+    assert sum(request.n_reused < 40 for request in requests) == 5
+
+
+# --- Lines that aren't valid ------------------------------------------------------------------
+
+CHAT = "chat/completions"
+QUESTION = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([{"prompt": "a"}], "it is [{'prompt': 'a'}], expected a JSON object"),
+        ({"promt": "a"}, "it has 'promt', expected only id, prompt, messages, max_gen_len, "),
+        ({"id": "a"}, "it has neither, expected either prompt or messages"),
+        ({"prompt": "a", "messages": QUESTION}, "it has both, expected either"),
+        ({"prompt": ["a", "b"]}, "each has its own line"),
+        ({"prompt": [1, True]}, "prompt is [1, True], expected a text or a list of token ids"),
+        ({"messages": "Hi"}, "the dialog is 'Hi', expected a list of messages"),
+        ({"messages": [{"role": "user"}]}, "message 0 is {'role': 'user'}, expected a dict"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "message 0 has the role 'robot'"),
+        ({"prompt": "a", "id": 1.5}, "its id is 1.5, expected a text or a whole number"),
+        ({"prompt": "a", "id": True}, "its id is True, expected a text or a whole number"),
+        ({"prompt": "a", "id": "\ud800"}, "surrogates not allowed"),
+        ({"prompt": "a", "temperature": "0"}, "temperature is '0', expected int or float"),
+        ({"prompt": "a", "temperature": True}, "temperature is True, expected int or float"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1, expected 0 (greedy) or"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature is nan, expected 0"),
+        ({"prompt": "a", "max_gen_len": 2.0}, "max_gen_len is 2.0, expected int"),
+        ({"prompt": "a", "logprobs": 1}, "logprobs is 1, expected bool"),
+        ({"prompt": "a", "seed": 2**64}, "seed is 18446744073709551616, expected -2**63 to"),
+        ({"prompt": "a", "stop": [""]}, "stop has '', expected strings that aren't empty"),
+        ({"custom_id": "a"}, "method is None, expected 'POST'"),
+        ({**openai_line("a", CHAT, messages=QUESTION), "custom_id": 7}, "custom_id is 7"),
+        ({**openai_line("a", CHAT, messages=QUESTION), "id": 7}, "it has 'id', expected only"),
+        (openai_line("a", "embeddings", input="a"), "url is '/v1/embeddings', expected one of"),
+        ({**openai_line("a", CHAT), "body": []}, "body is [], expected a JSON object"),
+        (openai_line("a", CHAT, prompt="a"), "body has 'prompt', expected only model, messages"),
+        (openai_line("a", CHAT), "body has no messages"),
+        (openai_line("a", CHAT, messages=QUESTION, tools=[{}]), "body has 'tools', expected only"),
+        (openai_line("a", CHAT, messages=QUESTION, n=2), "n is 2, expected 1 only"),
+        (
+            openai_line("a", CHAT, messages=QUESTION, max_tokens=2, max_completion_tokens=3),
+            "max_tokens and max_completion_tokens, expected one of them",
+        ),
+        (openai_line("a", "completions", prompt="a", logprobs=5), "body has 'logprobs'"),
+    ],
+)
+def test_a_fault_names_its_line_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
+) -> None:
+    monkeypatch.setattr(ModelOptions, "build", lambda self: pytest.fail("built"))
+    source = write(tmp_path / "in", [{"prompt": "fine"}, line, {"prompt": 3}])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        batch(str(DEMO), source, str(tmp_path / "out"))
+    first, second, third = str(error.value).split("\n")
+    assert first == f"lines of {source} aren't valid:"
+    assert second.startswith("  line 2: ")
+    assert third.startswith("  line 3: prompt is 3, expected a text or a list of token ids")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_damaged_and_empty_files_are_refused() -> None:
+    def fault(data: bytes) -> str:
+        with pytest.raises(ValueError, match="in ") as error:
+            read_lines("in", data, SamplingParams())
+        return str(error.value)
+
+    assert "line 2: Expecting" in fault(b'{"prompt": "a"}\n{"prompt": \n')
+    assert "line 1: 'utf-8' codec" in fault(b'{"prompt": "\xff"}\n')
+    assert "line 1: " in fault(b"[" * 100_000)
+    assert fault(b"\n \r\n") == "in is empty, expected a JSON object on each line"
+    many = fault(b"{}\n" * 100)
+    assert len(many.split("\n")) == 22
+    assert many.endswith("  and 80 more")
+
+
+def test_blank_lines_count_and_ids_must_differ() -> None:
+    data = b'\n{"prompt": "a"}\r\n\n{"prompt": "b", "id": 5}\n{"prompt": "c"}'
+    with pytest.raises(ValueError, match="line 5: its id 5 is that of line 4 too"):
+        read_lines("in", data, SamplingParams())
+    lines = read_lines("in", data.replace(b"5", b'"5"'), SamplingParams())
+    assert [(line.number, line.id) for line in lines] == [(2, 2), (4, "5"), (5, 5)]
+
+
+def test_what_the_model_does_not_support_is_found_before_anything_is_generated(
+    tmp_path: Path,
+) -> None:
+    lines = [
+        {"prompt": "fine"},
+        {"prompt": [5] * 129},
+        {"prompt": [1024]},
+        {"prompt": []},
+        {"messages": [{"role": "tool", "content": "68"}]},
+        {"prompt": [5] * 128},
+    ]
+    with pytest.raises(ValueError, match="aren't valid") as error:
+        run_here(write(tmp_path / "in", lines), tmp_path / "out")
+    _, *faults = str(error.value).split("\n")
+    assert [fault.split(":")[0] for fault in faults] == [f"  line {i}" for i in (2, 3, 4, 5)]
+    assert "has 129 tokens, but max_seq_len is 128: shorten it, or raise --max_seq_len" in faults[0]
+    assert os.listdir(tmp_path) == ["in"]
+
+
+# --- Interruptions ----------------------------------------------------------------------------
+
+
+MIXED = [*LINES, openai_line("openai", "completions", prompt="The dog", max_tokens=9)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str | int, Json]:
+    """The answers to ``MIXED`` in one run."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run_here(write(folder / "in", MIXED), folder / "out")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write(tmp_path / "in.jsonl", MIXED)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def test_an_incomplete_last_line_is_written_again(
+    source: str, output: Path, whole: dict[str | int, Json]
+) -> None:
+    run_here(source, output)
+    data = output.read_bytes()
+    rng = random.Random(0)
+    for size in [0, 1, len(data) - 1, len(data), *rng.sample(range(len(data)), 6)]:
+        output.write_bytes(data[:size])
+        kept = data[: data.rfind(b"\n", 0, size) + 1]
+        assert close_to(run_here(source, output), whole)
+        assert output.read_bytes().startswith(kept)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError("not finite")])
+def test_an_interrupted_run_keeps_its_answers_and_continues(
+    source: str,
+    output: Path,
+    whole: dict[str | int, Json],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Any,
+) -> None:
+    def failing(engine: Engine) -> Any:
+        if output.read_bytes().count(b"\n") >= 3:
+            raise error
+        return step(engine)
+
+    step = Engine.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", failing)
+        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+            run_here(source, output)
+    assert f"{output} isn't complete: repeat the command to continue" in capsys.readouterr().err
+    kept = output.read_bytes()
+    assert 3 <= kept.count(b"\n") < len(MIXED)
+    assert close_to(run_here(source, output), whole)
+    assert output.read_bytes().startswith(kept)
+    shown = capsys.readouterr()
+    assert f"{output} has {kept.count(bytes([10]))} answers" in shown.err
+    assert re.search(r"100%.* tokens/s", shown.err)
+    assert shown.out.endswith(f"\n{output}: {len(MIXED)} answers\n")
+
+
+def test_a_complete_file_stays_as_it_is(source: str, output: Path) -> None:
+    run_here(source, output)
+    before = output.read_bytes()
+    run_here(source, output)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2])
+def test_parts_are_appended_once(
+    source: str,
+    output: Path,
+    whole: dict[str | int, Json],
+    monkeypatch: pytest.MonkeyPatch,
+    n_steps: int,
+) -> None:
+    """Parts of killed copies, whose last line is incomplete; the first process is then killed
+    while it appends them."""
+    run_here(source, output)
+    texts = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(texts[:2]) + texts[2][:9])
+    part = output.with_name("out.jsonl.part-1")
+    part.write_bytes(b"".join(texts[3:5]) + texts[5][:9])
+    output.with_name("out.jsonl.part-2").write_bytes(texts[6][:-1])
+    unlink, calls = Path.unlink, []
+
+    def killed(path: Path) -> None:
+        calls.append(path)
+        if len(calls) > n_steps:
+            raise KeyboardInterrupt
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        if n_steps < 2:
+            with pytest.raises(KeyboardInterrupt):
+                run_here(source, output)
+    assert close_to(run_here(source, output), whole)
+    assert output.read_bytes().startswith(b"".join(texts[:2] + texts[3:5]))
+    assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+
+
+def test_a_short_write_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        data = b""
+
+        def write(self, data: bytes) -> int:
+            self.data += data[:3]
+            return len(data[:3])
+
+    file: Any = Slow()
+    batch_output._write(file, b"12345678\n")
+    assert file.data == b"12345678\n"
+
+
+# --- Outputs that can't be continued ----------------------------------------------------------
+
+
+def refused(source: str, output: Path, **options: Any) -> str:
+    """The message of a command that is refused and leaves the output alone."""
+    before = output.read_bytes() if output.is_file() else b""
+    with pytest.raises((ValueError, OSError)) as error:
+        run_here(source, output, **options)
+    assert before == (output.read_bytes() if output.is_file() else b"")
+    return str(error.value)
+
+
+def test_other_options_or_another_input_are_refused_before_the_model_is_loaded(
+    source: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(source, output)
+    monkeypatch.setattr(ModelOptions, "build", lambda self: pytest.fail("built"))
+    message = refused(source, output, temperature=0, quantize="int8")
+    assert "quantize was None, is 'int8'; temperature was 0.6, is 0)" in message
+    write(Path(source), MIXED[1:])
+    assert "input_sha256 was" in refused(source, output)
+
+
+def test_other_batch_sizes_are_not_refused(source: str, output: Path) -> None:
+    run_here(source, output)
+    batch(str(DEMO), source, str(output), **{**MODEL, "max_batch_size": 2})
+
+
+def test_files_of_others_are_refused(source: str, output: Path) -> None:
+    output.write_text("my notes\n")
+    assert "out.jsonl.run.json, which would have the options" in refused(source, output)
+    output.unlink()
+    output.mkdir()
+    assert "isn't a regular file" in refused(source, output)
+    output.rmdir()
+    output = output.parent / "missing" / "out"
+    with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
+        run_here(source, output)
+
+
+def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> None:
+    run_here(source, output)
+    data = output.read_bytes()
+    first = data.splitlines(keepends=True)[0]
+    for line, message in [
+        (b'{"id": "new"}\n', f'line 10 of {output} is b\'{{"id": "new"}}'),
+        (b"my notes\n", f"line 10 of {output} is b'my notes"),
+        (b"[" * 5000 + b"\n", f"line 10 of {output} is b'[["),
+        (first, f"{output} has two lines with the id "),
+    ]:
+        output.write_bytes(data + line)
+        assert refused(source, output).startswith(message)
+
+
+def test_two_commands_do_not_write_one_file(source: str, output: Path) -> None:
+    with output.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert f"another process is writing {output}" in refused(source, output)
+    run_here(source, output)
+
+
+# --- Processes --------------------------------------------------------------------------------
+
+
+def made_up(n: int) -> list[Json]:
+    rng = random.Random(1)
+    lines: list[Json] = []
+    for i in range(n):
+        a, b = rng.randrange(100), rng.randrange(100)
+        line: Json = {"prompt": rng.choice(["Once upon a time", "The dog", "One day, Lily"])}
+        if i % 3 == 0:
+            line = {"messages": [{"role": "user", "content": f"What is {a} + {b}?"}]}
+        if i % 5 == 0:
+            line = openai_line(f"c{i}", "completions", prompt=f"{a} {b}", max_tokens=15)
+        elif i % 2:
+            line |= {"id": f"é{i}", "temperature": 0}
+        lines.append(line)
+    return lines
+
+
+def command(source: str, output: Path, *more: str) -> list[str]:
+    return [
+        "-m",
+        "llama",
+        "batch",
+        str(DEMO),
+        source,
+        str(output),
+        "--max_gen_len=30",
+        *FLAGS,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def long_input(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("long") / "in.jsonl", made_up(300))
+
+
+@pytest.fixture(scope="module")
+def expected(long_input: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str | int, Json]:
+    """The answers to ``long_input``, in one run of one process."""
+    return run_here(long_input, tmp_path_factory.mktemp("expected") / "out", max_gen_len=30)
+
+
+def n_answers(output: Path) -> int:
+    """Answers in the output and its parts; while a part is appended, some are in both."""
+    found: set[bytes] = set()
+    for path in [output, *output.parent.glob(f"{output.name}.part-*")]:
+        with contextlib.suppress(FileNotFoundError):
+            found.update(path.read_bytes().split(b"\n")[:-1])
+    return len(found)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_loses_and_repeats_nothing(
+    output: Path, long_input: str, expected: dict[str | int, Json]
+) -> None:
+    rng = random.Random(0)
+    n_kills, seen = 0, 0
+    while True:
+        with subprocess.Popen(
+            [sys.executable, *command(long_input, output)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        ) as process:
+            # most kills while answers are written, some while the program starts
+            wanted = seen + rng.randrange(30) if rng.random() < 0.8 else 0
+            while wanted and output.exists() and process.poll() is None:
+                if output.read_bytes().count(b"\n") >= wanted:
+                    break
+                time.sleep(0.001)
+            time.sleep(rng.random() * (0.02 if wanted else 5))
+            if process.poll() is None:
+                process.kill()
+                n_kills += 1
+            if process.wait() == 0:
+                break
+        if output.exists():
+            data = output.read_bytes()
+            assert data.count(b"\n") >= seen
+            seen = data.count(b"\n")
+    assert answers(output) == expected
+    print(f"{n_kills} kills")
+    assert n_kills >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_ranks_give_the_answers_of_one_process(
+    output: Path, expected: dict[str | int, Json], size: int
+) -> None:
+    source = write(output.with_name("in.jsonl"), made_up(300)[:80])
+    result = torchrun(2, *command(source, output, f"--model_parallel_size={size}"))
+    assert result.returncode == 0, result.stderr
+    found = answers(output)
+    assert found == {key: expected[key] for key in found}
+    assert result.stdout.count(f"{output}: 80 answers") == 1
+    assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+    assert len(found) == 80
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_other_numbers_of_ranks_continue_after_kill_9(
+    output: Path, long_input: str, expected: dict[str | int, Json]
+) -> None:
+    """Of a rank, or of torchrun, whose ranks outlive it for a moment."""
+    rng = random.Random(0)
+    for n_ranks, size, victim in [(2, 1, 0), (2, 1, 1), (3, 1, None), (2, 2, 1), (4, 2, 2)]:
+        wanted = n_answers(output) + rng.randrange(1, 40)
+        process = subprocess.Popen(
+            [
+                *TORCHRUN,
+                str(n_ranks),
+                *command(long_input, output, f"--model_parallel_size={size}"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        try:
+            while n_answers(output) < wanted and process.poll() is None:
+                time.sleep(0.001)
+            killed = process.pid if victim is None else children(process.pid)[victim]
+            os.kill(killed, signal.SIGKILL)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
+            process.wait()
+        assert wanted <= n_answers(output) < 300
+    result = run(sys.executable, *command(long_input, output))
+    assert result.returncode == 0, result.stderr
+    assert answers(output) == expected
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input: str) -> None:
+    """Two launchers, as on two machines, each in its own folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two"]
+    options += [f"--rdzv_endpoint={endpoint}", "--local_addr=127.0.0.1"]
+    launcher = [*TORCHRUN[:3], *options]
+    more = "--model_parallel_size=1"
+    with ThreadPoolExecutor() as pool:
+        nodes = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            arguments = [*launcher, *command(long_input, Path("out.jsonl"), more)]
+            nodes.append(pool.submit(run, *arguments, cwd=tmp_path / name))
+        results = [node.result() for node in nodes]
+    assert all(result.returncode != 0 for result in results)
+    message = "in a folder that all machines share"
+    assert sum(message in result.stderr for result in results) == 1
