@@ -6,19 +6,19 @@ from typing import Any, Literal
 import torch
 
 from llama import accel, cli, memory
-from llama.batch import batch
 from llama.checkpoint import convert, hub
 from llama.checkpoint import verify as verification
 from llama.checkpoint.folder import Checkpoint, find_checkpoint
 from llama.checkpoint.quantized import check_quantize
 from llama.checkpoint.reader import Weights
 from llama.checkpoint.sharding import n_bytes, shard_specs
+from llama.commands.batch import batch
+from llama.commands.evaluate import evaluate
+from llama.commands.interactive import chat, show, show_steps
+from llama.commands.options import ModelOptions, runs_model
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
-from llama.evaluate import evaluate
 from llama.files import expanded
-from llama.interactive import chat, show, show_steps
-from llama.options import ModelOptions, runs_model
 from llama.quantize import parse_quantize
 from llama.tokenizer import Tokenizer
 

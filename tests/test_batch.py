@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from conftest import DEMO, TORCHRUN, environment, run, torchrun
 
-from llama import Dialog, Llama, batch_output
-from llama.batch import batch, encode_lines, generate, ordered
-from llama.batch_lines import read_lines
+from llama import Dialog, Llama
+from llama.commands import batch_output
+from llama.commands.batch import batch, encode_lines, generate, ordered
+from llama.commands.batch_lines import read_lines
+from llama.commands.options import ModelOptions
 from llama.engine import Engine
-from llama.options import ModelOptions
 from llama.sampling import SamplingParams
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ import torch
 from conftest import DEMO
 
 from llama import Llama, Message, Tokenizer
-from llama.chat_session import COMMANDS, ChatSession
+from llama.commands.chat_session import COMMANDS, ChatSession
 from llama.driver import Driver
 from llama.sampling import SamplingParams
 

@@ -8,7 +8,7 @@ from test_convert import cli
 
 from llama import Llama
 from llama.__main__ import COMMANDS
-from llama.options import ModelOptions
+from llama.commands.options import ModelOptions
 
 
 def test_help_is_short_and_names_every_option() -> None:

@@ -265,7 +265,7 @@ def test_two_ranks(tasks: Path, tmp_path: Path, size: str) -> None:
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.evaluate import evaluate
+    from llama.commands.evaluate import evaluate
 
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match=r"needs lm-evaluation-harness .* -e \"\.\[eval\]\""):

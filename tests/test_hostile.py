@@ -41,8 +41,8 @@ from llama import ChatFormat, Llama, Tokenizer
 from llama.__main__ import complete
 from llama.checkpoint import pth_safety, verify
 from llama.checkpoint.folder import find_checkpoint
+from llama.commands.interactive import show_steps
 from llama.generation import TokenEvent
-from llama.interactive import show_steps
 from llama.vocab.sentencepiece import SentencePieceTokenizer
 
 # --- Pickles ------------------------------------------------------------------------------------

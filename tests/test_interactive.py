@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, PROGRAMS, TORCHRUN, environment, run
 
-from llama import interactive
-from llama.interactive import chat
+from llama.commands import interactive
+from llama.commands.interactive import chat
 
 if sys.platform == "win32":
     pytest.skip("needs pseudo-terminals", allow_module_level=True)

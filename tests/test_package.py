@@ -38,11 +38,8 @@ ORDER = [
     {"build"},
     {"inspection", "score"},
     {"generation"},
-    {"options"},
-    {"driver"},
-    {"chat_session"},
-    {"integrations"},
-    {"interactive", "serving", "batch", "batch_lines", "batch_output", "evaluate"},
+    {"driver", "integrations"},
+    {"commands", "serving"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,10 +11,10 @@ import torch
 
 from llama.accel.features import cpu_features
 from llama.accel.kernels import instruction_set
+from llama.commands.options import ModelOptions, runs_model
 from llama.distributed.groups import is_first_process
 from llama.files import expanded
 from llama.generation import Llama
-from llama.options import ModelOptions, runs_model
 
 _PACKAGES = ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken", "datasets")
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.distributed as dist
 
-from llama.chat_session import ChatSession
+from llama.commands.chat_session import ChatSession
+from llama.commands.options import ModelOptions, runs_model
 from llama.dialog import Message
 from llama.driver import Driver
 from llama.files import escaped
-from llama.options import ModelOptions, runs_model
 from llama.request import TokenEvent
 from llama.sampling import SamplingParams
 

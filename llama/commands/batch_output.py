@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.batch_lines import id_of
+from llama.commands.batch_lines import id_of
 from llama.files import read_json
 
 try:

@@ -13,14 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from llama import memory
-from llama.batch_lines import Line, answer, map_lines, read_lines
-from llama.batch_output import Output
+from llama.commands.batch_lines import Line, answer, map_lines, read_lines
+from llama.commands.batch_output import Output
+from llama.commands.options import ModelOptions, runs_model
 from llama.completions import Completion
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
 from llama.files import expanded
 from llama.generation import Llama
-from llama.options import ModelOptions, runs_model
 from llama.request import Request
 from llama.sampling import SamplingParams, new_generator
 
