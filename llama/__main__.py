@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run a prompt."""
+"""python -m llama: inspect, verify, convert, evaluate or serve a checkpoint folder, or run a prompt."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from llama.files import escaped, expanded
 from llama.options import ModelOptions, runs_model
 from llama.quantize import parse_quantize
 from llama.request import TokenEvent
+from llama.serving.command import serve
 from llama.tokenizer import Tokenizer
 
 
@@ -274,6 +275,7 @@ def main() -> None:
         "complete": complete,
         "chat": chat,
         "eval": evaluate,
+        "serve": serve,
     }
     cli.run(commands, name="python -m llama")
 

@@ -40,6 +40,7 @@ ORDER = [
     {"generation"},
     {"options"},
     {"driver"},
+    {"serving"},
     {"integrations"},
     {"evaluate"},
     {"cli"},
