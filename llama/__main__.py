@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify, convert, evaluate or serve a checkpoint folder, or run a prompt."""
+"""python -m llama: inspect, verify, convert, evaluate, serve or run a checkpoint folder."""
 
 import sys
 from collections.abc import Callable, Iterator
