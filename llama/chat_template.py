@@ -5,6 +5,7 @@ Llama's own formats don't use theirs: they encode content apart from control tok
 """
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -118,7 +119,24 @@ class TemplateChatFormat:
         Raises:
             ValueError: the template refuses the dialog or is wrong.
         """
+        if self._reads_parts_only:
+            messages = [_in_parts(message) for message in messages]
         return render(self.template, self.tokenizer, messages, add_generation_prompt)
+
+    @functools.cached_property
+    def _reads_parts_only(self) -> bool:
+        """Whether the template reads content as a list of parts, as Llama Guard 3 1B's does, which
+        would leave out a string without an error."""
+        mark = _OPEN.strip()
+
+        def shows(message: dict[str, Any]) -> bool:
+            try:
+                return mark in render(self.template, self.tokenizer, [message], True)
+            except ValueError:
+                return False
+
+        message = {"role": "user", "content": mark}
+        return not shows(message) and shows(_in_parts(message))
 
     def _normalized(self, message: Any, where: str) -> Message:
         """The message with its content as one string. Other keys are left to the template."""
@@ -241,6 +259,13 @@ def render(
         )
     except Exception as error:  # a template can raise anything
         raise ValueError(f"the folder's chat template refuses the dialog: {error}") from error
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its text as a list of one part."""
+    if not isinstance(message["content"], str):
+        return message
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 def _to_json(
