@@ -157,7 +157,7 @@ class Program:
                 self.url = line.split()[-1]
                 break
         else:
-            raise AssertionError(self.process.communicate()[1])
+            raise AssertionError(self.wait())
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Send a signal and wait. Returns the exit status, stdout and stderr."""

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from llama import Llama
 from llama.__main__ import convert_folder
 
 pytestmark = pytest.mark.slow
+FLOAT32 = ("--dtype", "float32", "--max_seq_len", "256")
 
 
 @pytest.fixture(scope="module")
@@ -177,42 +179,37 @@ def test_thousands_of_calls(server: Server) -> None:
 
 
 def test_on_two_ranks_the_first_one_serves() -> None:
-    options = ("--dtype", "float32", "--max_seq_len", "256")
-    expected = None
+    """With the answers of one process; a SIGTERM to torchrun lets it finish what runs."""
     samplings: list[Any] = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}]
+    found = []
     for launcher in ((), (*TORCHRUN, "2")):
-        program = Program(DEMO, *options, launcher=launcher)
+        program = Program(DEMO, *FLOAT32, launcher=launcher)
         try:
             with openai.OpenAI(base_url=program.url, api_key="x", max_retries=0) as client:
-                answers = [
-                    client.completions.create(
-                        model="model", prompt="Once upon a time", max_tokens=40, **sampling
-                    ).choices[0]
-                    for sampling in samplings
-                ]
-                texts = [answer.text for answer in answers]
-                expected = expected or texts
-                assert texts == expected
-                stream = client.completions.create(
-                    model="model", prompt="One day", max_tokens=200, stream=True, temperature=0
-                )
-                next(stream)
-                program.process.terminate()  # torchrun sends it to all ranks
-                reasons = [chunk.choices[0].finish_reason for chunk in stream]
-                assert reasons[-1] in ("stop", "length")
+                story: Any = {"model": "model", "prompt": "Once upon a time", "max_tokens": 40}
+                answers = [client.completions.create(**story, **sampling) for sampling in samplings]
+                found.append([answer.choices[0].text for answer in answers])
+                story |= {"max_tokens": 200, "stream": True, "temperature": 2}
+                stream = client.completions.create(**story, seed=1)
+                chunks = [next(stream)]
+                program.process.terminate()
+                chunks += list(stream)
+                assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         finally:
-            _, _, stderr = program.wait()
-        assert "Traceback" not in stderr.replace("SignalException", "") or launcher
-        assert "llama: " not in stderr
+            status, stdout, stderr = program.wait()
+        assert stdout.count("Serving model on ") == 1
+        assert "llama: " not in stderr  # reports of the watchdog
+        if not launcher:
+            assert (status, stderr) == (0, "")
+    assert found[0] == found[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_a_rank_that_is_killed_ends_the_server() -> None:
-    program = Program(DEMO, "--dtype", "float32", launcher=(*TORCHRUN, "2"))
-    children = subprocess.run(
-        ["pgrep", "-P", str(program.process.pid)], capture_output=True, text=True, check=True
-    )
-    ranks = sorted(map(int, children.stdout.split()))
-    subprocess.run(["kill", "-KILL", str(ranks[-1])], check=True)
+    program = Program(DEMO, *FLOAT32, launcher=(*TORCHRUN, "2"))
+    pid = program.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(max(map(int, children)), signal.SIGKILL)
     status, _, stderr = program.wait()
     assert status != 0
-    assert stderr.count("llama: ") == 1
+    assert stderr.count("llama: ") <= 1

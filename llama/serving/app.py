@@ -66,8 +66,12 @@ def build_app(
     app.get("/health")(api.health)
     app.get("/v1/models", dependencies=with_key)(api.models)
     app.get("/v1/models/{model:path}", dependencies=with_key)(api.model)
-    app.post("/v1/chat/completions", dependencies=with_key)(api.chat)
-    app.post("/v1/completions", dependencies=with_key)(api.complete)
+    with_stream: dict[str, Any] = {
+        "dependencies": with_key,
+        "responses": {200: {"content": {"text/event-stream": {}}}},
+    }
+    app.post("/v1/chat/completions", **with_stream)(api.chat)
+    app.post("/v1/completions", **with_stream)(api.complete)
     app.exception_handler(ApiError)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)

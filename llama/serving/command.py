@@ -140,10 +140,13 @@ def _served(
     )
     logging.getLogger("uvicorn.error").addFilter(_WithoutMessages())
     server = uvicorn.Server(config)
+    failures: list[Exception] = []
 
     def run() -> None:
         try:
             server.run(sockets=[listener])
+        except Exception as error:
+            failures.append(error)
         finally:
             engine_loop.stop()
 
@@ -154,6 +157,8 @@ def _served(
     finally:
         server.should_exit = True
         thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _signals(engine_loop: EngineLoop) -> contextlib.AbstractContextManager[None]:
