@@ -579,8 +579,9 @@ def test_any_other_error_of_a_step_ends_the_server(llm: Llama) -> None:
             server.driver.failure = RuntimeError("out of order")
             server.driver.allow(1)
             response = connection.getresponse()
-            assert response.status == 500
-            assert json.load(response)["error"]["message"] == "the server failed (RuntimeError)"
+            assert response.status == 503
+            message = json.load(response)["error"]["message"]
+            assert message == "the server failed (RuntimeError) and stops"
         server.loop_thread.join(10)
         assert str(server.error) == "out of order"
         assert post(server, COMPLETIONS, {"prompt": STORY}).status_code == 503

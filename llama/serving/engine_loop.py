@@ -42,8 +42,8 @@ class Call:
         """The events of each step, until all requests have finished.
 
         Raises:
-            StoppingError: the server stopped before all of them had started.
-            Exception: a step failed, as FloatingPointError if logits aren't finite.
+            FloatingPointError: logits aren't finite.
+            StoppingError: the server stopped before all of them had started, or failed.
         """
         while (step := await self._steps.get()) is not None:
             if isinstance(step, Exception):
@@ -116,14 +116,14 @@ class EngineLoop:
             Exception: a step failed otherwise than by logits that aren't finite, which only ends
                 the calls that run.
         """
-        failure: Exception = StoppingError("the server has stopped")
+        refusal = StoppingError("the server has stopped")
         plan = lambda: memory.plan_of(self._model, self._engine.max_prefill_tokens)  # noqa: E731
         try:
             with memory.explain_oom(plan):
                 while not self.is_stopping or self._driver.is_busy:
                     self._receive()
                     if self.is_stopping:
-                        self._fail([call for _, _, call in self._waiting], failure)
+                        self._fail([call for _, _, call in self._waiting], refusal)
                     while self._waiting and len(self._running) < self._n_slots:
                         request, seed, call = self._waiting.popleft()
                         self._running[request] = call
@@ -131,14 +131,14 @@ class EngineLoop:
                     if self._driver.is_busy:
                         self._step()
         except Exception as error:
-            failure = error
+            refusal = StoppingError(f"the server failed ({type(error).__name__}) and stops")
             raise
         finally:
             with self._lock:  # no call is submitted after this
                 self.is_stopping = True
             self._receive()
             waiting = [call for _, _, call in self._waiting]
-            self._fail([*waiting, *self._running.values()], failure)
+            self._fail([*waiting, *self._running.values()], refusal)
 
     # --- In the thread of ``run`` -----------------------------------------------------------------
 
