@@ -31,12 +31,13 @@ class GatedDriver(Driver):
 
     def __init__(self, llm: Llama) -> None:
         super().__init__(llm)
-        self.n_steps = 0
+        self.n_begun = self.n_steps = 0
         self.failure: Exception | None = None  # raised by the next step
         self._is_held = False
         self._allowed = threading.Semaphore(0)
 
     def step(self) -> list[tuple[Request, TokenEvent]]:
+        self.n_begun += 1
         if self._is_held:
             self._allowed.acquire()
         failure, self.failure = self.failure, None

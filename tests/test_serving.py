@@ -143,7 +143,8 @@ def test_stop_strings_are_in_neither_text_nor_tokens(
     client: openai.OpenAI, is_streamed: bool
 ) -> None:
     options: Any = {**GREEDY, "prompt": STORY, "max_tokens": 40, "logprobs": 0}
-    text = client.completions.create(**options).choices[0].text
+    whole: Any = client.completions.create(**options).choices[0]
+    text = whole.text
     stop = text[21:27]  # across tokens
     at = text.index(stop)
     response: Any = client.completions.create(**options, stop=["\0", stop], stream=is_streamed)
@@ -153,6 +154,8 @@ def test_stop_strings_are_in_neither_text_nor_tokens(
     tokens = [token for choice in choices for token in choice.logprobs.tokens]
     assert "".join(tokens).startswith(text[:at])
     assert not "".join(tokens[:-1]).startswith(text[:at])
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset[: len(offsets)]
 
 
 def test_logprobs_are_those_of_the_library(client: openai.OpenAI, llm: Llama) -> None:
@@ -498,6 +501,7 @@ def test_a_client_that_goes_away_frees_its_slots_at_the_next_step(
             if n_steps and is_streamed:
                 with connection.getresponse() as response:
                     assert response.readline().startswith(b"data: ")
+            wait_until(lambda: server.driver.n_begun > server.driver.n_steps)
         wait_until(lambda: not server.engine_loop._inbox.empty())
         server.driver.allow(1)  # it had begun
         server.driver.allow(1)
@@ -528,19 +532,26 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(llm: Llama) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(llm))
         server.driver.hold()
-        bodies: list[Any] = [{"n": 8, "max_tokens": 5}, {}, {"stream": True}]
-        running, *waiting = (
-            stack.enter_context(sent(server, COMPLETIONS, {"prompt": STORY, **body}))
-            for body in bodies
-        )
+        running = [  # of which one frees its slot first
+            stack.enter_context(
+                sent(server, COMPLETIONS, {"prompt": STORY, "n": n, "max_tokens": n})
+            )
+            for n in (7, 1)
+        ]
+        wait_until(lambda: len(server.engine_loop._running) == 8)
+        waiting = [
+            stack.enter_context(sent(server, COMPLETIONS, {"prompt": STORY, "stream": is_streamed}))
+            for is_streamed in (False, True)
+        ]
         wait_until(lambda: server.engine_loop._n_open == 10)
         server.engine_loop.stop()
         new = post(server, COMPLETIONS, {"prompt": STORY})
         assert (new.status_code, new.json()["error"]["type"]) == (503, "server_error")
         assert server.http.get("/health").status_code == 503
         server.driver.go_on()
-        answer = json.load(running.getresponse())
-        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 8
+        for n, connection in zip((7, 1), running, strict=True):
+            answer = json.load(connection.getresponse())
+            assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * n
         for connection in waiting:
             response = connection.getresponse()
             assert response.status == 503
