@@ -532,12 +532,10 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(llm: Llama) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(llm))
         server.driver.hold()
-        running = [  # of which one frees its slot first
-            stack.enter_context(
-                sent(server, COMPLETIONS, {"prompt": STORY, "n": n, "max_tokens": n})
-            )
-            for n in (7, 1)
-        ]
+        bodies = [{"prompt": STORY, "n": n, "max_tokens": n + 2} for n in (7, 1)]
+        running = [stack.enter_context(sent(server, COMPLETIONS, body)) for body in bodies]
+        wait_until(lambda: server.engine_loop._n_open == 8)
+        server.driver.allow(1)
         wait_until(lambda: len(server.engine_loop._running) == 8)
         waiting = [
             stack.enter_context(sent(server, COMPLETIONS, {"prompt": STORY, "stream": is_streamed}))
