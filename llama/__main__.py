@@ -1,4 +1,4 @@
-"""python -m llama: inspect, verify, convert or evaluate a checkpoint folder, or run prompts."""
+"""python -m llama: inspect, verify, convert, evaluate, run or serve a checkpoint folder."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, M
 from llama.device import parse_dtype, resolve_device
 from llama.files import expanded
 from llama.quantize import parse_quantize
+from llama.serving.command import serve
 from llama.tokenizer import Tokenizer
 
 
@@ -232,6 +233,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert_folder,
     "complete": complete,
     "chat": chat,
+    "serve": serve,
     "batch": batch,
     "eval": evaluate,
 }

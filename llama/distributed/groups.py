@@ -138,7 +138,9 @@ def n_local_processes() -> int:
 
 def is_first_process() -> bool:
     """Whether this process is the first of all launched ones."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def is_first_on_machine() -> bool:
