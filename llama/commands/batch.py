@@ -30,7 +30,7 @@ _NOT_RECORDED = ("max_batch_size", "model_parallel_size")
 Prompt = tuple[Line, "array[int]"]  # 4 bytes a token
 
 
-@runs_model(max_seq_len=2048, max_batch_size=16)
+@runs_model(max_seq_len=None, max_batch_size=16)
 def batch(
     model: ModelOptions,
     input: str,

@@ -41,7 +41,7 @@ def _packages() -> Any:
     return uvicorn, app
 
 
-@runs_model(max_seq_len=2048, max_batch_size=8)
+@runs_model(max_seq_len=None, max_batch_size=8)
 def serve(
     model: ModelOptions,
     *,
