@@ -122,7 +122,4 @@ class Driver:
 
     def _share(self, command: Any) -> Any:
         """The first rank's command."""
-        if self._groups.size == 1:
-            return command
-        with collectives.fail_fast():
-            return collectives.all_gather_json(command, self._groups.control)[0]
+        return collectives.broadcast_json(command, self._groups.control)

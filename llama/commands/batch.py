@@ -8,7 +8,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tqdm import tqdm
 
@@ -66,7 +65,7 @@ def batch(
     prompts = ordered(encode_lines(input, lines, llm))
     with contextlib.closing(out):
         numbers = out.begin({line.id: line.number for line in lines}) if is_first else None
-        missing = set(_of_first_process(numbers))
+        missing = set(collectives.broadcast_json(numbers, collectives.world))
         if is_first and len(missing) < len(lines):
             print(f"{output} has {len(lines) - len(missing)} answers", file=sys.stderr)
         own = [prompt for prompt in prompts if prompt[0].number in missing]
@@ -84,7 +83,7 @@ def batch(
             raise
         if not is_first:
             out.close()
-        _of_first_process(None)  # now all have
+        collectives.broadcast_json(None, collectives.world)  # now all have
         if is_first:
             out.end()
             print(f"{output}: {len(lines)} answers")
@@ -163,9 +162,3 @@ def generate(
             rate = n_tokens / (time.monotonic() - started)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update(len(finished))
-
-
-def _of_first_process(value: Any) -> Any:
-    """The first process's value, on all; none returns before all have called this."""
-    with collectives.fail_fast():
-        return collectives.all_gather_json(value, collectives.world)[0]

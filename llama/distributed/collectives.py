@@ -92,6 +92,12 @@ def _short(value: object) -> str:
     return f"{text[:60]}... ({hashlib.blake2b(text.encode(), digest_size=6).hexdigest()})"
 
 
+def broadcast_json(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The first rank's value, on every rank of a group. Returns when all have called it."""
+    with fail_fast():
+        return all_gather_json(value, group)[0]
+
+
 def all_gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """The values of all ranks of a group, on every rank; None is a group of one."""
     if group is None:
