@@ -13,6 +13,7 @@ Reading order of the tests:
    test_benchmarks*: accelerated forms, their kernels and synchronizations, and their measurement
 7. test_messages, test_examples, test_demo, test_download, test_package, test_windows: programs,
    pages and platforms
+8. test_serving, test_serving_clients, with serving.py: the server
 
 Tests marked ``slow`` are left out by default; ``pytest -m ""`` runs everything.
 """
