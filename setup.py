@@ -25,6 +25,8 @@ TEST = [
     "openai>=2",
     "langchain-openai>=1",
     "schemathesis>=4",
+    "lm-eval[api]>=0.4.13",
+    "httpx>=0.27",
     "jsonschema>=4",
     *LLAMA2,
     *HF,

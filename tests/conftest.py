@@ -11,7 +11,7 @@ Reading order of the tests:
 5. test_distributed, test_faults, test_state, test_hostile: ranks, failures, threads, attacks
 6. test_fast, test_kernels, test_step, test_steps, test_gpu, test_gpu_loading, test_mps,
    test_benchmarks*: accelerated forms, their kernels and synchronizations, and their measurement
-7. test_chat_session, test_interactive, test_batch, test_tools, test_structured, test_serving,
+7. test_chat_session, test_interactive, test_batch, test_tools, test_structured, test_serving*,
    test_safety, test_command_line, test_messages, test_examples, test_demo, test_download,
    test_package, test_windows: programs, pages and platforms
 

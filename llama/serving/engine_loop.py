@@ -66,8 +66,6 @@ class EngineLoop:
     """
 
     def __init__(self, llm: Llama, driver: Driver, max_queue: int) -> None:
-        if max_queue < 0:
-            raise ValueError(f"max_queue is {max_queue}, expected 0 or more")
         self._model, self._engine, self._driver = llm.model, llm.engine, driver
         self._n_slots = llm.model.params.max_batch_size
         self._capacity = self._n_slots + max_queue
@@ -117,9 +115,9 @@ class EngineLoop:
                 the calls that run.
         """
         refusal = StoppingError("the server has stopped")
-        plan = lambda: memory.plan_of(self._model, self._engine.max_prefill_tokens)  # noqa: E731
+        model, n_tokens = self._model, self._engine.max_prefill_tokens
         try:
-            with memory.explain_oom(plan):
+            with memory.explain_oom(lambda: memory.plan_of(model, n_tokens)):
                 while not self.is_stopping or self._driver.is_busy:
                     self._receive()
                     if self.is_stopping:
