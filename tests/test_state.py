@@ -24,11 +24,10 @@ PROMPTS = [[1, 2, 3, 4, 5], [9], [7, 20, 300, 11]]
 
 
 @pytest.fixture
-def fresh(tokenizer: Tokenizer) -> Llama:
+def fresh(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Llama:
+    monkeypatch.setattr(tokenizer, "stop_tokens", set())
     model = new_model(PARAMS, random_weights(PARAMS), max_seq_len=128, max_batch_size=4)
-    llm = Llama(model, tokenizer)
-    llm.tokenizer.stop_tokens = set()
-    return llm
+    return Llama(model, tokenizer)
 
 
 @pytest.fixture
