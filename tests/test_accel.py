@@ -578,7 +578,10 @@ def test_a_step_with_flash_attention_compiles(
     assert n_compiled() == 2
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 3, 4), (2, 4, 3), (3, 2, 4)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 2, 3, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in [(2, 4, 3), (3, 2, 4)])],
+)
 def test_batches_as_large_as_the_cache_do_not_compile_again(
     sizes: tuple[int, ...], weights: dict[str, Tensor], n_compiled: Callable[[], int]
 ) -> None:

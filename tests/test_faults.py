@@ -68,7 +68,10 @@ def test_a_killed_rank_ends_all_ranks(shards: Path, n_ranks: int, victim: int, p
 
 @pytest.mark.parametrize(
     ("n_ranks", "victim", "place"),
-    [(2, 0, "load"), (2, 1, "between"), pytest.param(4, 2, "decode", marks=pytest.mark.slow)],
+    [
+        (2, 0, "load"),
+        *(pytest.param(*w, marks=pytest.mark.slow) for w in [(2, 1, "between"), (4, 2, "decode")]),
+    ],
 )
 def test_an_exception_ends_all_ranks(shards: Path, n_ranks: int, victim: int, place: str) -> None:
     result = torchrun(n_ranks, SCRIPT, shards, str(victim), place, "raise", timeout=60)

@@ -152,7 +152,7 @@ def test_a_chat_with_prompt_toolkit(start: Start, tmp_path: Path) -> None:
     assert terminal.end() == 0
 
 
-@pytest.mark.parametrize("kind", ["prompt_toolkit", "plain"])
+@pytest.mark.parametrize("kind", [pytest.param("prompt_toolkit", marks=pytest.mark.slow), "plain"])
 def test_ctrl_c_stops_an_answer(start: Start, tmp_path: Path, kind: str) -> None:
     program = (PROGRAMS / "chat.py", f"endless,{kind}")
     terminal = start(sys.executable, *program, DEMO, *OPTIONS)
