@@ -100,8 +100,6 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "template"),
     [
-        pytest.param("demo", None, marks=pytest.mark.slow),
-        pytest.param("demo", "meta", marks=pytest.mark.slow),
         pytest.param("demo", "folder", marks=pytest.mark.slow),
         ("stories260K", None),
     ],
