@@ -236,30 +236,31 @@ def test_the_command(tasks: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["2", "1"])
-def test_two_ranks(tasks: Path, tmp_path: Path, size: str) -> None:
+def test_two_ranks(tasks: Path, tmp_path: Path) -> None:
     """Tensor parallel, and as two replicas."""
-    found = []
-    for n_ranks in (1, 2):
-        output = tmp_path / f"{n_ranks}.json"
+
+    def evaluated(n_ranks: int, size: int) -> Any:
+        output = tmp_path / f"{n_ranks}-{size}.json"
         options = ("--tasks", ",".join(TASKS), "--dtype", "float32", "--output", output)
         launch = [*TORCHRUN, str(n_ranks)] if n_ranks > 1 else [sys.executable]
-        ranks = ("--model_parallel_size", size) if n_ranks > 1 else ()
+        ranks = ("--model_parallel_size", str(size))
         result = run(*launch, *command(tasks, *options, *ranks), env=OFFLINE, timeout=200)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("|local_choice") == 1
-        found.append(json.loads(output.read_text()))
-    one, two = found
-    assert (two["llama"]["tensor_parallel"], two["llama"]["replicas"]) == (
-        int(size),
-        2 // int(size),
-    )
-    for task in TASKS:
-        for metric, value in one["results"][task].items():
-            if isinstance(value, float):
-                assert two["results"][task][metric] == pytest.approx(value, rel=1e-5)
-    for a, b in zip(one["samples"]["local_until"], two["samples"]["local_until"], strict=True):
-        assert a["resps"] == b["resps"]
+        return json.loads(output.read_text())
+
+    one = evaluated(1, 1)
+    for size in (2, 1):
+        two = evaluated(2, size)
+        found = two["llama"]["tensor_parallel"], two["llama"]["replicas"]
+        assert found == (size, 2 // size)
+        for task in TASKS:
+            for metric, value in one["results"][task].items():
+                if isinstance(value, float):
+                    assert two["results"][task][metric] == pytest.approx(value, rel=1e-5)
+        pairs = zip(one["samples"]["local_until"], two["samples"]["local_until"], strict=True)
+        for a, b in pairs:
+            assert a["resps"] == b["resps"]
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
