@@ -31,3 +31,11 @@ def test_commands_that_run_a_model_share_its_options() -> None:
     assert fields <= inspect.signature(Llama.build).parameters.keys()
     for name in ("complete", "chat", "eval"):
         assert fields <= inspect.signature(COMMANDS[name]).parameters.keys()
+
+
+def test_defaults_may_differ_by_command() -> None:
+    def default(command: str, name: str) -> object:
+        return inspect.signature(COMMANDS[command]).parameters[name].default
+
+    assert (default("complete", "max_batch_size"), default("eval", "seed")) == (1, 1234)
+    assert default("eval", "dtype") is None

@@ -402,3 +402,13 @@ def test_the_mask_is_applied_on_the_device_of_the_logits(tokenizer: Tokenizer) -
     constraint.mask(logits)
     kept = torch.nonzero(logits > -torch.inf).flatten().tolist()
     assert set(kept) == allowed(constraint, tokenizer)
+
+
+def test_log_probabilities_are_those_without_a_schema(demo: Llama) -> None:
+    prompt = demo.formatter.encode_dialog_prompt([{"role": "user", "content": "Hi"}])
+    request = demo.engine.request(prompt, SamplingParams(1, temperature=0, logprobs=True))
+    request.constraint = JsonConstraint(demo.tokenizer, SUM)
+    demo.engine.add([request])
+    [[(_, event)]] = list(demo.engine.run([request]))
+    expected = demo.model(torch.tensor([prompt]), 0)[0, -1].log_softmax(-1)[event.token]
+    assert event.logprob == pytest.approx(expected.item(), abs=1e-5)
