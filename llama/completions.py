@@ -153,8 +153,7 @@ def _complete_here(
     with engine.model.lock:
         for events in run(engine, "Llama.generate", requests, params, generator):
             for request, event in events:
-                is_stop = event.finish_reason == "stop" and event.token in request.stop_ids
-                rows[id(request)].add(event, is_stop_token=is_stop)
+                rows[id(request)].add(event, is_stop_token=request.is_stop_token(event))
     return list(rows.values())
 
 

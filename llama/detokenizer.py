@@ -28,12 +28,16 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: TokenDecoder, *, starts_text: bool) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._starts_text = tokenizer, starts_text
         self._drop_space = starts_text and tokenizer.drops_first_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # may be the start of a stop string
         self.stop: Sequence[str] = ()
         self.stopped = False
+
+    def without_stop(self) -> "Detokenizer":
+        """One for the same text from its start, without stop strings."""
+        return Detokenizer(self._tokenizer, starts_text=self._starts_text)
 
     def add(self, token: int | None, *, final: bool = False) -> str:
         """Add a token, if any, and return the text that it completes.

@@ -5,10 +5,11 @@ It decides which requests start and end; the other ranks repeat that, and comput
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import itertools
 from types import TracebackType
 from typing import Any
 
+from llama import memory
 from llama.distributed import collectives
 from llama.distributed.watchdog import RankError
 from llama.generation import Llama
@@ -27,14 +28,14 @@ class Driver:
     """
 
     def __init__(self, llm: Llama) -> None:
-        self._engine, self._groups, self._device = llm.engine, llm.model.groups, llm.model.device
+        self._engine, self._groups = llm.engine, llm.model.groups
         if self._groups.n_replicas > 1:
             raise ValueError(
                 f"there are {self._groups.n_replicas} copies of the weights, expected one: leave "
                 "model_parallel_size out, or start the program once for each copy"
             )
         self._numbers: dict[Request, int] = {}  # of requests that haven't finished
-        self._n_added = 0
+        self._count = itertools.count()
         self._added: list[tuple[Request, int]] = []
         self._cancelled: list[Request] = []
         self._context = contextlib.ExitStack()
@@ -65,6 +66,7 @@ class Driver:
 
     def add(self, request: Request, seed: int) -> None:
         """Let a request of the engine start; it draws from a generator with this seed."""
+        self._numbers[request] = next(self._count)
         self._added.append((request, seed))
 
     def cancel(self, request: Request) -> None:
@@ -76,20 +78,18 @@ class Driver:
 
         Raises:
             FloatingPointError: logits aren't finite. All requests are cancelled; others may follow.
+            torch.OutOfMemoryError: the message has the memory plan.
             RankError: another rank has failed or is gone.
         """
-        added, self._added = self._added, []
-        cancelled, self._cancelled = self._cancelled, []
-        first = self._n_added
-        self._numbers |= {request: first + i for i, (request, _) in enumerate(added)}
-        self._n_added += len(added)
         self._share(
             {
-                "added": [[r.prompt, dataclasses.asdict(r.params), seed] for r, seed in added],
-                "cancelled": [self._numbers[r] for r in cancelled if r in self._numbers],
+                "added": [[r.prompt, dataclasses.asdict(r.params), s] for r, s in self._added],
+                "cancelled": [self._numbers[r] for r in self._cancelled if r in self._numbers],
             }
         )
-        return self._advance(added, cancelled)
+        engine = self._engine
+        with memory.explain_oom(lambda: memory.plan_of(engine.model, engine.max_prefill_tokens)):
+            return self._advance()
 
     def follow(self) -> None:
         """Repeat the steps of the first rank until it leaves the context.
@@ -98,21 +98,19 @@ class Driver:
             RankError: another rank has failed or is gone.
         """
         while (command := self._share(None)) is not None:
-            added = []
             for prompt, params, seed in command["added"]:
-                request = self._engine.request(prompt, SamplingParams(**params))
-                self._numbers[request] = self._n_added
-                self._n_added += 1
-                added.append((request, seed))
+                self.add(self._engine.request(prompt, SamplingParams(**params)), seed)
             by_number = {number: request for request, number in self._numbers.items()}
+            for number in command["cancelled"]:
+                self.cancel(by_number[number])
             with contextlib.suppress(FloatingPointError):  # the first rank reports it
-                self._advance(added, [by_number[number] for number in command["cancelled"]])
+                self._advance()
 
-    def _advance(
-        self, added: Sequence[tuple[Request, int]], cancelled: Sequence[Request]
-    ) -> list[tuple[Request, TokenEvent]]:
+    def _advance(self) -> list[tuple[Request, TokenEvent]]:
+        added, self._added = self._added, []
+        cancelled, self._cancelled = self._cancelled, []
         for request, seed in added:
-            self._engine.add([request], new_generator(seed, self._device))
+            self._engine.add([request], new_generator(seed, self._engine.model.device))
         for request in cancelled:
             self._engine.cancel(request)
         try:

@@ -118,6 +118,10 @@ class Request:
                 reason = "stop"
         return TokenEvent(self.row, token, text, logprob, reason, top)
 
+    def is_stop_token(self, event: TokenEvent) -> bool:
+        """Whether the token of its last event is a stop token, and not the end of a stop string."""
+        return event.finish_reason == "stop" and event.token in self.stop_ids
+
     def prompt_events(self) -> list[TokenEvent]:
         """The prompt's own tokens, for ``echo``."""
         events = []

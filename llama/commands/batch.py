@@ -152,8 +152,7 @@ def generate(
                 engine.add([request], new_generator(own_seed, model.device))
                 running[request] = line, Completion()
             for request, event in engine.step():
-                is_stop = event.finish_reason == "stop" and event.token in request.stop_ids
-                running[request][1].add(event, is_stop_token=is_stop)
+                running[request][1].add(event, is_stop_token=request.is_stop_token(event))
                 n_tokens += 1 + (len(request.prompt) if len(request.tokens) == 1 else 0)
             finished = [request for request in running if request.finish_reason]
             for request in finished:

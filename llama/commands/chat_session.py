@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from llama import memory
 from llama.completions import Completion
 from llama.dialog import Message
 from llama.driver import Driver
@@ -117,16 +116,12 @@ class ChatSession:
         has_failed = False
         try:
             while not request.finish_reason:
-                with memory.explain_oom(
-                    lambda: memory.plan_of(self._llm.model, engine.max_prefill_tokens)
-                ):
-                    events = [event for r, event in self._driver.step() if r is request]
+                events = [event for r, event in self._driver.step() if r is request]
                 if events:
                     last = time.perf_counter() - start
                     first = last if first is None else first
                 for event in events:
-                    is_stop = event.finish_reason == "stop" and event.token in request.stop_ids
-                    completion.add(event, is_stop_token=is_stop)
+                    completion.add(event, is_stop_token=request.is_stop_token(event))
                 yield "".join(event.text for event in events)
         except Exception:
             has_failed = True

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 from llama.generation import Llama
 
@@ -57,6 +57,7 @@ def runs_model(**defaults: int | None) -> Callable[[Callable[..., None]], Callab
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(field.name, field.default),
+                annotation=field.type,
             )
             for field in fields
         )
@@ -73,13 +74,8 @@ def runs_model(**defaults: int | None) -> Callable[[Callable[..., None]], Callab
             options = ModelOptions(**{field.name: given.pop(field.name) for field in fields})
             command(options, **given)
 
-        hints = get_type_hints(command) | get_type_hints(ModelOptions)
-        run.__annotations__ = {name: hints[name] for name in signature.parameters}
-        vars(run)["__signature__"] = signature.replace(
-            parameters=[
-                p.replace(annotation=hints[name]) for name, p in signature.parameters.items()
-            ]
-        )
+        vars(run)["__signature__"] = signature
+        run.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
         text, _, arguments = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
         model_arguments = inspect.cleandoc(ModelOptions.__doc__ or "").partition("\n\nArgs:\n")[2]
         run.__doc__ = f"{text}\n\nArgs:\n{arguments}\n{model_arguments}".replace("\n\n\n", "\n\n")

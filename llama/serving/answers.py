@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llama.completions import Completion
-from llama.detokenizer import Detokenizer
 from llama.generation import Llama
 from llama.request import Request, TokenEvent
 from llama.serving.schema import ApiError, ChatBody
@@ -36,9 +35,7 @@ class Choice:
         self.tokens: list[Token] = []  # without a stop token, and those of a stop string
         self._bos_id = llm.tokenizer.bos_id
         # gives the offsets of tokens whose text the request's own detokenizer holds back
-        starts_text = request.params.echo or request.prompt[-1] == self._bos_id
-        starts_text = starts_text or llm.formatter.starts_answer(request.prompt)
-        self._detokenizer = Detokenizer(llm.tokenizer, starts_text=starts_text)
+        self._detokenizer = request.detokenizer.without_stop()
         self._offset = self._n_chars = 0
         self._held: list[Token] = []
 
@@ -48,7 +45,7 @@ class Choice:
 
     def add(self, event: TokenEvent) -> tuple[str, list[Token]]:
         """The text that an event adds, and the tokens of which a part is in the text now."""
-        is_stop_token = event.finish_reason == "stop" and event.token in self.request.stop_ids
+        is_stop_token = self.request.is_stop_token(event)
         is_first_of_prompt = self.request.params.echo and not self.completion.tokens
         if is_first_of_prompt:
             text = "" if event.token == self._bos_id else event.text

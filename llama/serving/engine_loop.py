@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from llama import memory
 from llama.driver import Driver
 from llama.generation import Llama
 from llama.request import Request, TokenEvent
@@ -66,7 +65,7 @@ class EngineLoop:
     """
 
     def __init__(self, llm: Llama, driver: Driver, max_queue: int) -> None:
-        self._model, self._engine, self._driver = llm.model, llm.engine, driver
+        self._driver = driver
         self._n_slots = llm.model.params.max_batch_size
         self._capacity = self._n_slots + max_queue
         self.is_stopping = False
@@ -115,19 +114,17 @@ class EngineLoop:
                 the calls that run.
         """
         refusal = StoppingError("the server has stopped")
-        model, n_tokens = self._model, self._engine.max_prefill_tokens
         try:
-            with memory.explain_oom(lambda: memory.plan_of(model, n_tokens)):
-                while not self.is_stopping or self._driver.is_busy:
-                    self._receive()
-                    if self.is_stopping:
-                        self._fail([call for _, _, call in self._waiting], refusal)
-                    while self._waiting and len(self._running) < self._n_slots:
-                        request, seed, call = self._waiting.popleft()
-                        self._running[request] = call
-                        self._driver.add(request, seed)
-                    if self._driver.is_busy:
-                        self._step()
+            while not self.is_stopping or self._driver.is_busy:
+                self._receive()
+                if self.is_stopping:
+                    self._fail([call for _, _, call in self._waiting], refusal)
+                while self._waiting and len(self._running) < self._n_slots:
+                    request, seed, call = self._waiting.popleft()
+                    self._running[request] = call
+                    self._driver.add(request, seed)
+                if self._driver.is_busy:
+                    self._step()
         except Exception as error:
             refusal = StoppingError(f"the server failed ({type(error).__name__}) and stops")
             raise

@@ -10,10 +10,8 @@
 
 #include "simd.h"
 
-enum { MAX_HEAD_DIM = 256 };
-
 /* A tile has the scores of up to HEADS queries and KEYS keys, or the sums of up to HEADS queries and
-   PARTS vectors of the values: as many as have registers. */
+   PARTS vectors of VALUES values: as many scores and sums as have registers. */
 enum { KEYS = 4, PARTS = 4, VALUES = 16 };
 #if defined(__AVX2__) && !defined(__AVX512F__)
 enum { HEADS = 2 };
@@ -21,7 +19,7 @@ enum { HEADS = 2 };
 enum { HEADS = 4 };
 #endif
 
-/* Rows are read in order: those some steps behind ``count`` of them are fetched. */
+/* Prefetch as much as ``count`` rows from item ``at`` on, 8 KiB ahead: rows are read in order. */
 INLINE void prefetch_rows(
     const void *cache, const int kind, int64_t at, int64_t count, int64_t head_dim) {
     const int size = kind == F32 ? 4 : 2;
@@ -29,7 +27,7 @@ INLINE void prefetch_rows(
     for (int64_t i = 0; i < count * head_dim * size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
 }
 
-/* The scores of ``heads`` queries, and ``keys`` keys from number ``at`` of the cache on. */
+/* The scores of ``heads`` queries and ``keys`` keys, from item ``at`` of the cache on. */
 INLINE void score_tile(
     const float *q, const void *k, const int kind, int64_t at, const int heads, const int keys,
     int64_t head_dim, float *scores, int64_t padded) {
@@ -131,7 +129,7 @@ INLINE void attend_head(
 
 /* y [rows][n_kv_heads * n_queries][head_dim]. Row b attends to the first lengths[b] positions of
    k and v [n_slots][n_kv_heads][max_length][head_dim], in slots[b], or in slot b if slots is NULL.
-   head_dim is a multiple of LANES, up to MAX_HEAD_DIM. Returns 0, -1 without memory for the scores,
+   head_dim is a multiple of LANES. Returns 0, -1 without memory for the scores,
    or -2 for a length that isn't from 0 to max_length. */
 static int attend_rows(
     const float *q, const void *k, const void *v, int kind, const int64_t *slots,

@@ -98,7 +98,7 @@ INLINE void tile_product(
         vi sum[MAX_ROWS][VECTORS];
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < VECTORS; v++) sum[r][v] = i_set1(0);
-        /* The least arithmetic per byte needs none: hardware prefetches best then. */
+        /* with the least arithmetic per byte, the hardware's prefetches alone read faster */
         if (rows > 2 || bits == 4 || LANES < 16) {
             for (int i = 0; i < bytes; i += 64) {
                 if (rows == 1) __builtin_prefetch(packed + 4096 + i);
