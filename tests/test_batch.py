@@ -576,19 +576,24 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(
                 if output.read_bytes().count(b"\n") >= wanted:
                     break
                 time.sleep(0.001)
-            time.sleep(rng.random() * (0.02 if wanted else 5))
-            if process.poll() is None:
+            if n_kills < 10:
+                time.sleep(rng.random() * (0.02 if wanted else 5))
                 process.kill()
-                n_kills += 1
-            if process.wait() == 0:
-                break
+            ended = process.wait() == 0
+        assert process.returncode in (0, -signal.SIGKILL)
+        n_kills += not ended
         if output.exists():
             data = output.read_bytes()
             assert data.count(b"\n") >= seen
             seen = data.count(b"\n")
-    assert answers(output) == expected
-    print(f"{n_kills} kills")
-    assert n_kills >= 10
+        if ended:
+            assert answers(output) == expected
+            if n_kills == 10:
+                break
+            # faster than the kills: once more
+            output.unlink()
+            output.with_name(f"{output.name}.run.json").unlink()
+            seen = 0
 
 
 @pytest.mark.slow
@@ -618,7 +623,7 @@ def test_other_numbers_of_ranks_continue_after_kill_9(
     """Of a rank, or of torchrun, whose ranks outlive it for a moment."""
     rng = random.Random(0)
     for n_ranks, size, victim in [(2, 1, 0), (2, 1, 1), (3, 1, None), (2, 2, 1), (4, 2, 2)]:
-        wanted = n_answers(output) + rng.randrange(1, 40)
+        wanted = n_answers(output) + rng.randrange(1, 25)
         process = subprocess.Popen(
             [
                 *TORCHRUN,
