@@ -4,8 +4,10 @@
    depend on the other rows. Tiles of some rows of W and up to MAX_HALF_ROWS rows of x share every
    load. A tile reads several rows of W at once, but prefetches the memory behind it in order, into
    the second-level cache: 8 rows are 1.3 to 1.7 times as fast as with prefetches row by row. One
-   row with AVX512-BF16 keeps up with the memory without tiles, if x stays in the first-level cache:
-   W is then read from start to end.
+   row of x in the first-level cache may keep up with the memory without tiles: W is then read from
+   start to end. The processor prefetches it, but stops at the end of each page: prefetching the
+   first lines of the page after the next makes a step 1.02 (AVX512-BF16) to 1.04 times (AVX2) as
+   fast.
 
    x is float32, in blocks of WIDTH columns, [K / WIDTH][rows][WIDTH]: rows a power of two apart in
    memory would compete for the same cache lines. With AVX512-BF16, x is rounded to bfloat16 for
@@ -17,30 +19,31 @@
 
 #include "simd.h"
 
-/* WIDTH columns per step; HEIGHT(rows) rows of W in a tile, about as many as have registers. */
+/* WIDTH columns per step; HEIGHT(rows) rows of W in a tile, about as many as have registers.
+   PAGE_LINES: to prefetch from each page if one row of x doesn't need tiles; 0: it does. */
 #if defined(__AVX512F__)
 #define MAX_HALF_ROWS 8
-enum { CHAINS = 1 };
+enum { CHAINS = 1, PAGE_LINES = 0 };
 #define HEIGHT(rows) 4
 #elif defined(__AVX2__)
 #define MAX_HALF_ROWS 3
-enum { CHAINS = 2 };
+enum { CHAINS = 2, PAGE_LINES = 4 };
 #define HEIGHT(rows) 2
 #elif defined(__ARM_NEON)
 #define MAX_HALF_ROWS 6
-enum { CHAINS = 2 };
+enum { CHAINS = 2, PAGE_LINES = 0 };
 #define HEIGHT(rows) ((rows) <= 2 ? 4 : 2)
 #endif
 
 #if defined(__AVX512BF16__)
-enum { WIDTH = 2 * LANES, BF16_X_SIZE = 2 };
+enum { WIDTH = 2 * LANES, BF16_X_SIZE = 2, BF16_PAGE_LINES = 8 };
 typedef vi bf16s;
 INLINE vi load_bf16(const uint16_t *p) { return i_load(p); }
 INLINE void dot_bf16(vf *sum, vi w, const uint8_t *x) {
     *sum = _mm512_dpbf16_ps(*sum, (__m512bh)w, (__m512bh)i_load(x));
 }
 #else
-enum { WIDTH = CHAINS * LANES, BF16_X_SIZE = 4 };
+enum { WIDTH = CHAINS * LANES, BF16_X_SIZE = 4, BF16_PAGE_LINES = PAGE_LINES };
 typedef struct {
     vf chain[CHAINS];
 } bf16s;
@@ -105,16 +108,24 @@ DEFINE_TILE(bf16)
 DEFINE_TILE(f16)
 #undef DEFINE_TILE
 
+enum { PAGE = 2048 }; /* numbers */
+
 /* Columns begin to end of y for ``rows`` rows of x. */
 INLINE void half_columns(
     const uint16_t *w, const int is_bf16, int64_t begin, int64_t end, int64_t k, const uint8_t *x,
     const int rows, float *y, int64_t n) {
     const int x_size = is_bf16 ? BF16_X_SIZE : 4;
-    const int height = rows == 1 && x_size == 2 && k <= 4096 ? 1 : HEIGHT(rows);
+    const int n_lines = rows == 1 && k <= 4096 ? (is_bf16 ? BF16_PAGE_LINES : PAGE_LINES) : 0;
+    const int height = n_lines ? 1 : HEIGHT(rows);
     int64_t i = begin;
-    for (; i + height <= end; i += height)
+    for (; i + height <= end; i += height) {
+        if (n_lines)
+            for (int64_t page = 0; page < k; page += PAGE)
+                UNROLL for (int line = 0; line < n_lines; line++)
+                    __builtin_prefetch(w + i * k + page + 2 * PAGE + line * 32, 0, 2);
         if (is_bf16) bf16_tile(w + i * k, k, x, rows, height, x_size, y + i, n);
         else f16_tile(w + i * k, k, x, rows, height, x_size, y + i, n);
+    }
     for (; i < end; i++)
         if (is_bf16) bf16_tile(w + i * k, k, x, rows, 1, x_size, y + i, n);
         else f16_tile(w + i * k, k, x, rows, 1, x_size, y + i, n);
