@@ -1,4 +1,4 @@
-"""A decoding step by the kernel ``decode_layers``: its results, and that it never runs in place of
+"""A decoding step by the kernel ``decode_step``: its results, and that it never runs in place of
 modules that compute something else. The kernel itself is tested in csrc/check_kernels.c."""
 
 import contextlib
@@ -91,7 +91,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls, run = Calls(), kernels.run
 
     def counted(name: str, *arguments: Any) -> None:
-        calls.n += name == "decode_layers"
+        calls.n += name == "decode_step"
         run(name, *arguments)
 
     monkeypatch.setattr(kernels, "run", counted)

@@ -43,7 +43,7 @@ _VARIABLE = "LLAMA_KERNELS"
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS: dict[str, list[Any]] = {
     "products": [_POINTER, _LONG, _INT, _INT, _LONG, _POINTER, _LONG],
-    "decode_layers": [_POINTER, _LONG, _POINTER, _POINTER, _LONG, *[_POINTER] * 4],
+    "decode_step": [_POINTER, _LONG, *[_POINTER] * 3, _LONG, *[_POINTER] * 5],
     "decode_attention": [
         *(_POINTER, _POINTER, _POINTER, _INT, _POINTER),
         *(_LONG, _LONG, _LONG, _LONG, _LONG, _POINTER),

@@ -1,4 +1,4 @@
-"""The layers of a decoding step in one call of the C kernels.
+"""A decoding step, from the embedding to the logits, in one call of the C kernels.
 
 The weights of each product replace everything in the processor's cache, so that the Python code and
 the small operators between two products run slowly: they took a fifth of a step of a 1B model in 4
@@ -6,6 +6,9 @@ bits.
 """
 
 import ctypes
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from llama.attention import attention
 from llama.cache import Decode, KVCache
 from llama.config import ModelArgs
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.hooks import is_unmodified
 from llama.model import (
     Attention,
     FeedForward,
@@ -36,6 +40,15 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, kernels.Matrix) for name in "q k v o gate up down".split()),
         *((name, ctypes.c_void_p) for name in "attention_norm ffn_norm cache_k cache_v".split()),
+    ]
+
+
+class _Head(ctypes.Structure):
+    """``head`` of csrc/types.h."""
+
+    _fields_ = [
+        *(("norm", ctypes.c_void_p), ("output", kernels.Matrix)),
+        *(("bits", ctypes.c_int64), ("kind", ctypes.c_int64)),
     ]
 
 
@@ -62,18 +75,20 @@ _NAMES: dict[type, str] = {
     ColumnParallelLinear: "forward",
     RowParallelLinear: "forward",
     KVCache: "allocate update",
-    Transformer: "decode hidden",
+    Transformer: "decode hidden logits",
 }
 _METHODS = {cls: {name: getattr(cls, name) for name in _NAMES[cls].split()} for cls in _NAMES}
 C_KERNELS = "C kernels"  # in ``Ways.decode``
 _FUNCTIONS = (attention, kernels.decode_attention, project, rotate, swiglu)
-# Their objects may differ by instance.
-_ATTRIBUTES: dict[type, tuple[str, ...]] = {
-    Attention: ("attend", "project", "rotate", "cache"),
-    FeedForward: ("compute",),
-    ColumnParallelLinear: ("linear",),
-    RowParallelLinear: ("linear",),
+# What may differ by instance, apart from parameters and modules.
+_ATTRIBUTES: dict[type, Callable[[Any], object]] = {
+    Attention: attrgetter("attend", "project", "rotate", "cache"),
+    FeedForward: attrgetter("compute"),
+    RMSNorm: attrgetter("eps"),
+    ColumnParallelLinear: attrgetter("linear"),
+    RowParallelLinear: attrgetter("linear"),
 }
+_LINEAR = ColumnParallelLinear, RowParallelLinear
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
@@ -90,83 +105,105 @@ class KernelStep:
     """``Transformer.decode`` of a model on one rank, with activations in float32.
 
     Each step compares the modules with those of the step before. With hooks, patches, other classes
-    or mixed formats, the modules run instead of the kernel.
+    or mixed formats, the modules run instead of the kernel: all of them, or only the last norm and
+    the output layer if the kernel can compute the layers.
     """
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._modules: list[nn.Module] = []
         self._seen: object = None
         self._layers: Any = None
+        self._head: _Head | None = None
         self._sizes = _Sizes()
-        self._held: list[object] = []
+        self._watch()
 
     def __call__(self, tokens: Tensor, batch: Decode) -> Tensor:
         model, sizes = self._model, self._sizes
         if torch.is_grad_enabled() or not self._is_ready() or not self._use_caches():
             return type(model).decode(model, tokens, batch)
-        n_rows, positions = len(batch.positions), batch.positions.long().contiguous()
+        head, n_rows = self._head, len(batch.positions)
+        positions = batch.positions.long().contiguous()
         x = model.tok_embeddings(tokens).to(torch.float32, copy=True).view(n_rows, sizes.dim)
         rotations = torch.view_as_real(model.freqs_cis)[positions].float().contiguous()
+        logits = torch.empty(n_rows, head.output.n if head else 0)
         kernels.run(
-            "decode_layers",
-            *(self._layers, len(self._layers), ctypes.byref(sizes), x, n_rows),
-            rotations.view(n_rows, sizes.head_dim),
-            *(batch.slots.contiguous(), positions, batch.seqlens_k.int().contiguous()),
+            "decode_step",
+            *(self._layers, len(self._layers), head and ctypes.byref(head), ctypes.byref(sizes)),
+            *(x, n_rows, rotations.view(n_rows, sizes.head_dim), batch.slots.contiguous()),
+            *(positions, batch.seqlens_k.int().contiguous(), logits),
         )
-        return model.logits(model.norm(x))
+        return logits if head else model.logits(model.norm(x))
 
     def _is_ready(self) -> bool:
         """Whether the kernel can replace the layers as they are now."""
-        state = self._state()
-        if state is not None and state != self._seen:
+        if self._state() != self._seen:
+            self._watch()
             self._layers = self._describe()
-            state = self._seen = self._state()
-        return state is not None and self._layers is not None
+            self._seen = self._state()
+        return self._layers is not None
+
+    def _watch(self) -> None:
+        """List what ``_state`` compares. It runs after the weights have replaced everything in the
+        processor's cache, so that what it touches determines its time."""
+        model = self._model
+        inner = [module for block in model.layers for module in block.modules()]
+        modules: list[nn.Module] = [model, model.layers, *inner, model.norm, model.output]
+        linears: list[Any] = [x for x in modules if type(x) in _LINEAR]
+        self._modules = modules
+        self._attributes = [
+            (get, [x for x in modules if type(x) is cls]) for cls, get in _ATTRIBUTES.items()
+        ]
+        self._children = [x._modules for x in modules if x._modules]
+        self._parameters = [x._parameters for x in modules[2:] if x._parameters]
+        self._tiled = [x.linear for x in linears if type(x.linear) is kernels.TiledLinear]
+        hooks = [(x._forward_hooks, x._forward_pre_hooks) for x in modules]
+        self._caches = [x.cache for x in inner if type(x) is Attention]
+        self._dicts: list[Any] = [*map(vars, modules), *chain(*hooks), *self._parameters]
+        self._dicts += map(vars, self._caches)
 
     def _state(self) -> object:
-        """Differs after a change of what ``_describe`` reads; None if methods were replaced, or
-        have hooks."""
-        model = self._model
-        for cls, methods in _METHODS.items():
-            own = type(model) if cls is Transformer else cls
-            if any(getattr(own, name) is not method for name, method in methods.items()):
-                return None
-        if "hidden" in vars(model) or _has_any_global_hook():
-            return None
-        found: list[object] = [id(model.layers)]
-        for module in self._modules:
-            values = vars(module)
-            if values["_forward_hooks"] or values["_forward_pre_hooks"] or "forward" in values:
-                return None
-            found += (type(module), values.get("eps"))
-            found += map(id, values["_modules"].values())
-            found += [id(values.get(name)) for name in _ATTRIBUTES.get(type(module), ())]
-            for p in values["_parameters"].values():
-                if p is not None:
-                    found += (p.data_ptr(), p.dtype, p.shape, p.stride())
-            if isinstance(linear := values.get("linear"), kernels.TiledLinear):
-                found += [None if x is None else x.data_ptr() for x in linear.parts]
-            if (cache := values.get("cache")) is not None:
-                patched = "as_pass" in values or "update_cache" in values
-                if patched or "allocate" in vars(cache) or "update" in vars(cache):
-                    return None
-        return found
+        """Differs after a change of what ``_describe`` reads."""
+        own = type(self._model)
+        parameters = chain.from_iterable(map(dict.values, self._parameters))
+        return (
+            bool(_has_any_global_hook()),
+            [
+                getattr(own if c is Transformer else c, x)
+                for c, names in _METHODS.items()
+                for x in names
+            ],
+            list(map(type, self._modules)),
+            list(map(len, self._dicts)),
+            list(chain.from_iterable(map(dict.values, self._children))),
+            [list(map(get, modules)) for get, modules in self._attributes],
+            [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters if p is not None],
+            [None if x is None else x.data_ptr() for tiled in self._tiled for x in tiled.parts],
+        )
 
     def _describe(self) -> Any:
         """An array of ``_Layer`` without caches; None if the kernel can't compute the layers."""
         model, args = self._model, self._model.params
         blocks: list[Any] = list(model.layers)
-        inner = [module for block in blocks for module in block.modules()]
-        self._modules, self._held = [model.layers, *inner], []
-        if not all(type(module) in _METHODS for module in inner):
+        self._held: list[object] = []  # their memory is read
+        self._head = None
+        for cls, methods in _METHODS.items():
+            own = type(model) if cls is Transformer else cls
+            if any(getattr(own, name) is not method for name, method in methods.items()):
+                return None
+        if _has_any_global_hook() or "hidden" in vars(model) or "logits" in vars(model):
+            return None
+        if not all(map(is_unmodified, blocks)):
             return None
         layers, formats, eps = (_Layer * len(blocks))(), set(), set()
         dim, ffn_dim = args.dim, args.ffn_hidden_dim
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_local_kv_heads(1) * args.head_dim
         for layer, block in zip(layers, blocks, strict=True):
+            if type(block) is not TransformerBlock:
+                return None
             attn, ffn = block.attention, block.feed_forward
-            if (type(block), type(attn), type(ffn)) != (TransformerBlock, Attention, FeedForward):
+            if (type(attn), type(ffn)) != (Attention, FeedForward):
+                return None
+            if "as_pass" in vars(attn) or "update_cache" in vars(attn):
                 return None
             matrices: dict[str, tuple[Any, int, int]] = {
                 "q": (attn.wq, q_dim, dim),
@@ -178,31 +215,21 @@ class KernelStep:
                 "down": (ffn.w2, dim, ffn_dim),
             }
             for name, (linear, *shape) in matrices.items():
-                weight = linear.weight if linear.linear is kernels.linear else linear.linear
-                if type(weight) is kernels.TiledLinear:
-                    form: kernels.Form | None = weight.form
-                    matrix = weight.matrix
-                    self._held += [x.detach() for x in weight.parts if x is not None]
-                elif isinstance(weight, Tensor):
-                    form, matrix = kernels.half_form(weight), kernels.Matrix.of(weight)
-                else:
+                found = self._matrix(linear, shape)
+                if found is None:
                     return None
-                if form is None or [*weight.shape] != shape:
-                    return None
-                formats.add(form)
-                setattr(layer, name, matrix)
-                self._held.append(weight.detach() if isinstance(weight, Tensor) else weight)
+                formats.add(found[0])
+                setattr(layer, name, found[1])
             for name in ("attention_norm", "ffn_norm"):
                 norm = getattr(block, name)
-                weight = norm.weight.detach()
-                is_dense = weight.dtype == torch.float32 and weight.is_contiguous()
-                if not is_dense or weight.shape != (dim,):
+                if (address := self._norm(norm)) is None:
                     return None
-                setattr(layer, name, weight.data_ptr())
+                setattr(layer, name, address)
                 eps.add(norm.eps)
-                self._held.append(weight)
             forms = attn.attend, attn.project, attn.rotate, ffn.compute
             if any(form not in _FUNCTIONS for form in forms) or type(attn.cache) is not KVCache:
+                return None
+            if "allocate" in vars(attn.cache) or "update" in vars(attn.cache):
                 return None
         if len(formats) != 1 or len(eps) != 1 or None in eps:
             return None
@@ -210,14 +237,47 @@ class KernelStep:
         sizes.dim, sizes.ffn_dim, sizes.head_dim = dim, ffn_dim, args.head_dim
         sizes.n_heads, sizes.n_kv_heads = args.n_heads, args.n_local_kv_heads(1)
         (sizes.bits, sizes.kind), (sizes.eps,) = formats.pop(), eps
+        if is_unmodified(model.norm) and is_unmodified(model.output):
+            address, output = (
+                self._norm(model.norm),
+                self._matrix(model.output, [args.vocab_size, dim]),
+            )
+            if address is not None and output is not None and model.norm.eps == sizes.eps:
+                self._head = _Head(address, output[1], *output[0])
         return layers
+
+    def _matrix(self, linear: Any, shape: list[int]) -> tuple[kernels.Form, kernels.Matrix] | None:
+        """The weight of a linear layer; None if the kernel can't read it."""
+        if type(linear) not in _LINEAR:
+            return None
+        weight = linear.weight if linear.linear is kernels.linear else linear.linear
+        form: kernels.Form | None
+        if type(weight) is kernels.TiledLinear:
+            form, matrix = weight.form, weight.matrix
+            self._held += [x.detach() for x in weight.parts if x is not None]
+        elif isinstance(weight, Tensor):
+            form, matrix = kernels.half_form(weight), kernels.Matrix.of(weight)
+            self._held.append(weight.detach())
+        else:
+            return None
+        return None if form is None or [*weight.shape] != shape else (form, matrix)
+
+    def _norm(self, norm: Any) -> int | None:
+        """The address of an RMSNorm's weight; None if the kernel can't read it."""
+        if type(norm) is not RMSNorm:
+            return None
+        weight = norm.weight.detach()
+        is_dense = weight.dtype == torch.float32 and weight.is_contiguous()
+        if not is_dense or weight.shape != (self._model.params.dim,):
+            return None
+        self._held.append(weight)
+        return weight.data_ptr()
 
     def _use_caches(self) -> bool:
         """Give the kernel the caches, which may have been freed or replaced."""
-        sizes, blocks = self._sizes, list[Any](self._model.layers)
+        sizes = self._sizes
         tensors: list[Tensor] = []
-        for layer, block in zip(self._layers, blocks, strict=True):
-            cache = block.attention.cache
+        for layer, cache in zip(self._layers, self._caches, strict=True):
             cache.allocate(_LIKE)  # the kernel's x is float32
             layer.cache_k, layer.cache_v = cache.k.data_ptr(), cache.v.data_ptr()
             tensors += cache.k, cache.v

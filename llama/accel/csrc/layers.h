@@ -1,5 +1,5 @@
-/* The layers of a decoding step: h = x + attention(norm(x)), x = h + swiglu(norm(h)) for one token per
-   sequence, as in model.py.
+/* A decoding step: in each layer h = x + attention(norm(x)), x = h + swiglu(norm(h)) for one token per
+   sequence, as in model.py, and output(norm(x)) at the end.
 
    Between two products of a step, PyTorch's small operators and Python's calls are slow: the weights
    have just replaced their code and data in the processor's cache. */
@@ -25,13 +25,14 @@ static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-/* x [rows][dim] becomes the last layer's output. Row b is the token at positions[b] of slots[b], and
-   attends to lengths[b] positions there. Slots are distinct. rotations: see rotate_and_store. Returns
-   0, -1 without memory, or -2 for a length, position or slot outside of the cache. */
-int NAME(decode_layers)(
-    const layer *layers, int64_t n_layers, const sizes *s, float *x, int64_t rows,
-    const float *rotations, const int64_t *slots, const int64_t *positions,
-    const int32_t *lengths) {
+/* x [rows][dim] becomes the last layer's output, and with a head logits [rows][output.n] its result.
+   Row b is the token at positions[b] of slots[b], and attends to lengths[b] positions there. Slots are
+   distinct. rotations: see rotate_and_store. Returns 0, -1 without memory, or -2 for a length, position
+   or slot outside of the cache. */
+int NAME(decode_step)(
+    const layer *layers, int64_t n_layers, const head *head, const sizes *s, float *x, int64_t rows,
+    const float *rotations, const int64_t *slots, const int64_t *positions, const int32_t *lengths,
+    float *logits) {
     const int64_t q_dim = s->n_heads * s->head_dim, kv_dim = s->n_kv_heads * s->head_dim;
     const int bits = (int)s->bits, kind = (int)s->kind, cache_kind = (int)s->cache_kind;
     const int64_t width = s->dim + 2 * q_dim + 2 * kv_dim + 2 * s->ffn_dim;
@@ -62,6 +63,12 @@ int NAME(decode_layers)(
         add(x, y, rows * s->dim);
     }
 #undef TRY
+    if (result == 0 && head) {
+        matrix output = head->output;
+        output.y = logits;
+        rms_norm(x, head->norm, (float)s->eps, rows, s->dim, y);
+        result = NAME(products)(&output, 1, (int)head->bits, (int)head->kind, s->dim, y, rows);
+    }
     free(y);
     return result;
 }

@@ -24,8 +24,15 @@ typedef struct {
     void *cache_k, *cache_v; /* [n_slots][n_kv_heads][max_length][head_dim] */
 } layer;
 
+/* The last norm and the output layer, whose format may be another one. */
+typedef struct {
+    const float *norm;
+    matrix output;
+    int64_t bits, kind;
+} head;
+
 typedef struct {
     int64_t dim, n_heads, n_kv_heads, head_dim, ffn_dim, n_slots, max_length;
-    int64_t bits, kind, cache_kind; /* of all matrices and caches */
+    int64_t bits, kind, cache_kind; /* of the layers' matrices and caches */
     double eps;
 } sizes;
