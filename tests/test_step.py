@@ -264,6 +264,11 @@ class Negative(FeedForward):
         return -super().forward(x)
 
 
+class Halved(ColumnParallelLinear):
+    def forward(self, input_: Tensor) -> Tensor:
+        return 0.5 * super().forward(input_)
+
+
 class DoubledValues(KVCache):
     def update(self, k: Tensor, v: Tensor, batch: Batch) -> None:
         super().update(k, 2 * v, batch)
@@ -311,6 +316,7 @@ OTHER_METHODS: list[Change] = [
     (RowParallelLinear, "forward", times(0.5)),
     (KVCache, "update", of_double),
     (Transformer, "hidden", times(0.5)),
+    (Transformer, "logits", times(0.5)),
     (Transformer, "decode", times(0.5)),
     (Attention, "project", times(3)),
     (Attention, "rotate", times(3)),
@@ -322,6 +328,7 @@ OTHER_METHODS: list[Change] = [
     ("layers.1.feed_forward.w1", "forward", times(0.5)),
     ("layers.1.ffn_norm", "forward", times(0.5)),
     ("", "hidden", times(0.5)),
+    ("", "logits", times(0.5)),
     ("layers.1.attention", "attend", times(0.5)),
     ("layers.1.attention", "project", times(3)),
     ("layers.1.attention", "rotate", times(3)),
@@ -355,12 +362,23 @@ OTHER_PARTS: dict[str, Change] = {
         lambda cache: with_values(cache, cache.v.flip(0).mT.contiguous().mT),
     ),
 }
-# What the kernel computes too.
+# The kernel computes these, or the layers before them.
 SAME_PARTS: dict[str, Change] = {
     "weight": ("layers.1.feed_forward.w2", "weight", lambda w: parameter(-w)),
     "data": ("layers.1.feed_forward.w2.weight", "data", lambda w: -w),
     "norm's weight": ("layers.1.ffn_norm", "weight", lambda w: parameter(2 * w)),
     "norm": ("layers.1", "ffn_norm", lambda norm: RMSNorm(128, norm.eps)),
+    "last norm's weight": ("norm", "weight", lambda w: parameter(2 * w)),
+    "last norm's eps": ("norm", "eps", lambda _: 10.0),
+    "last norm's method": ("norm", "forward", times(0.5)),
+    "last norm of a subclass": ("", "norm", as_class(Doubled)),
+    "output's weight": ("output", "weight", lambda w: parameter(-w)),
+    "output's data": ("output.weight", "data", lambda w: -w),
+    "output's float32 weight": ("output", "weight", lambda w: parameter(-w.float())),
+    "output's bfloat16 weight": ("output", "weight", lambda w: parameter(-w.bfloat16())),
+    "output's function": ("output", "linear", times(0.5)),
+    "output's method": ("output", "forward", times(0.5)),
+    "output of a subclass": ("", "output", as_class(Halved)),
     "layers": ("", "layers", lambda layers: nn.ModuleList([layers[i] for i in (1, 0, 2)])),
     "freqs_cis": ("", "freqs_cis", lambda _: precompute_freqs_cis(16, 64, 10.0)),
     "freqs_cis in float64": ("", "freqs_cis", lambda x: x.to(torch.complex128).flip(0)),

@@ -158,8 +158,7 @@ class KernelStep:
         self._tiled = [x.linear for x in linears if type(x.linear) is kernels.TiledLinear]
         hooks = [(x._forward_hooks, x._forward_pre_hooks) for x in modules]
         self._caches = [x.cache for x in inner if type(x) is Attention]
-        self._dicts: list[Any] = [*map(vars, modules), *chain(*hooks), *self._parameters]
-        self._dicts += map(vars, self._caches)
+        self._dicts: list[Any] = [*map(vars, modules), *chain(*hooks), *map(vars, self._caches)]
 
     def _state(self) -> object:
         """Differs after a change of what ``_describe`` reads."""

@@ -17,9 +17,9 @@
 #define KERNEL(function) JOINED(function, ISA)
 
 int KERNEL(products)(const matrix *, int64_t, int, int, int64_t, const float *, int64_t);
-int KERNEL(decode_layers)(
-    const layer *, int64_t, const sizes *, float *, int64_t, const float *, const int64_t *,
-    const int64_t *, const int32_t *);
+int KERNEL(decode_step)(
+    const layer *, int64_t, const head *, const sizes *, float *, int64_t, const float *,
+    const int64_t *, const int64_t *, const int32_t *, float *);
 int KERNEL(decode_attention)(
     const float *, const void *, const void *, int, const int32_t *, int64_t, int64_t, int64_t,
     int64_t, int64_t, float *);
@@ -437,12 +437,13 @@ static void fuzz_attention(void) {
     check(result == -2, "a wrong length is accepted");
 }
 
-/* --- The layers of a step --- */
+/* --- A step --- */
 
 /* A step's operands; the layers' caches are as before it. */
 typedef struct {
     const layer *layers;
     int64_t n_layers, rows;
+    const head *head; /* or NULL */
     const sizes *s;
     const float *x, *rotations;
     const int64_t *slots, *positions;
@@ -458,7 +459,8 @@ static char *cache_of(const layer *layers, int64_t l, int i) {
 }
 
 /* Run ``rows`` rows from ``first`` on, with copies of the caches in ``layers``; returns the error. */
-static int run_step(const step *t, int64_t first, int64_t rows, layer **layers, float **x) {
+static int run_step(
+    const step *t, int64_t first, int64_t rows, layer **layers, float **x, float **logits) {
     const int64_t dim = t->s->dim, head_dim = t->s->head_dim;
     const int cache_kind = (int)t->s->cache_kind;
     *layers = copy_of(t->layers, t->n_layers * (int64_t)sizeof(layer) / 8, 8);
@@ -471,8 +473,9 @@ static int run_step(const step *t, int64_t first, int64_t rows, layer **layers, 
     const int64_t *slots = copy_of(t->slots + first, rows, 8);
     const int64_t *positions = copy_of(t->positions + first, rows, 8);
     const int32_t *lengths = copy_of(t->lengths + first, rows, 4);
-    return KERNEL(decode_layers)(
-        *layers, t->n_layers, t->s, *x, rows, rotations, slots, positions, lengths);
+    *logits = t->head ? block(rows * t->head->output.n, 4) : NULL;
+    return KERNEL(decode_step)(
+        *layers, t->n_layers, t->head, t->s, *x, rows, rotations, slots, positions, lengths, *logits);
 }
 
 /* y = W x in float64. */
@@ -497,8 +500,8 @@ static void rotate(double *x, const float *by, int64_t n_heads, int64_t head_dim
     }
 }
 
-/* Compare row b with float64: the entries that the kernel has stored in the caches of ``after``,
-   and x. Attention reads what is stored, so that each entry's rounding counts once.
+/* Compare row b with float64: the entries that the kernel has stored in the caches of ``after``, and
+   x. Attention reads what is stored, so that each entry's rounding counts once.
 
    Numbers are about 1, and LIMIT is 170 times float32's rounding of 1: sums have up to 384 terms,
    and a norm may scale x up. Entries are rounded to the cache's kind too. */
@@ -548,6 +551,16 @@ static void check_row(const step *t, int64_t b, const layer *after, const float 
     for (int64_t i = 0; i < dim; i++) check(fabs(x[i] - h[i]) <= LIMIT, "a wrong result");
 }
 
+/* Compare a row's logits with float64's from the kernel's x. */
+static void check_logits(const step *t, const float *x, const float *logits) {
+    double wide[128], y[128], expected[64];
+    for (int64_t i = 0; i < t->s->dim; i++) wide[i] = x[i];
+    normalize(wide, t->head->norm, t->s->eps, t->s->dim, y);
+    multiply(&t->head->output, F16, t->s->dim, y, expected);
+    for (int64_t i = 0; i < t->head->output.n; i++)
+        check(fabs(logits[i] - expected[i]) <= LIMIT, "a wrong logit");
+}
+
 /* After ``rows`` rows from ``first`` on, the caches of ``after`` hold at the place of row b what
    those of alone[b] do, which is finite, and else what they did before. */
 static void check_caches(
@@ -589,8 +602,8 @@ static float *random_norm(int64_t n) {
     return weight;
 }
 
-static void fuzz_layers(void) {
-    what = "decode_layers";
+static void fuzz_step(void) {
+    what = "decode_step";
     const int64_t rows = below(10), n_layers = 1 + below(2), n_kv_heads = 1 + below(3);
     const int64_t n_slots = rows + below(3) + (rows == 0), max_length = 1 + below(12);
     const int bits = 4 << below(3), kind = (int)below(bits == 16 ? 2 : 3);
@@ -649,16 +662,30 @@ static void fuzz_layers(void) {
             }
     }
     const float *x = random_block(rows * dim, F32, 2);
-    const step t = {layers, n_layers, rows, s, x, rotations, slots, positions, lengths};
+    head *last = below(4) ? block(sizeof(head) / 8, 8) : NULL;
+    if (last) {
+        const int head_bits = 4 << below(3), head_kind = (int)below(head_bits == 16 ? 2 : 3);
+        *last = (head){
+            .norm = random_norm(dim), .bits = head_bits, .kind = head_kind,
+            .output = random_matrix(1 + below(64), dim, head_bits, head_kind)};
+    }
+    const step t = {layers, n_layers, rows, last, s, x, rotations, slots, positions, lengths};
 
     layer *together, *alone[9];
-    float *y, *y_alone;
-    check(run_step(&t, 0, rows, &together, &y) == 0, "no memory");
+    float *y, *y_alone, *logits, *logits_alone;
+    check(run_step(&t, 0, rows, &together, &y, &logits) == 0, "no memory");
     for (int64_t b = 0; b < rows; b++) {
         for (int64_t i = 0; i < dim; i++) check(isfinite(y[b * dim + i]), "x isn't finite");
         if (bits == 16 && kind == F16) check_row(&t, b, together, y + b * dim);
-        check(run_step(&t, b, 1, &alone[b], &y_alone) == 0, "no memory");
+        check(run_step(&t, b, 1, &alone[b], &y_alone, &logits_alone) == 0, "no memory");
         check(!memcmp(y_alone, y + b * dim, (size_t)dim * 4), "a row depends on others");
+        if (last) {
+            const int64_t n = last->output.n;
+            const float *own = logits + b * n;
+            check(!memcmp(logits_alone, own, (size_t)n * 4), "logits depend on other rows");
+            for (int64_t i = 0; i < n; i++) check(isfinite(own[i]), "a logit isn't finite");
+            if (last->bits == 16 && last->kind == F16) check_logits(&t, y + b * dim, own);
+        }
         check_caches(&t, b, 1, alone[b], alone);
     }
     check_caches(&t, 0, rows, together, alone);
@@ -669,7 +696,7 @@ static void fuzz_layers(void) {
     case 1: positions[b] = is_negative ? -1 : max_length; break;
     default: lengths[b] = is_negative ? -1 : (int32_t)max_length + 1;
     }
-    check(run_step(&t, 0, rows, &together, &y) == -2, "a place outside of the cache is accepted");
+    check(run_step(&t, 0, rows, &together, &y, &logits) == -2, "a place outside of the cache is accepted");
     check(!memcmp(y, x, (size_t)(rows * dim) * 4), "x has changed despite the error");
 }
 
@@ -677,7 +704,7 @@ int main(int argc, char **argv) {
     check(argc == 3, "usage: check_kernels SEED N");
     void (*const functions[])(void) = {
         fuzz_half,       fuzz_quantized, fuzz_quantize,
-        fuzz_interleave, fuzz_attention, fuzz_layers};
+        fuzz_interleave, fuzz_attention, fuzz_step};
     for (int f = 0; f < 6; f++)
         for (int i = 0; i < atoi(argv[2]); i++) {
             state = (uint64_t)(atoll(argv[1]) * 1000003 + f * 8191 + i + 1) * 0x9e3779b97f4a7c15u;
