@@ -237,10 +237,8 @@ class KernelStep:
         sizes.n_heads, sizes.n_kv_heads = args.n_heads, args.n_local_kv_heads(1)
         (sizes.bits, sizes.kind), (sizes.eps,) = formats.pop(), eps
         if is_unmodified(model.norm) and is_unmodified(model.output):
-            address, output = (
-                self._norm(model.norm),
-                self._matrix(model.output, [args.vocab_size, dim]),
-            )
+            address = self._norm(model.norm)
+            output = self._matrix(model.output, [args.vocab_size, dim])
             if address is not None and output is not None and model.norm.eps == sizes.eps:
                 self._head = _Head(address, output[1], *output[0])
         return layers
