@@ -75,7 +75,7 @@ def test_quantized_products(bits: Any, scales: torch.dtype, has_zero: bool) -> N
         if has_zero:
             zero = torch.randint(0, 2**bits, weight.scale.shape, dtype=torch.uint8)
             weight = weight._replace(zero=zero)
-        linear, exact = kernels.TiledLinear(weight), weight.dequantize(torch.float64)
+        linear, exact = kernels.TiledLinear.of(weight), weight.dequantize(torch.float64)
         assert torch.equal(linear.dequantize(), weight.dequantize())
         for n_rows in (0, 1, 2, 3, 5, 9, 40):
             x = torch.randn(n_rows, k)
@@ -107,7 +107,7 @@ def test_integer_products_are_the_same_on_every_processor(
     for name in (instructions, "avx2"):
         use_processor(name)
         weights = [kernels.quantize(w, bits) for bits in (8, 4)]
-        results.append([kernels.TiledLinear(weight)(x) for weight in weights])
+        results.append([kernels.TiledLinear.of(weight)(x) for weight in weights])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -129,7 +129,7 @@ def test_quantize_equals_the_plain_one_up_to_ties(bits: Any) -> None:
 def test_activations_that_are_not_finite_spoil_their_row_only(value: float) -> None:
     x, w = torch.randn(4, 64), torch.randn(32, 64)
     x[2, 5] = value
-    forms = [kernels.TiledLinear(kernels.quantize(w, bits)) for bits in (8, 4)]
+    forms = [kernels.TiledLinear.of(kernels.quantize(w, bits)) for bits in (8, 4)]
     for y in (*(linear(x) for linear in forms), kernels.linear(x, w.bfloat16())):
         finite = y.isfinite()
         assert finite[[0, 1, 3]].all()
@@ -147,11 +147,11 @@ def test_any_layout_of_the_operands() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         kernels.linear(x, w)
     with pytest.raises(RuntimeError, match="shapes"):
-        kernels.TiledLinear(kernels.quantize(w, 4))(x)
+        kernels.TiledLinear.of(kernels.quantize(w, 4))(x)
 
 
 def test_copies_of_quantized_layers() -> None:
-    x, linear = torch.randn(3, 64), kernels.TiledLinear(kernels.quantize(torch.randn(32, 64), 4))
+    x, linear = torch.randn(3, 64), kernels.TiledLinear.of(kernels.quantize(torch.randn(32, 64), 4))
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert torch.equal(other(x), linear(x))
 
@@ -175,7 +175,7 @@ def test_weights_that_are_not_finite_tiny_or_huge(bits: Any) -> None:
 
 def test_tiny_and_huge_activations() -> None:
     w = torch.randn(32, 64)
-    tiled = kernels.TiledLinear(kernels.quantize(w, 8))
+    tiled = kernels.TiledLinear.of(kernels.quantize(w, 8))
     for linear in (tiled, lambda x: kernels.linear(x, w.half())):
         for scale in (1e-25, 1e25):
             x = scale * torch.randn(3, 64)
@@ -192,7 +192,7 @@ def test_parts_of_another_shape_are_refused() -> None:
         ({"zero": zero}, r"zero is \[20, 3\], expected \[20, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            kernels.TiledLinear(weight._replace(**changes))
+            kernels.TiledLinear.of(weight._replace(**changes))
 
 
 def test_gradients_flow_by_torchs_functions() -> None:
@@ -200,7 +200,7 @@ def test_gradients_flow_by_torchs_functions() -> None:
     quantized = kernels.quantize(w, 4)
     for linear, exact in (
         (lambda x: kernels.linear(x, w), w.float()),
-        (kernels.TiledLinear(quantized), quantized.dequantize()),
+        (kernels.TiledLinear.of(quantized), quantized.dequantize()),
     ):
         x = torch.randn(2, 64, requires_grad=True)
         linear(x).sum().backward()
@@ -217,7 +217,7 @@ def test_copies_work_where_the_kernels_are_missing(monkeypatch: pytest.MonkeyPat
     """As after unpickling on another machine."""
     w, x = torch.randn(32, 64).bfloat16(), torch.randn(2, 64)
     weight = kernels.quantize(w, 4)
-    pickled = pickle.dumps((kernels.TiledLinear(weight), kernels.linear))
+    pickled = pickle.dumps((kernels.TiledLinear.of(weight), kernels.linear))
     monkeypatch.setattr(kernels, "_library", lambda: "the kernels aren't built")
     kernels._choose.cache_clear()
     tiled, linear = pickle.loads(pickled)
@@ -393,7 +393,7 @@ def test_a_model_may_change_its_dtype(dtype: torch.dtype, quantize: str | None) 
 def test_kernels_are_traced_by_torch_compile(instructions: str) -> None:
     """In one graph, without compiling again for another row count."""
     w = torch.randn(32, 64).bfloat16()
-    tiled, cache = kernels.TiledLinear(kernels.quantize(w, 4)), new_cache(2, 32)
+    tiled, cache = kernels.TiledLinear.of(kernels.quantize(w, 4)), new_cache(2, 32)
     batch = Decode(torch.tensor([3, 39]), 40, ragged=True)
 
     def step(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def is_quantized(layer: Any) -> bool:
 def quantized_form(device: torch.device, off: str | None) -> Callable[[QuantizedWeight], Any]:
     """The form in which a quantized linear layer keeps its weight."""
     is_tiled = device.type == "cpu" and off is None and kernels.instruction_set() is not None
-    return kernels.TiledLinear if is_tiled else QuantizedLinear
+    return kernels.TiledLinear.of if is_tiled else QuantizedLinear
 
 
 def accelerate(model: Transformer, *, compile: bool = False, off: str | None = None) -> None:

@@ -6,6 +6,7 @@ the library has no OpenMP runtime of its own, and takes the one that torch has l
 """
 
 import ctypes
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -185,15 +186,22 @@ def _product(x: Tensor, matrix: Matrix, form: Form, n: int) -> Tensor:
     return y.view(*x.shape[:-1], n).to(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class TiledLinear:
     """``QuantizedLinear`` by a kernel, on a copy of the weight in the kernel's order.
 
-    Raises:
-        ValueError: a tensor's shape doesn't follow from the weight's.
+    Tensors may be changed in place, but not replaced: ``KernelStep`` keeps their addresses.
     """
 
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.bits, self.shape = weight.bits, weight.shape
+    bits: Bits
+    shape: tuple[int, int]
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> "TiledLinear":
+        """Raises ValueError if a tensor's shape doesn't follow from the weight's."""
         n, k = weight.shape
         n_groups = -(-k // plain.GROUP)
         widths = {"packed": n_groups * weight.bits, "scale": n_groups, "zero": n_groups}
@@ -201,8 +209,9 @@ class TiledLinear:
             x = getattr(weight, name)
             if x is not None and x.shape != (n, width):
                 raise ValueError(f"{name} is {[*x.shape]}, expected {[n, width]} for {n} x {k}")
-        self.packed, self.scale = _interleave(weight.packed), _interleave(weight.scale)
-        self.zero = None if weight.zero is None else _interleave(weight.zero)
+        packed, scale = _interleave(weight.packed), _interleave(weight.scale)
+        zero = None if weight.zero is None else _interleave(weight.zero)
+        return cls(weight.bits, weight.shape, packed, scale, zero)
 
     @property
     def form(self) -> Form:

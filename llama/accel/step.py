@@ -148,14 +148,12 @@ class KernelStep:
         model = self._model
         inner = [module for block in model.layers for module in block.modules()]
         modules: list[nn.Module] = [model, model.layers, *inner, model.norm, model.output]
-        linears: list[Any] = [x for x in modules if type(x) in _LINEAR]
         self._modules = modules
         self._attributes = [
             (get, [x for x in modules if type(x) is cls]) for cls, get in _ATTRIBUTES.items()
         ]
         self._children = [x._modules for x in modules if x._modules]
         self._parameters = [x._parameters for x in modules[2:] if x._parameters]
-        self._tiled = [x.linear for x in linears if type(x.linear) is kernels.TiledLinear]
         hooks = [(x._forward_hooks, x._forward_pre_hooks) for x in modules]
         self._caches = [x.cache for x in inner if type(x) is Attention]
         self._dicts: list[Any] = [*map(vars, modules), *chain(*hooks), *map(vars, self._caches)]
@@ -176,7 +174,6 @@ class KernelStep:
             list(chain.from_iterable(map(dict.values, self._children))),
             [list(map(get, modules)) for get, modules in self._attributes],
             [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters if p is not None],
-            [None if x is None else x.data_ptr() for tiled in self._tiled for x in tiled.parts],
         )
 
     def _describe(self) -> Any:
