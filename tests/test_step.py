@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
@@ -74,15 +75,19 @@ def eagerly(model: Transformer) -> Tensor:
 
 
 class Calls:
-    """The number of steps that the kernel has computed."""
+    """The number of steps whose layers, and whose logits, the kernel has computed."""
 
-    n = 0
+    n = n_heads = 0
 
-    def check(self, model: Transformer, *, by_kernel: bool = True) -> Tensor:
-        """Whether the kernel computes a step, and its logits are those of the modules."""
-        before = self.n
+    def check(
+        self, model: Transformer, *, by_kernel: bool = True, has_head: bool | None = None
+    ) -> Tensor:
+        """Whether the kernel computes the layers of a step, and the logits (``has_head``, default:
+        as the layers); its logits are those of the modules."""
+        before = self.n, self.n_heads
         logits = decode(model)
-        assert self.n - before == by_kernel
+        assert self.n - before[0] == by_kernel
+        assert self.n_heads - before[1] == (by_kernel if has_head is None else has_head)
         assert relative_error(logits, eagerly(model)) < LIMIT
         return logits
 
@@ -92,7 +97,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls, run = Calls(), kernels.run
 
     def counted(name: str, *arguments: Any) -> None:
-        calls.n += name == "decode_step"
+        if name == "decode_step":
+            calls.n += 1
+            calls.n_heads += arguments[2] is not None
         run(name, *arguments)
 
     monkeypatch.setattr(kernels, "run", counted)
@@ -236,7 +243,8 @@ def test_hooks_outside_of_the_layers_take_effect(name: str, calls: Calls) -> Non
     with model.get_submodule(name).register_forward_pre_hook(
         lambda _, inputs: (inputs[0].flip(0),)
     ):
-        assert relative_error(calls.check(model), plain) > 1e-2
+        changed = calls.check(model, has_head=name == "tok_embeddings")
+        assert relative_error(changed, plain) > 1e-2
     assert torch.equal(calls.check(model), plain)
 
 
@@ -317,7 +325,6 @@ OTHER_METHODS: list[Change] = [
     (RowParallelLinear, "forward", times(0.5)),
     (KVCache, "update", of_double),
     (Transformer, "hidden", times(0.5)),
-    (Transformer, "logits", times(0.5)),
     (Transformer, "decode", times(0.5)),
     (Attention, "project", times(3)),
     (Attention, "rotate", times(3)),
@@ -329,7 +336,6 @@ OTHER_METHODS: list[Change] = [
     ("layers.1.feed_forward.w1", "forward", times(0.5)),
     ("layers.1.ffn_norm", "forward", times(0.5)),
     ("", "hidden", times(0.5)),
-    ("", "logits", times(0.5)),
     ("layers.1.attention", "attend", times(0.5)),
     ("layers.1.attention", "project", times(3)),
     ("layers.1.attention", "rotate", times(3)),
@@ -363,23 +369,29 @@ OTHER_PARTS: dict[str, Change] = {
         lambda cache: with_values(cache, cache.v.flip(0).mT.contiguous().mT),
     ),
 }
-# The kernel computes these, or the layers before them.
+# The kernel computes the layers before these.
+OTHER_HEADS: dict[str, Change] = {
+    "logits of the class": (Transformer, "logits", times(0.5)),
+    "logits": ("", "logits", times(0.5)),
+    "last norm's eps": ("norm", "eps", lambda _: 10.0),
+    "last norm's method": ("norm", "forward", times(0.5)),
+    "last norm of a subclass": ("", "norm", as_class(Doubled)),
+    "output's float32 weight": ("output", "weight", lambda w: parameter(-w.float())),
+    "output's function": ("output", "linear", times(0.5)),
+    "output's method": ("output", "forward", times(0.5)),
+    "output of a subclass": ("", "output", as_class(Halved)),
+    "no last norm": ("", "norm", lambda _: nn.Identity()),
+}
+# What the kernel computes too.
 SAME_PARTS: dict[str, Change] = {
     "weight": ("layers.1.feed_forward.w2", "weight", lambda w: parameter(-w)),
     "data": ("layers.1.feed_forward.w2.weight", "data", lambda w: -w),
     "norm's weight": ("layers.1.ffn_norm", "weight", lambda w: parameter(2 * w)),
     "norm": ("layers.1", "ffn_norm", lambda norm: RMSNorm(128, norm.eps)),
     "last norm's weight": ("norm", "weight", lambda w: parameter(2 * w)),
-    "last norm's eps": ("norm", "eps", lambda _: 10.0),
-    "last norm's method": ("norm", "forward", times(0.5)),
-    "last norm of a subclass": ("", "norm", as_class(Doubled)),
     "output's weight": ("output", "weight", lambda w: parameter(-w)),
     "output's data": ("output.weight", "data", lambda w: -w),
-    "output's float32 weight": ("output", "weight", lambda w: parameter(-w.float())),
     "output's bfloat16 weight": ("output", "weight", lambda w: parameter(-w.bfloat16())),
-    "output's function": ("output", "linear", times(0.5)),
-    "output's method": ("output", "forward", times(0.5)),
-    "output of a subclass": ("", "output", as_class(Halved)),
     "layers": ("", "layers", lambda layers: nn.ModuleList([layers[i] for i in (1, 0, 2)])),
     "freqs_cis": ("", "freqs_cis", lambda _: precompute_freqs_cis(16, 64, 10.0)),
     "freqs_cis in float64": ("", "freqs_cis", lambda x: x.to(torch.complex128).flip(0)),
@@ -423,13 +435,16 @@ def change(model: Transformer, changed: Change) -> Iterator[None]:
     setattr(part, name, old)
 
 
-def check_change(calls: Calls, changed: Change, *, by_kernel: bool) -> None:
+def check_change(
+    calls: Calls, changed: Change, *, by_kernel: bool, has_head: bool | None = None
+) -> None:
     """A change takes effect in the next step, and is gone after it is undone."""
     model = build_exact()
     plain = calls.check(model)
     with change(model, changed):
         for _ in range(2):
-            assert relative_error(calls.check(model, by_kernel=by_kernel), plain) > 1e-2
+            logits = calls.check(model, by_kernel=by_kernel, has_head=has_head)
+            assert relative_error(logits, plain) > 1e-2
     assert torch.equal(calls.check(model), plain)
 
 
@@ -443,6 +458,11 @@ def test_other_methods_and_functions_take_effect(changed: Change, calls: Calls) 
 @pytest.mark.parametrize("what", OTHER_PARTS)
 def test_parts_that_the_kernel_does_not_compute_take_effect(what: str, calls: Calls) -> None:
     check_change(calls, OTHER_PARTS[what], by_kernel=False)
+
+
+@pytest.mark.parametrize("what", OTHER_HEADS)
+def test_last_parts_that_the_kernel_does_not_compute_take_effect(what: str, calls: Calls) -> None:
+    check_change(calls, OTHER_HEADS[what], by_kernel=True, has_head=False)
 
 
 @pytest.mark.parametrize("what", SAME_PARTS)
@@ -536,10 +556,69 @@ def test_a_subclass_runs_its_own_methods(calls: Calls) -> None:
     calls.check(model, by_kernel=False)
 
 
-def test_a_model_without_its_last_norm(calls: Calls) -> None:
-    model = build_exact()
-    model.norm = nn.Identity()  # type: ignore[assignment]
+@pytest.mark.parametrize("name", ["norm", "output"])
+def test_a_model_without_its_last_parts(name: str, calls: Calls) -> None:
+    """Only its own ``logits`` needs them."""
+    model: Any = build_exact()
+    model.logits = lambda hidden: hidden
+    part = getattr(model, name)
+    for change in (lambda: setattr(model, name, None), lambda: delattr(model, name)):
+        change()
+        if name == "output":
+            calls.check(model, has_head=False)
+        else:
+            with pytest.raises((TypeError, AttributeError)):  # as without the kernel
+                decode(model)
+    setattr(model, name, part)
+    del model.logits
     calls.check(model)
+
+
+def test_hooks_in_a_new_dict_take_effect(calls: Calls) -> None:
+    """Which clears earlier ones."""
+    model = build_exact()
+    plain = calls.check(model)
+    module = model.get_submodule("layers.1.feed_forward")
+    module._forward_hooks = OrderedDict()
+    assert torch.equal(calls.check(model), plain)
+    with module.register_forward_hook(halve_output):
+        assert relative_error(calls.check(model, by_kernel=False), plain) > 1e-2
+    assert torch.equal(calls.check(model), plain)
+
+
+def test_tensors_in_place_of_parameters_take_effect(calls: Calls) -> None:
+    """They may be replaced without a trace that the kernel's caller would notice."""
+    model = build_exact()
+    plain = calls.check(model)
+    for name in ("layers.1.feed_forward.w2", "layers.1.ffn_norm"):
+        module: Any = model.get_submodule(name)
+        weight = module.weight
+        del module.weight
+        for x in (weight.data, 2 * weight.data):
+            module.weight = x
+            calls.check(model, by_kernel=False)
+        del module.weight
+        module.weight = weight
+        assert torch.equal(calls.check(model), plain)
+
+
+def test_modules_that_are_not_used_dont_matter(calls: Calls) -> None:
+    model: Any = build_exact()
+    model.layers[1].spare = model.layers[2].attention
+    calls.check(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_does_not_matter(dtype: torch.dtype, calls: Calls) -> None:
+    llm = build()
+    wanted, tokens = decode(llm.model), build().generate(PROMPTS, 4, temperature=0)[0]
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(decode(llm.model), wanted)
+        assert relative_error(eagerly(llm.model), wanted) < ROUNDED_LIMIT
+        assert llm.generate(PROMPTS, 4, temperature=0)[0] == tokens
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -180,7 +180,7 @@ def half_form(weight: Tensor) -> Form | None:
 
 def _product(x: Tensor, matrix: Matrix, form: Form, n: int) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    y = torch.empty(len(rows), n)
+    y = rows.new_empty(len(rows), n)
     matrix.y = y.data_ptr()
     run("products", ctypes.byref(matrix), 1, *form, rows.shape[1], rows, len(rows))
     return y.view(*x.shape[:-1], n).to(x.dtype)
@@ -190,7 +190,7 @@ def _product(x: Tensor, matrix: Matrix, form: Form, n: int) -> Tensor:
 class TiledLinear:
     """``QuantizedLinear`` by a kernel, on a copy of the weight in the kernel's order.
 
-    Tensors may be changed in place, but not replaced: ``KernelStep`` keeps their addresses.
+    Its tensors' numbers may change, but not their storage: ``KernelStep`` keeps the addresses.
     """
 
     bits: Bits
@@ -295,7 +295,8 @@ def can_attend(head_dim: int) -> bool:
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor) -> Tensor:
     n_rows, n_heads, head_dim = q.shape
     n_kv_heads, max_seq_len = k.shape[1], k.shape[2]
-    queries, y = q.float().contiguous(), torch.empty(q.shape)
+    queries = q.float().contiguous()
+    y = torch.empty_like(queries)
     sizes = n_rows, n_kv_heads, n_heads // n_kv_heads, max_seq_len, head_dim
     run("decode_attention", queries, k, v, KINDS[k.dtype], seqlens_k.int().contiguous(), *sizes, y)
     return y.to(q.dtype)

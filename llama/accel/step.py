@@ -1,4 +1,4 @@
-"""A decoding step, from the embedding to the logits, in one call of the C kernels.
+"""A decoding step, from the first layer to the logits, in one call of the C kernels.
 
 The weights of each product replace everything in the processor's cache, so that the Python code and
 the small operators between two products run slowly: they took a fifth of a step of a 1B model in 4
@@ -8,7 +8,7 @@ bits.
 import ctypes
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -75,9 +75,11 @@ _NAMES: dict[type, str] = {
     ColumnParallelLinear: "forward",
     RowParallelLinear: "forward",
     KVCache: "allocate update",
-    Transformer: "decode hidden logits",
+    Transformer: "decode hidden",
 }
 _METHODS = {cls: {name: getattr(cls, name) for name in _NAMES[cls].split()} for cls in _NAMES}
+_LOGITS = Transformer.logits
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")  # of a module's attributes
 C_KERNELS = "C kernels"  # in ``Ways.decode``
 _FUNCTIONS = (attention, kernels.decode_attention, project, rotate, swiglu)
 # What may differ by instance, apart from parameters and modules.
@@ -125,7 +127,7 @@ class KernelStep:
         positions = batch.positions.long().contiguous()
         x = model.tok_embeddings(tokens).to(torch.float32, copy=True).view(n_rows, sizes.dim)
         rotations = torch.view_as_real(model.freqs_cis)[positions].float().contiguous()
-        logits = torch.empty(n_rows, head.output.n if head else 0)
+        logits = x.new_empty(n_rows, head.output.n if head else 0)
         kernels.run(
             "decode_step",
             *(self._layers, len(self._layers), head and ctypes.byref(head), ctypes.byref(sizes)),
@@ -143,34 +145,35 @@ class KernelStep:
         return self._layers is not None
 
     def _watch(self) -> None:
-        """List what ``_state`` compares. It runs after the weights have replaced everything in the
-        processor's cache, so that what it touches determines its time."""
+        """List what ``_state`` compares. The weights have just replaced everything in the
+        processor's cache, so it should visit few objects."""
         model = self._model
         inner = [module for block in model.layers for module in block.modules()]
-        modules: list[nn.Module] = [model, model.layers, *inner, model.norm, model.output]
-        self._modules = modules
+        last = [getattr(model, name, None) for name in ("norm", "output")]
+        modules = [model, model.layers, *inner, *(x for x in last if isinstance(x, nn.Module))]
+        self._modules: list[nn.Module] = modules
         self._attributes = [
             (get, [x for x in modules if type(x) is cls]) for cls, get in _ATTRIBUTES.items()
         ]
         self._children = [x._modules for x in modules if x._modules]
-        self._parameters = [x._parameters for x in modules[2:] if x._parameters]
-        hooks = [(x._forward_hooks, x._forward_pre_hooks) for x in modules]
-        self._caches = [x.cache for x in inner if type(x) is Attention]
-        self._dicts: list[Any] = [*map(vars, modules), *chain(*hooks), *map(vars, self._caches)]
+        self._parameters = [x._parameters for x in modules if x._parameters]
+        self._vars = list(map(vars, modules))
+        self._cache_vars = [vars(x.cache) for x in inner if type(x) is Attention]
 
     def _state(self) -> object:
-        """Differs after a change of what ``_describe`` reads."""
+        """Differs after a change of what ``_describe`` reads. A patched method is noticed by the
+        number of a module's attributes."""
         own = type(self._model)
+        methods = [(own if cls is Transformer else cls, _METHODS[cls]) for cls in _METHODS]
         parameters = chain.from_iterable(map(dict.values, self._parameters))
         return (
             bool(_has_any_global_hook()),
-            [
-                getattr(own if c is Transformer else c, x)
-                for c, names in _METHODS.items()
-                for x in names
-            ],
+            own.logits,
+            [getattr(cls, name) for cls, names in methods for name in names],
             list(map(type, self._modules)),
-            list(map(len, self._dicts)),
+            list(map(len, self._vars)),
+            list(map(len, self._cache_vars)),
+            list(map(len, chain.from_iterable(map(_HOOKS, self._vars)))),
             list(chain.from_iterable(map(dict.values, self._children))),
             [list(map(get, modules)) for get, modules in self._attributes],
             [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters if p is not None],
@@ -182,19 +185,18 @@ class KernelStep:
         blocks: list[Any] = list(model.layers)
         self._held: list[object] = []  # their memory is read
         self._head = None
+        self._caches: list[KVCache] = []
         for cls, methods in _METHODS.items():
             own = type(model) if cls is Transformer else cls
             if any(getattr(own, name) is not method for name, method in methods.items()):
                 return None
-        if _has_any_global_hook() or "hidden" in vars(model) or "logits" in vars(model):
-            return None
-        if not all(map(is_unmodified, blocks)):
+        if _has_any_global_hook() or "hidden" in vars(model):
             return None
         layers, formats, eps = (_Layer * len(blocks))(), set(), set()
         dim, ffn_dim = args.dim, args.ffn_hidden_dim
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_local_kv_heads(1) * args.head_dim
         for layer, block in zip(layers, blocks, strict=True):
-            if type(block) is not TransformerBlock:
+            if type(block) is not TransformerBlock or not is_unmodified(block):
                 return None
             attn, ffn = block.attention, block.feed_forward
             if (type(attn), type(ffn)) != (Attention, FeedForward):
@@ -227,18 +229,29 @@ class KernelStep:
                 return None
             if "allocate" in vars(attn.cache) or "update" in vars(attn.cache):
                 return None
+            self._caches.append(attn.cache)
         if len(formats) != 1 or len(eps) != 1 or None in eps:
             return None
         sizes = self._sizes
         sizes.dim, sizes.ffn_dim, sizes.head_dim = dim, ffn_dim, args.head_dim
         sizes.n_heads, sizes.n_kv_heads = args.n_heads, args.n_local_kv_heads(1)
         (sizes.bits, sizes.kind), (sizes.eps,) = formats.pop(), eps
-        if is_unmodified(model.norm) and is_unmodified(model.output):
-            address = self._norm(model.norm)
-            output = self._matrix(model.output, [args.vocab_size, dim])
-            if address is not None and output is not None and model.norm.eps == sizes.eps:
-                self._head = _Head(address, output[1], *output[0])
+        self._head = self._describe_head()
         return layers
+
+    def _describe_head(self) -> _Head | None:
+        """The last norm and the output layer; None if the kernel can't compute them."""
+        model, args = self._model, self._model.params
+        norm: Any = getattr(model, "norm", None)
+        output: Any = getattr(model, "output", None)
+        if type(model).logits is not _LOGITS or "logits" in vars(model):
+            return None
+        if not all(isinstance(x, nn.Module) and is_unmodified(x) for x in (norm, output)):
+            return None
+        address, found = self._norm(norm), self._matrix(output, [args.vocab_size, args.dim])
+        if address is None or found is None or norm.eps != self._sizes.eps:
+            return None
+        return _Head(address, found[1], *found[0])
 
     def _matrix(self, linear: Any, shape: list[int]) -> tuple[kernels.Form, kernels.Matrix] | None:
         """The weight of a linear layer; None if the kernel can't read it."""
@@ -249,7 +262,7 @@ class KernelStep:
         if type(weight) is kernels.TiledLinear:
             form, matrix = weight.form, weight.matrix
             self._held += [x.detach() for x in weight.parts if x is not None]
-        elif isinstance(weight, Tensor):
+        elif isinstance(weight, nn.Parameter):
             form, matrix = kernels.half_form(weight), kernels.Matrix.of(weight)
             self._held.append(weight.detach())
         else:
@@ -258,10 +271,10 @@ class KernelStep:
 
     def _norm(self, norm: Any) -> int | None:
         """The address of an RMSNorm's weight; None if the kernel can't read it."""
-        if type(norm) is not RMSNorm:
+        if type(norm) is not RMSNorm or not isinstance(norm.weight, nn.Parameter):
             return None
         weight = norm.weight.detach()
-        is_dense = weight.dtype == torch.float32 and weight.is_contiguous()
+        is_dense = weight.dtype == torch.float32 and weight.is_contiguous() and weight.is_cpu
         if not is_dense or weight.shape != (self._model.params.dim,):
             return None
         self._held.append(weight)

@@ -25,8 +25,8 @@ static void add(float *x, const float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-/* x [rows][dim] becomes the last layer's output, and with a head logits [rows][output.n] its result.
-   Row b is the token at positions[b] of slots[b], and attends to lengths[b] positions there. Slots are
+/* x [rows][dim] becomes the last layer's output; if head isn't NULL, logits [rows][output.n] receives
+   output(norm(x)). Row b is the token at positions[b] of slots[b], and attends to lengths[b] positions there. Slots are
    distinct. rotations: see rotate_and_store. Returns 0, -1 without memory, or -2 for a length, position
    or slot outside of the cache. */
 int NAME(decode_step)(

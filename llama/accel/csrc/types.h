@@ -24,7 +24,7 @@ typedef struct {
     void *cache_k, *cache_v; /* [n_slots][n_kv_heads][max_length][head_dim] */
 } layer;
 
-/* The last norm and the output layer, whose format may be another one. */
+/* The last norm, with the layers' eps, and the output layer, whose format may be another one. */
 typedef struct {
     const float *norm;
     matrix output;
