@@ -572,6 +572,9 @@ def test_a_model_without_its_last_parts(name: str, calls: Calls) -> None:
     setattr(model, name, part)
     del model.logits
     calls.check(model)
+    delattr(model, name)
+    setattr(model, name, lambda x: 2 * part(x))
+    calls.check(model, has_head=False)
 
 
 def test_hooks_in_a_new_dict_take_effect(calls: Calls) -> None:

@@ -184,7 +184,6 @@ class KernelStep:
         model, args = self._model, self._model.params
         blocks: list[Any] = list(model.layers)
         self._held: list[object] = []  # their memory is read
-        self._head = None
         self._caches: list[KVCache] = []
         for cls, methods in _METHODS.items():
             own = type(model) if cls is Transformer else cls
