@@ -69,6 +69,39 @@ def test_topk_of_a_large_vocabulary_draws_the_same_tokens_as_a_full_sort(
             assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
+@pytest.mark.parametrize("can_skip", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_the_head_is_that_of_the_vocabulary(
+    can_skip: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it can be drawn alone, as with the tested version of torch on x86, and elsewhere."""
+    if can_skip and not sampling._can_skip(dtype):
+        pytest.skip("not with this build of torch")
+    monkeypatch.setattr(sampling, "_can_skip", lambda _: can_skip)
+    probs = torch.softmax(8 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)), -1)
+    nucleus, ids = full_sort(probs.to(dtype), 0.9)
+    assert sampling._ranked_head(probs.to(dtype), 0.9) is not None
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    for _ in range(50):
+        ours = sample_top_p(probs.to(dtype), 0.9, generator=generators[0])
+        drawn = torch.multinomial(nucleus, 1, generator=generators[1])
+        assert torch.equal(ours, ids.gather(-1, drawn))
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_a_build_that_draws_differently_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling._can_skip.cache_clear()
+    noise_of_head = sampling._noise_of_head
+    for change in (lambda x, _: x + 1, lambda x, generator: (x, generator.seed())[0]):
+        monkeypatch.setattr(
+            sampling,
+            "_noise_of_head",
+            lambda *args, change=change: change(noise_of_head(*args), args[-1]),
+        )
+        assert not sampling._can_skip(torch.float32)
+        sampling._can_skip.cache_clear()
+
+
 def test_ties_at_the_end_of_the_topk() -> None:
     """topk may return any of the tied tokens, so the nucleus must not include them."""
     probs = torch.full((1, 4096), 0.5 / 4095)
