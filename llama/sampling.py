@@ -150,7 +150,7 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def _noise(like: Tensor, vocab_size: int, generator: torch.Generator | None) -> Tensor:
-    """Exponential noise [B, vocab_size], of which the first columns, as many as ``like`` has."""
+    """The first columns of exponential noise [B, vocab_size], in the shape of ``like``."""
     n_rows, n = like.shape
     if n < vocab_size and _can_skip(like.dtype):
         return _noise_of_head(n_rows, n, vocab_size, like.dtype, generator)

@@ -77,7 +77,7 @@ _NAMES: dict[type, str] = {
     KVCache: "allocate update",
     Transformer: "decode hidden",
 }
-_METHODS = {cls: {name: getattr(cls, name) for name in _NAMES[cls].split()} for cls in _NAMES}
+_METHODS = [(cls, name) for cls, names in _NAMES.items() for name in names.split()]
 _LOGITS = Transformer.logits
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")  # of a module's attributes
 C_KERNELS = "C kernels"  # in ``Ways.decode``
@@ -92,6 +92,14 @@ _ATTRIBUTES: dict[type, Callable[[Any], object]] = {
 }
 _LINEAR = ColumnParallelLinear, RowParallelLinear
 _LIKE = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _methods(model_class: type[Transformer]) -> list[object]:
+    """The functions that the classes have as ``_METHODS`` now."""
+    return [getattr(model_class if cls is Transformer else cls, name) for cls, name in _METHODS]
+
+
+_REPLACED = _methods(Transformer)
 
 
 def why_not(args: ModelArgs, n_ranks: int) -> str | None:
@@ -164,12 +172,11 @@ class KernelStep:
         """Differs after a change of what ``_describe`` reads. A patched method is noticed by the
         number of a module's attributes."""
         own = type(self._model)
-        methods = [(own if cls is Transformer else cls, _METHODS[cls]) for cls in _METHODS]
         parameters = chain.from_iterable(map(dict.values, self._parameters))
         return (
             bool(_has_any_global_hook()),
             own.logits,
-            [getattr(cls, name) for cls, names in methods for name in names],
+            _methods(own),
             list(map(type, self._modules)),
             list(map(len, self._vars)),
             list(map(len, self._cache_vars)),
@@ -185,11 +192,7 @@ class KernelStep:
         blocks: list[Any] = list(model.layers)
         self._held: list[object] = []  # their memory is read
         self._caches: list[KVCache] = []
-        for cls, methods in _METHODS.items():
-            own = type(model) if cls is Transformer else cls
-            if any(getattr(own, name) is not method for name, method in methods.items()):
-                return None
-        if _has_any_global_hook() or "hidden" in vars(model):
+        if _methods(type(model)) != _REPLACED or _has_any_global_hook() or "hidden" in vars(model):
             return None
         layers, formats, eps = (_Layer * len(blocks))(), set(), set()
         dim, ffn_dim = args.dim, args.ffn_hidden_dim
