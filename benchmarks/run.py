@@ -283,9 +283,9 @@ class Benchmark:
         if self.device == "cuda" and torch.cuda.device_count() < 2:
             self._record("ranks", note="skipped: one GPU")
             return
-        with self._engine("ours", max(PREFILL_LENGTHS) + 64, 1, n_processes=2) as engine:
+        with self._engine("ours", 2048 + 64, 1, n_processes=2) as engine:
             self._decode(engine, 1, 128)
-            self._prefill(engine, max(PREFILL_LENGTHS))
+            self._prefill(engine, 2048)
 
     # --- With peers -----------------------------------------------------------------------------
 
