@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from llama.completions import Completion
 from llama.generation import Llama
 from llama.request import Request, TokenEvent
-from llama.serving.schema import ApiError, ChatBody
+from llama.serving.schema import ApiError, Body, ChatBody
 from llama.serving.structured import JsonConstraint
 from llama.serving.tools import tool_calls
 
@@ -67,17 +67,16 @@ class Answer:
     """The answer to a call of /v1/completions.
 
     Args:
-        n_choices: for each prompt.
         model: its name in the answer.
     """
 
     kind, prefix = "text_completion", "cmpl"
     chunk_kind = kind
 
-    def __init__(self, requests: Sequence[Request], n_choices: int, llm: Llama, model: str) -> None:
+    def __init__(self, requests: Sequence[Request], body: Body, llm: Llama, model: str) -> None:
         self.choices = {r: Choice(i, r, llm) for i, r in enumerate(requests)}
         self._tokenizer, self._formatter = llm.tokenizer, llm.formatter
-        self._n_choices = n_choices
+        self._n_choices = body.n_choices
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -180,7 +179,7 @@ class ChatAnswer(Answer):
     chunk_kind = "chat.completion.chunk"
 
     def __init__(self, requests: Sequence[Request], body: ChatBody, llm: Llama, model: str) -> None:
-        super().__init__(requests, body.n_choices, llm, model)
+        super().__init__(requests, body, llm, model)
         self._tools = body.tools if body.offers_tools else None
         self._max_calls = 1 if body.parallel_tool_calls is False else None
         # streamed characters of each choice's content
@@ -252,3 +251,10 @@ class ChatAnswer(Answer):
             for event, _ in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def new_answer(requests: Sequence[Request], body: Body, llm: Llama, model: str) -> Answer:
+    """The answer to a call, still without events."""
+    if isinstance(body, ChatBody):
+        return ChatAnswer(requests, body, llm, model)
+    return Answer(requests, body, llm, model)

@@ -19,12 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.generation import Llama
 from llama.request import Request
-from llama.sampling import SamplingParams
-from llama.serving.answers import Answer, ChatAnswer
+from llama.serving.answers import Answer, new_answer
 from llama.serving.engine_loop import Call, EngineLoop, QueueFullError, StoppingError
-from llama.serving.schema import ApiError, ChatBody, CompletionBody, ErrorBody
-from llama.serving.structured import JsonConstraint
-from llama.serving.tools import answer_schema, with_tools
+from llama.serving.requests import encode_prompts, new_requests
+from llama.serving.schema import ApiError, Body, ChatBody, CompletionBody, ErrorBody, invalid
 
 _MAX_BODY = 2**25  # bytes
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -114,95 +112,14 @@ class _Api:
 
     async def chat(self, body: ChatBody, http: HttpRequest) -> Response:
         """Answer a dialog with the assistant's next message."""
-        requests = await asyncio.to_thread(self._chat_requests, body)
-        answer = ChatAnswer(requests, body, self._llm, self._name)
-        return await self._respond(body, http, requests, answer)
+        return await self._respond(body, http)
 
     async def complete(self, body: CompletionBody, http: HttpRequest) -> Response:
         """Continue texts, or score them."""
-        requests = await asyncio.to_thread(self._completion_requests, body)
-        answer = Answer(requests, body.n_choices, self._llm, self._name)
-        return await self._respond(body, http, requests, answer)
+        return await self._respond(body, http)
 
-    # --- Requests -------------------------------------------------------------------------------
-
-    def _chat_requests(self, body: ChatBody) -> list[Request]:
-        """
-        Raises:
-            ApiError: the call isn't valid, or needs what isn't supported.
-        """
-        self._check_model(body.model)
-        body.check()
-        try:
-            schema = answer_schema(body.tools, body.tool_choice)
-        except ValueError as error:
-            raise ApiError(400, str(error), "tools") from None
-        if schema is None and body.offers_tools:
-            for i, tool in enumerate(body.tools or []):
-                if tool["function"].get("strict"):
-                    raise ApiError(
-                        400,
-                        f"tool {i} is strict, which needs a tool_choice that requires a call: "
-                        "leave strict out, or give 'required' or a function as tool_choice",
-                        "tools",
-                        "unsupported",
-                    )
-        messages = [message.model_dump(exclude_unset=True) for message in body.messages]
-        formatter = self._llm.formatter
-        try:
-            dialog = with_tools(messages, body.tools, body.tool_choice, formatter)
-            prompt = formatter.encode_dialog_prompt(dialog)
-        except ValueError as error:
-            raise ApiError(400, str(error), "messages") from None
-        params = body.params()
-        requests = [self._request(prompt, params, "messages") for _ in range(body.n_choices)]
-        is_json = schema is not None
-        if body.wants_json:
-            given = body.response_format.json_schema if body.response_format else None
-            schema, is_json = None if given is None else given.schema_, True
-        if is_json:
-            for request in requests:
-                try:
-                    request.constraint = JsonConstraint(self._llm.tokenizer, schema)
-                except (ImportError, ValueError) as error:
-                    param = "response_format" if body.wants_json else "tools"
-                    raise ApiError(400, str(error), param) from None
-        return requests
-
-    def _completion_requests(self, body: CompletionBody) -> list[Request]:
-        """
-        Raises:
-            ApiError: the call isn't valid, or needs what isn't supported.
-        """
-        self._check_model(body.model)
-        body.check()
-        params = body.params()
-        requests = []
-        for given in body.prompts:
-            ids = given
-            if isinstance(given, str):
-                try:
-                    ids = self._llm.tokenizer.encode(given, bos=True, eos=False)
-                except ValueError as error:
-                    raise ApiError(400, str(error), "prompt") from None
-            requests += [self._request(ids, params, "prompt") for _ in range(body.n_choices)]
-        return requests
-
-    def _request(self, prompt: Any, params: SamplingParams, param: str) -> Request:
-        longest = self._llm.model.params.max_seq_len
-        n_least = 0 if params.max_gen_len == 0 else 1
-        if len(prompt) + n_least > longest:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens, and max_seq_len is {longest}, including "
-                "the answer: shorten it, or start the server with a larger --max_seq_len",
-                param,
-                "context_length_exceeded",
-            )
-        try:
-            return self._llm.engine.request(prompt, params)
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, str(error), param) from None
+    def _requests(self, body: Body) -> list[Request]:
+        return new_requests(self._llm, body, encode_prompts(self._llm, body))
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self._name):
@@ -215,18 +132,12 @@ class _Api:
 
     # --- Answers --------------------------------------------------------------------------------
 
-    async def _respond(
-        self,
-        body: ChatBody | CompletionBody,
-        http: HttpRequest,
-        requests: list[Request],
-        answer: Answer,
-    ) -> Response:
-        """Run the requests. If the client goes away, they are cancelled."""
-        seed = self._seeds.getrandbits(62) if body.seed is None else body.seed
-        # of each prompt, the choices have the seeds seed, seed + 1, ...
-        seeds = [seed + i % body.n_choices for i in range(len(requests))]
-        call = Call(requests, seeds)
+    async def _respond(self, body: Body, http: HttpRequest) -> Response:
+        """Run the requests of a call. If the client goes away, they are cancelled."""
+        self._check_model(body.model)
+        requests = await asyncio.to_thread(self._requests, body)
+        answer = new_answer(requests, body, self._llm, self._name)
+        call = Call(requests, body.seeds(len(requests), self._seeds.getrandbits(62)))
         try:
             self._engine_loop.submit(call)
         except QueueFullError as error:
@@ -381,9 +292,7 @@ async def _refused(_: HttpRequest, error: Exception) -> Response:
 async def _invalid(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]  # after "body"
-    message = f"{'.'.join(place) or 'the body'}: {first['msg']}"
-    return _error(ApiError(400, message, place[0] if place else None))
+    return _error(invalid(first, first["loc"][1:]))  # after "body"
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:

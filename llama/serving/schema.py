@@ -4,7 +4,8 @@ Types are strict. A field that would change the answer and isn't supported is an
 it, unless its value is the default's equivalent.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,6 +80,8 @@ class StreamOptions(_Strict):
 class _Body(_Strict):
     model_config = ConfigDict(extra="allow")  # ``check`` names what isn't supported
 
+    prompt_field: ClassVar[str]
+
     model: str | None = Field(None, description="As in /v1/models.")
     temperature: float | None = Field(None, ge=0, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, description="Default 1.")
@@ -92,7 +95,13 @@ class _Body(_Strict):
 
     @property
     def n_choices(self) -> int:
+        """For each prompt."""
         return self.n or 1
+
+    def seeds(self, n_requests: int, default: int) -> list[int]:
+        """Of each request: the choices of a prompt have seed, seed + 1, ..."""
+        seed = default if self.seed is None else self.seed
+        return [seed + i % self.n_choices for i in range(n_requests)]
 
     def check(self) -> None:
         """
@@ -146,6 +155,8 @@ class ResponseFormat(_Strict):
 
 class ChatBody(_Body):
     """POST /v1/chat/completions"""
+
+    prompt_field = "messages"
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -204,6 +215,8 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """POST /v1/completions"""
 
+    prompt_field = "prompt"
+
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -244,3 +257,17 @@ class CompletionBody(_Body):
     def params(self) -> SamplingParams:
         limit = 16 if self.max_tokens is None else self.max_tokens
         return self._params(limit, self.logprobs, bool(self.echo))
+
+
+Body = ChatBody | CompletionBody
+
+
+def invalid(first: Mapping[str, Any], place: Sequence[str | int]) -> ApiError:
+    """The error of a body that pydantic refuses.
+
+    Args:
+        first: of its errors.
+        place: of the value in the body.
+    """
+    path = ".".join(map(str, place))
+    return ApiError(400, f"{path or 'the body'}: {first['msg']}", path.partition(".")[0] or None)
