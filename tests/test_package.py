@@ -17,7 +17,7 @@ from llama import ModelArgs, memory
 # includes its modules, except those that have a line of their own.
 ORDER = [
     {"config"},
-    {"files", "pages", "quantize"},
+    {"extras", "files", "pages", "quantize"},
     {"distributed"},
     {"cache"},
     {"attention", "compat", "hooks"},

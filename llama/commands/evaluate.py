@@ -13,6 +13,7 @@ from llama.accel.features import cpu_features
 from llama.accel.kernels import instruction_set
 from llama.commands.options import ModelOptions, runs_model
 from llama.distributed.groups import is_first_process
+from llama.extras import needs_extra
 from llama.files import expanded
 from llama.generation import Llama
 
@@ -20,21 +21,12 @@ _PACKAGES = ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken", "data
 
 
 def _harness() -> Any:
-    """The modules that are needed.
-
-    Raises:
-        ImportError: the harness isn't installed; the message has the command.
-    """
-    try:
+    """The harness, and the module that adapts it."""
+    with needs_extra("evaluation needs lm-evaluation-harness", "eval"):
         import lm_eval.tasks
         import lm_eval.utils
 
         from llama.integrations import lm_eval as adapter
-    except ImportError as error:
-        raise ImportError(
-            f"evaluation needs lm-evaluation-harness ({error}): "
-            'pip install -c constraints.txt -e ".[eval]"'
-        ) from None
     return lm_eval, adapter
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from llama.commands.options import ModelOptions, runs_model
 from llama.distributed.groups import is_first_process, n_processes
 from llama.driver import Driver
+from llama.extras import needs_extra
 from llama.files import expanded
 from llama.generation import Llama
 from llama.serving.engine_loop import EngineLoop
@@ -24,20 +25,11 @@ _GRACE = 5
 
 
 def _packages() -> Any:
-    """uvicorn, and the module of the application.
-
-    Raises:
-        ImportError: a package isn't installed; the message has the command.
-    """
-    try:
+    """uvicorn, and the module of the application."""
+    with needs_extra("the server needs fastapi and uvicorn", "serve"):
         import uvicorn
 
         from llama.serving import app
-    except ImportError as error:
-        raise ImportError(
-            f"the server needs fastapi and uvicorn ({error}): "
-            'pip install -c constraints.txt -e ".[serve]"'
-        ) from None
     return uvicorn, app
 
 

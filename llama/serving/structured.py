@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.extras import needs_extra
 from llama.tokenizer import AnyTokenizer
 
 # As json.dumps writes by default, on one line: a small model that may write any whitespace can go
@@ -24,14 +25,8 @@ _tokenizers: weakref.WeakKeyDictionary[AnyTokenizer, Any] = weakref.WeakKeyDicti
 
 
 def _llguidance() -> ModuleType:
-    """The package; an ImportError gives the command that installs it."""
-    try:
+    with needs_extra("structured output needs llguidance", "structured"):
         import llguidance
-    except ImportError as error:
-        raise ImportError(
-            f"structured output needs llguidance ({error}): "
-            'pip install -c constraints.txt -e ".[structured]"'
-        ) from None
     return llguidance
 
 
