@@ -17,18 +17,22 @@ from typing import Any
 
 import pytest
 from conftest import DEMO, TORCHRUN, environment, run, torchrun
+from serving import serving
 
-from llama import Dialog, Llama
+from llama import Dialog, Llama, Tokenizer
 from llama.commands import batch_output
 from llama.commands.batch import batch, encode_lines, generate, ordered
 from llama.commands.batch_lines import read_lines
 from llama.commands.options import ModelOptions
 from llama.engine import Engine
-from llama.sampling import SamplingParams
+from llama.request import Request
+from llama.serving.structured import JsonConstraint
 
 Json = dict[str, Any]
 MODEL: Json = {"dtype": "float32", "device": "cpu", "max_seq_len": 128, "max_batch_size": 4}
 FLAGS = [f"--{name}={value}" for name, value in MODEL.items()]
+CHAT = "chat/completions"
+QUESTION = [{"role": "user", "content": "Hi"}]
 SEED = 1  # the default of ModelOptions
 LONG = "Once upon a time, there was a little girl named Lily. " * 6
 LINES: list[Json] = [
@@ -60,6 +64,17 @@ def write(path: Path, lines: list[Any]) -> str:
     return str(path)
 
 
+def same(body: Json) -> Json:
+    """An answer of the API without what differs from run to run."""
+    if "error" not in body:
+        body |= {"id": "", "created": 0}
+        body["usage"].pop("prompt_tokens_details")  # how much the cache had
+        for choice in body["choices"]:
+            for call in choice.get("message", {}).get("tool_calls", []):
+                call["id"] = ""
+    return body
+
+
 def answers(path: Path) -> dict[str | int, Json]:
     """The answers by id, each exactly once."""
     found = {}
@@ -69,7 +84,7 @@ def answers(path: Path) -> dict[str | int, Json]:
         key = line.get("custom_id", line.get("id"))
         assert key not in found, f"{key} is there twice"
         if "custom_id" in line:
-            line["response"]["body"]["created"] = 0
+            same(line["response"]["body"])
         found[key] = line
     return found
 
@@ -146,33 +161,94 @@ def test_the_commands_options_hold_where_a_line_has_none(tmp_path: Path, llm: Ll
     assert sampled["generation"] == expected
 
 
-def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
-    question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
-    fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "user": None}
+def test_openais_lines_get_the_servers_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the demo model, as if it were Llama 3.1, which has tools."""
+    sizes: Json = {**MODEL, "max_seq_len": 512}
+    tokenizer = Tokenizer(str(DEMO / "tokenizer.model"), llama31=True)
+    llm = Llama(Llama.build(str(DEMO), **sizes).model, tokenizer)
+    monkeypatch.setattr(ModelOptions, "build", lambda self: llm)
+    question = [{"role": "user", "content": "What is 23 + 45?"}]
+    properties = {"a": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    add = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    chats: list[Json] = [
+        {"logprobs": True, "top_logprobs": 2, "temperature": 0, "n": 1, "stream": False},
+        {"max_completion_tokens": 3, "user": None, "stop": "3", "n": 3, "seed": 5},
+        {"tools": [add], "tool_choice": "required", "seed": 1},
+        {"response_format": json_schema, "seed": 2},
+    ]
+    texts: list[Json] = [
+        {"prompt": "The dog", "max_tokens": 9, "stop": ["."], "seed": 3},
+        {"prompt": ["The dog", "Lily"], "temperature": 0, "n": 2},
+        {"prompt": [[1, 5, 300]], "max_tokens": 0, "echo": True, "logprobs": 1},
+    ]
     lines = [
-        openai_line("chat", "chat/completions", messages=question, logprobs=True, **fixed),
-        openai_line("cut", "chat/completions", messages=question, max_completion_tokens=3, **fixed),
-        openai_line("text", "completions", prompt="The dog", max_tokens=9, stop=["."], **fixed),
+        *(openai_line(f"{i}", CHAT, messages=question, **body) for i, body in enumerate(chats)),
+        *(openai_line(f"t{i}", "completions", **body) for i, body in enumerate(texts)),
     ]
     found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
-    bodies = {}
-    for key, line in found.items():
-        assert line.keys() == {"id", "custom_id", "response", "error"}
-        assert (line["error"], line["response"]["status_code"]) == (None, 200)
-        bodies[key] = line["response"]["body"]
-        assert bodies[key]["model"] == str(DEMO)
-    choice = bodies["chat"]["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "23 + 45 = 68."}
-    expected = llm.chat_completion([question], temperature=0, logprobs=True)[0]
-    tokens = choice["logprobs"]["content"]
-    assert [token["token"] for token in tokens] == expected["tokens"]
-    assert [token["logprob"] for token in tokens] == pytest.approx(expected["logprobs"], abs=1e-4)
-    assert bodies["cut"]["choices"][0]["finish_reason"] == "length"
-    usage = bodies["cut"]["usage"]
-    assert usage["completion_tokens"] == 3
-    assert usage["total_tokens"] == 3 + usage["prompt_tokens"]
-    text = llm.text_completion(["The dog"], 0, max_gen_len=9, stop=["."])[0]["generation"]
-    assert bodies["text"]["choices"][0]["text"] == text
+    with serving(llm) as server:
+        for line in lines:
+            answer = found[line["custom_id"]]
+            assert answer.keys() == {"id", "custom_id", "response", "error"}
+            assert (answer["error"], answer["response"]["status_code"]) == (None, 200)
+            expected = server.http.post(line["url"], json=line["body"]).json()
+            assert close_to(answer["response"]["body"], same(expected) | {"model": str(DEMO)})
+    choice = found["2"]["response"]["body"]["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
+    text = found["3"]["response"]["body"]["choices"][0]["message"]["content"]
+    assert json.loads(text).keys() <= {"a"}
+
+
+def test_an_answer_that_fails_has_an_error_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JsonConstraint, "mask", lambda self, logits: None)  # then it isn't JSON
+    json_object = {"type": "json_object"}
+    lines = [
+        openai_line("fails", CHAT, messages=QUESTION, response_format=json_object, max_tokens=9),
+        openai_line("text", "completions", prompt="The dog"),
+    ]
+    found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
+    response = found["fails"]["response"]
+    assert response["status_code"] == 400
+    assert "the answer can't be continued as JSON" in response["body"]["error"]["message"]
+    assert found["text"]["response"]["status_code"] == 200
+
+
+def test_defaults_of_openais_lines_are_the_apis_unless_the_command_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = added(monkeypatch)
+    lines = [
+        openai_line("text", "completions", prompt="The dog"),
+        openai_line("chat", CHAT, messages=QUESTION),
+        openai_line("own", CHAT, messages=QUESTION, max_tokens=3, temperature=0.5),
+    ]
+    source = write(tmp_path / "in", lines)
+    run_here(source, tmp_path / "a")
+    run_here(source, tmp_path / "b", temperature=0, max_gen_len=5)
+    found = [(r.params.max_gen_len, r.params.temperature, r.params.top_p) for r in requests]
+    assert sorted(map(str, found[:3])) == ["(16, 1.0, 1.0)", "(3, 0.5, 1.0)", "(None, 1.0, 1.0)"]
+    assert sorted(map(str, found[3:])) == ["(3, 0.5, 1.0)", "(5, 0.0, 1.0)", "(5, 0.0, 1.0)"]
+
+
+def test_openais_lines_need_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama.commands.batch_openai", None)
+    run_here(write(tmp_path / "in", LINES[:1]), tmp_path / "out")
+    source = write(tmp_path / "openai", [openai_line("a", "completions", prompt="a")])
+    with pytest.raises(ImportError, match=r"lines of OpenAI's batch API need pydantic.*\[serve\]"):
+        run_here(source, tmp_path / "other")
+
+
+def test_choices_without_seeds_differ_from_those_of_the_next_line(tmp_path: Path) -> None:
+    lines = [openai_line(f"{i}", "completions", prompt="The", n=3) for i in range(3)]
+    found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
+    texts = [c["text"] for line in found.values() for c in line["response"]["body"]["choices"]]
+    assert len(set(texts)) == len(texts) == 9
 
 
 def test_openais_client_reads_the_bodies(tmp_path: Path) -> None:
@@ -193,39 +269,50 @@ def test_openais_client_reads_the_bodies(tmp_path: Path) -> None:
 
 def prompts_of(llm: Llama, lines: list[Json]) -> Any:
     data = "\n".join(map(json.dumps, lines)).encode()
-    return encode_lines("in", read_lines("in", data, SamplingParams(temperature=0)), llm)
+    return encode_lines("in", read_lines("in", data, {"temperature": 0}), llm)
+
+
+def added(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that the engine gets."""
+    found: list[Request] = []
+    add = Engine.add
+
+    def recording(engine: Engine, requests: list[Request], generator: Any) -> None:
+        found.extend(requests)
+        add(engine, requests, generator)
+
+    monkeypatch.setattr(Engine, "add", recording)
+    return found
 
 
 def test_slots_stay_full_and_few_requests_wait(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     lengths = [rng.randint(1, 30) for _ in range(60)]
     lines = [{"prompt": [9, i], "max_gen_len": n} for i, n in enumerate(lengths)]
-    step, n_waiting = Engine.step, []
+    step, n_waiting, requests = Engine.step, [], added(monkeypatch)
 
     def counted(engine: Engine) -> Any:
         n_waiting.append(len(engine._waiting))
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", counted)
-    found = list(generate(llm, prompts_of(llm, lines), 0, progress=False))
+    found = list(generate(llm, prompts_of(llm, lines), 0, name="", progress=False))
     assert len(found) == len(lines)
-    n_tokens = sum(len(request.tokens) for _, request, _ in found)
+    n_tokens = sum(len(request.tokens) for request in requests)
     assert len(n_waiting) <= n_tokens / 4  # the first token of each takes no step of its own
     assert max(n_waiting) <= 8
 
 
-def test_a_shared_beginning_is_computed_once(llm: Llama) -> None:
+def test_a_shared_beginning_is_computed_once(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 prompts with one of five beginnings, in turns."""
     lines = [{"prompt": [7, 8 + i % 5] * 20 + [i, i], "max_gen_len": 2} for i in range(40)]
     prompts = ordered(prompts_of(llm, lines))
-    requests = [request for _, request, _ in generate(llm, prompts, 0, progress=False)]
+    requests = added(monkeypatch)
+    assert len(list(generate(llm, prompts, 0, name="", progress=False))) == len(requests) == 40
     assert sum(request.n_reused < 40 for request in requests) == 5
 
 
 # --- Lines that aren't valid ------------------------------------------------------------------
-
-CHAT = "chat/completions"
-QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize(
@@ -256,15 +343,16 @@ QUESTION = [{"role": "user", "content": "Hi"}]
         ({**openai_line("a", CHAT, messages=QUESTION), "id": 7}, "it has 'id', expected only"),
         (openai_line("a", "embeddings", input="a"), "url is '/v1/embeddings', expected one of"),
         ({**openai_line("a", CHAT), "body": []}, "body is [], expected a JSON object"),
-        (openai_line("a", CHAT, prompt="a"), "body has 'prompt', expected only model, messages"),
-        (openai_line("a", CHAT), "body has no messages"),
-        (openai_line("a", CHAT, messages=QUESTION, tools=[{}]), "body has 'tools', expected only"),
-        (openai_line("a", CHAT, messages=QUESTION, n=2), "n is 2, expected 1 only"),
+        (openai_line("a", CHAT), "messages: Field required"),
+        (openai_line("a", CHAT, messages=QUESTION, prompt="a"), "prompt isn't supported: leave"),
+        (openai_line("a", CHAT, messages=QUESTION, tools=[{}]), "tool 0 is {}, expected"),
+        (openai_line("a", CHAT, messages=QUESTION, n=0), "n: Input should be greater than"),
+        (openai_line("a", CHAT, messages=QUESTION, stream=True), "stream is true, expected false"),
         (
             openai_line("a", CHAT, messages=QUESTION, max_tokens=2, max_completion_tokens=3),
-            "max_tokens and max_completion_tokens, expected one of them",
+            "max_tokens is 2 and max_completion_tokens 3: give one of them",
         ),
-        (openai_line("a", "completions", prompt="a", logprobs=5), "body has 'logprobs'"),
+        (openai_line("a", "completions", prompt="a", suffix="b"), "suffix isn't supported"),
     ],
 )
 def test_a_fault_names_its_line_before_the_model_is_loaded(
@@ -284,7 +372,7 @@ def test_a_fault_names_its_line_before_the_model_is_loaded(
 def test_damaged_and_empty_files_are_refused() -> None:
     def fault(data: bytes) -> str:
         with pytest.raises(ValueError, match="in ") as error:
-            read_lines("in", data, SamplingParams())
+            read_lines("in", data, {})
         return str(error.value)
 
     assert "line 2: Expecting" in fault(b'{"prompt": "a"}\n{"prompt": \n')
@@ -299,8 +387,8 @@ def test_damaged_and_empty_files_are_refused() -> None:
 def test_blank_lines_count_and_ids_must_differ() -> None:
     data = b'\n{"prompt": "a"}\r\n\n{"prompt": "b", "id": 5}\n{"prompt": "c"}'
     with pytest.raises(ValueError, match="line 5: its id 5 is that of line 4 too"):
-        read_lines("in", data, SamplingParams())
-    lines = read_lines("in", data.replace(b"5", b'"5"'), SamplingParams())
+        read_lines("in", data, {})
+    lines = read_lines("in", data.replace(b"5", b'"5"'), {})
     assert [(line.number, line.id) for line in lines] == [(2, 2), (4, "5"), (5, 5)]
 
 
@@ -461,7 +549,7 @@ def test_other_options_or_another_input_are_refused_before_the_model_is_loaded(
     run_here(source, output)
     monkeypatch.setattr(ModelOptions, "build", lambda self: pytest.fail("built"))
     message = refused(source, output, temperature=0, quantize="int8")
-    assert "quantize was None, is 'int8'; temperature was 0.6, is 0)" in message
+    assert "quantize was None, is 'int8'; temperature was None, is 0)" in message
     write(Path(source), MIXED[1:])
     assert "input_sha256 was" in refused(source, output)
 

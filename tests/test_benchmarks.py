@@ -217,7 +217,9 @@ def test_the_command_for_gpus_runs_on_the_cpu(tmp_path: Path) -> None:
     (lines,) = folder.glob("*.jsonl")
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     expected = {"weights", "decode, 2 ranks", "prefill, 2 ranks"}
-    expected |= {"load: hf"} | {f"{case}: times faster than hf" for case in ("ragged", "prefill 512")}
+    expected |= {"load: hf"} | {
+        f"{case}: times faster than hf" for case in ("ragged", "prefill 512")
+    }
     assert expected <= {record["figure"] for record in records}
     assert records[0]["tests"] == "7 passed, 1 skipped in 2.00s"
     assert lines.with_suffix(".md").read_text() in (folder / "log.txt").read_text()

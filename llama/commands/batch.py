@@ -12,21 +12,20 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 
 from llama import memory
-from llama.commands.batch_lines import Line, answer, map_lines, read_lines
+from llama.commands.batch_lines import Answer, Line, map_lines, read_lines
 from llama.commands.batch_output import Output
 from llama.commands.options import ModelOptions, runs_model
-from llama.completions import Completion
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
 from llama.files import expanded
 from llama.generation import Llama
 from llama.request import Request
-from llama.sampling import SamplingParams, new_generator
+from llama.sampling import new_generator
 
 # They change the speed, and answers only by rounding.
 _NOT_RECORDED = ("max_batch_size", "model_parallel_size")
 
-Prompt = tuple[Line, "array[int]"]  # 4 bytes a token
+Prompts = tuple[Line, list["array[int]"]]  # of a line: 4 bytes a token
 
 
 @runs_model(max_seq_len=None, max_batch_size=16)
@@ -35,8 +34,8 @@ def batch(
     input: str,
     output: str,
     *,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
+    temperature: float | None = None,
+    top_p: float | None = None,
     max_gen_len: int | None = None,
 ) -> None:
     """Answer the prompts and dialogs of a JSONL file; repeat an interrupted command to continue it.
@@ -47,14 +46,17 @@ def batch(
     Args:
         input: JSONL file of prompts, dialogs or OpenAI's requests.
         output: JSONL file of the answers, in the order in which they finish.
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 is greedy. Default: 0.6; of OpenAI's lines 1.
         top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_gen_len: maximum number of tokens to generate; default: as many as fit.
+            Default: 0.9; of OpenAI's lines 1.
+        max_gen_len: maximum number of tokens to generate. Default: as many as fit; of OpenAI's
+            lines for /v1/completions 16.
     """
     data = expanded(input).read_bytes()
-    lines = read_lines(input, data, SamplingParams(max_gen_len, temperature, top_p))
+    defaults = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+    lines = read_lines(input, data, defaults)
     run = {name: x for name, x in dataclasses.asdict(model).items() if name not in _NOT_RECORDED}
-    run |= {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+    run |= defaults
     run["input_sha256"] = hashlib.sha256(data).hexdigest()
     del data  # may be large
     out = Output(expanded(output), run)
@@ -73,10 +75,10 @@ def batch(
         if groups.rank == 0 and not is_first:
             out.open_part(groups.replica)
         try:
-            for line, request, completion in generate(llm, own, model.seed, progress=is_first):
+            name = model.ckpt_dir
+            for line, answer in generate(llm, own, model.seed, name=name, progress=is_first):
                 if groups.rank == 0:
-                    text = answer(line, request, completion, llm.formatter, model.ckpt_dir)
-                    out.write(line.id, text)
+                    out.write(line.id, answer)
         except BaseException:
             if is_first:
                 print(f"{output} isn't complete: repeat the command to continue", file=sys.stderr)
@@ -89,8 +91,8 @@ def batch(
             print(f"{output}: {len(lines)} answers")
 
 
-def encode_lines(name: str, lines: Sequence[Line], llm: Llama) -> list[Prompt]:
-    """The lines with their prompts' tokens, instead of their content.
+def encode_lines(name: str, lines: Sequence[Line], llm: Llama) -> list[Prompts]:
+    """The lines with their prompts' tokens, instead of their texts.
 
     Args:
         name: of the file, for errors.
@@ -98,47 +100,48 @@ def encode_lines(name: str, lines: Sequence[Line], llm: Llama) -> list[Prompt]:
     Raises:
         ValueError: prompts are too long, or the model doesn't support them; the message lists them.
     """
-    max_seq_len = llm.model.params.max_seq_len
 
-    def encode(line: Line) -> Prompt:
-        tokens = line.content
-        if line.is_chat:
-            tokens = llm.formatter.encode_dialog_prompt(line.content)
-        elif isinstance(line.content, str):
-            tokens = llm.tokenizer.encode(line.content, bos=True, eos=False)
-        if len(tokens) > max_seq_len:
-            raise ValueError(
-                f"it has {len(tokens)} tokens, but max_seq_len is {max_seq_len}: shorten it, or "
-                "raise --max_seq_len"
-            )
-        llm.engine.request(tokens, line.params, line.number)  # checks the ids
-        line.content = None
-        return line, array("i", tokens)
+    def encode(line: Line) -> Prompts:
+        prompts = line.encode(llm)
+        line.requests(llm, prompts)  # checks them
+        return line, [array("i", tokens) for tokens in prompts]
 
     return map_lines(name, encode, lines, lambda line: line.number)
 
 
-def ordered(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts in the order of their tokens, so that neighbours share the longest prefixes."""
-    return sorted(prompts, key=lambda prompt: (prompt[1], prompt[0].number))
+def ordered(lines: Sequence[Prompts]) -> list[Prompts]:
+    """Lines in the order of their tokens, so that neighbours share the longest prefixes."""
+    return sorted(lines, key=lambda each: (each[1], each[0].number))
+
+
+@dataclasses.dataclass
+class _Running:
+    """A line whose requests the engine has."""
+
+    line: Line
+    answer: Answer
+    n_left: int  # requests that haven't finished
 
 
 def generate(
-    llm: Llama, prompts: Sequence[Prompt], seed: int, *, progress: bool
-) -> Iterator[tuple[Line, Request, Completion]]:
-    """The completions of prompts, as they finish.
+    llm: Llama, lines: Sequence[Prompts], seed: int, *, name: str, progress: bool
+) -> Iterator[tuple[Line, bytes]]:
+    """The answers to lines, as they finish.
 
-    The slots of the engine stay full. Each line draws from its own generator, seeded with its seed,
-    or ``seed`` plus its number, so that neither order nor neighbours change an answer.
+    The slots of the engine stay full. Each line draws from generators of its own, with its seed or
+    ``seed`` plus its number, so that neither order nor neighbours change an answer.
+
+    Args:
+        name: of the model, in OpenAI's answers.
     """
     engine, model = llm.engine, llm.model
-    waiting = deque(prompts)
-    running: dict[Request, tuple[Line, Completion]] = {}
+    waiting = deque(lines)
+    running: dict[Request, _Running] = {}
     started, n_tokens = time.monotonic(), 0
     n_copies = model.groups.n_replicas
     of = f" of copy 1 of {n_copies}" if n_copies > 1 else ""
     with (
-        tqdm(total=len(prompts), desc=f"Lines{of}", disable=not progress) as bar,
+        tqdm(total=len(lines), desc=f"Lines{of}", disable=not progress) as bar,
         model.groups.collective_call("batch"),
         memory.explain_oom(lambda: memory.plan_of(model, engine.max_prefill_tokens)),
         model.lock,
@@ -146,18 +149,23 @@ def generate(
         engine.cancel_all()
         while waiting or running:
             while waiting and len(running) < 2 * model.params.max_batch_size:
-                line, tokens = waiting.popleft()
-                request = engine.request(tokens, line.params, line.number)
-                own_seed = (seed + line.number) % 2**64 if line.seed is None else line.seed
-                engine.add([request], new_generator(own_seed, model.device))
-                running[request] = line, Completion()
+                line, prompts = waiting.popleft()
+                requests = line.requests(llm, prompts)
+                its = _Running(line, line.new_answer(requests, llm, name), len(requests))
+                seeds = line.seeds(len(requests), (seed + line.number) % 2**64)
+                for request, own_seed in zip(requests, seeds, strict=True):
+                    engine.add([request], new_generator(own_seed, model.device))
+                    running[request] = its
             for request, event in engine.step():
-                running[request][1].add(event, is_stop_token=request.is_stop_token(event))
+                running[request].answer.add([(request, event)])
                 n_tokens += 1 + (len(request.prompt) if len(request.tokens) == 1 else 0)
-            finished = [request for request in running if request.finish_reason]
-            for request in finished:
-                line, completion = running.pop(request)
-                yield line, request, completion
+            n_finished = 0
+            for request in [request for request in running if request.finish_reason]:
+                its = running.pop(request)
+                its.n_left -= 1
+                if its.n_left == 0:
+                    n_finished += 1
+                    yield its.line, its.answer.text()
             rate = n_tokens / (time.monotonic() - started)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(len(finished))
+            bar.update(n_finished)

@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from llama.chat_template import AnyChatFormat
 from llama.completions import Completion
 from llama.dialog import normalize_dialog, normalize_message
+from llama.extras import needs_extra
 from llama.files import listed, parse_json
-from llama.request import Request
+from llama.generation import Llama
+from llama.request import Request, TokenEvent
 from llama.sampling import SamplingParams, new_generator
 
 _OPTIONS: dict[str, tuple[type, ...]] = {
@@ -24,46 +24,118 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "stop": (str, list),
     "logprobs": (bool,),
 }
-# The bodies of OpenAI's requests: the content, and the names of options.
-_COMPLETION = {name: name for name in ("temperature", "top_p", "seed", "stop")} | {
-    "max_tokens": "max_gen_len"
-}
-_CHAT = _COMPLETION | {"max_completion_tokens": "max_gen_len", "logprobs": "logprobs"}
-_ENDPOINTS = {
-    "/v1/completions": ("prompt", _COMPLETION),
-    "/v1/chat/completions": ("messages", _CHAT),
-}
-_FIXED = {"n": 1, "stream": False}  # accepted with this value only
 _SHOWN_FAULTS = 20
+
+Defaults = Mapping[
+    str, Any
+]  # of max_gen_len, temperature, top_p; None: the kind of line has its own
+
+
+class Answer(Protocol):
+    """The answer to a line, collected from the events of its requests."""
+
+    def add(self, events: Sequence[tuple[Request, TokenEvent]]) -> None: ...
+
+    def text(self) -> bytes:
+        """The line of the output, when all requests have finished."""
+
+
+class Line(Protocol):
+    """A line of a batch file: ``number``, from 1, and ``id``, its own or its number."""
+
+    number: int
+    id: str | int
+
+    def encode(self, llm: Llama) -> list[list[int]]:
+        """The prompts, in tokens; the line then forgets their texts.
+
+        Raises:
+            TypeError, ValueError: the model doesn't support them.
+        """
+
+    def requests(self, llm: Llama, prompts: Sequence[Sequence[int]]) -> list[Request]:
+        """
+        Raises:
+            TypeError, ValueError: the model doesn't support them.
+        """
+
+    def seeds(self, n_requests: int, default: int) -> list[int]:
+        """Of the generator of each request."""
+
+    def new_answer(self, requests: Sequence[Request], llm: Llama, model: str) -> Answer:
+        """
+        Args:
+            model: its name, in answers that have one.
+        """
 
 
 @dataclasses.dataclass
-class Line:
-    """A request of a batch file.
-
-    Attributes:
-        number: of the line, from 1.
-        id: its own, or its number.
-        content: a text, token ids, or messages.
-        is_openai: it is a line of OpenAI's batch API, and its answer is too.
-        seed: None if it has none.
-    """
+class PromptLine:
+    """A prompt (a text, or token ids) or a dialog."""
 
     number: int
     id: str | int
     content: Any
     is_chat: bool
-    is_openai: bool
     params: SamplingParams
     seed: int | None
 
+    def encode(self, llm: Llama) -> list[list[int]]:
+        tokens = self.content
+        if self.is_chat:
+            tokens = llm.formatter.encode_dialog_prompt(self.content)
+        elif isinstance(self.content, str):
+            tokens = llm.tokenizer.encode(self.content, bos=True, eos=False)
+        self.content = None
+        return [tokens]
 
-def read_lines(name: str, data: bytes, defaults: SamplingParams) -> list[Line]:
+    def requests(self, llm: Llama, prompts: Sequence[Sequence[int]]) -> list[Request]:
+        [tokens], longest = prompts, llm.model.params.max_seq_len
+        if len(tokens) > longest:
+            raise ValueError(
+                f"it has {len(tokens)} tokens, but max_seq_len is {longest}: shorten it, or raise "
+                "--max_seq_len"
+            )
+        return [llm.engine.request(tokens, self.params, self.number)]
+
+    def seeds(self, n_requests: int, default: int) -> list[int]:
+        return [default if self.seed is None else self.seed] * n_requests
+
+    def new_answer(self, requests: Sequence[Request], llm: Llama, model: str) -> Answer:
+        return _PromptAnswer(self, requests[0], llm)
+
+
+class _PromptAnswer:
+    def __init__(self, line: PromptLine, request: Request, llm: Llama) -> None:
+        self._line, self._request, self._formatter = line, request, llm.formatter
+        self._completion = Completion()
+
+    def add(self, events: Sequence[tuple[Request, TokenEvent]]) -> None:
+        for request, event in events:
+            self._completion.add(event, is_stop_token=request.is_stop_token(event))
+
+    def text(self) -> bytes:
+        completion, request = self._completion, self._request
+        generation: Any = "".join(completion.pieces)
+        if self._line.is_chat:
+            generation = completion.answer(self._formatter)
+        usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(request.tokens)}
+        return as_line(
+            {
+                "id": self._line.id,
+                **completion.prediction(generation, request.params),
+                "finish_reason": request.finish_reason,
+                "usage": usage,
+            }
+        )
+
+
+def read_lines(name: str, data: bytes, defaults: Defaults) -> list[Line]:
     """The requests of a file. Blank lines are skipped, but counted.
 
     Args:
         name: of the file, for errors.
-        defaults: of the parameters that a line may have.
+        defaults: for lines that don't have them.
 
     Raises:
         ValueError: lines aren't valid; the message lists them.
@@ -78,6 +150,7 @@ def read_lines(name: str, data: bytes, defaults: SamplingParams) -> list[Line]:
                 f"its id {line.id!r:.80} is that of line {other} too: ids must differ (without "
                 "one, a line has its number)"
             )
+        str(line.id).encode()  # fails for half a surrogate pair, which can't be written
         return line
 
     texts = [(i, text) for i, text in enumerate(data.split(b"\n"), start=1) if text.strip()]
@@ -112,25 +185,24 @@ def map_lines(
     return results
 
 
-def _parse(number: int, text: bytes, defaults: SamplingParams) -> Line:
+def _parse(number: int, text: bytes, defaults: Defaults) -> Line:
     found = parse_json(text)
     if not isinstance(found, dict):
         raise TypeError(f"it is {found!r:.60}, expected a JSON object")
-    is_openai = "custom_id" in found or "body" in found
-    if is_openai:
-        key, fields, contents = _openai_fields(found)
-    else:
-        fields, contents = _not_null(found), ["prompt", "messages"]
-        _check_known("it", fields, ["id", *contents, *_OPTIONS])
-        key = fields.get("id", number)
-    contents = [name for name in contents if name in fields]
+    if "custom_id" in found or "body" in found:
+        with needs_extra("lines of OpenAI's batch API need pydantic", "serve"):
+            from llama.commands.batch_openai import parse_api_line
+        return parse_api_line(number, found, defaults)
+    fields = {name: value for name, value in found.items() if value is not None}
+    check_known("it", fields, ["id", "prompt", "messages", *_OPTIONS])
+    contents = [name for name in ("prompt", "messages") if name in fields]
     if len(contents) != 1:
         raise ValueError(
             f"it has {'both' if contents else 'neither'}, expected either prompt or messages"
         )
+    key = fields.get("id", number)
     if type(key) not in (str, int):
         raise TypeError(f"its id is {key!r:.60}, expected a text or a whole number")
-    str(key).encode()  # fails for half a surrogate pair, which can't be written
     options = {name: fields[name] for name in _OPTIONS if name in fields}
     for name, value in options.items():
         if type(value) not in _OPTIONS[name]:
@@ -141,49 +213,13 @@ def _parse(number: int, text: bytes, defaults: SamplingParams) -> Line:
         new_generator(seed, torch.device("cpu"))  # checks its range
     if isinstance(options.get("stop"), str):
         options["stop"] = [options["stop"]]
+    options = {name: value for name, value in defaults.items() if value is not None} | options
     is_chat = contents == ["messages"]
-    return Line(
-        number,
-        key,
-        (_messages if is_chat else _prompt)(fields[contents[0]]),
-        is_chat,
-        is_openai,
-        dataclasses.replace(defaults, **options) if options else defaults,
-        seed,
-    )
+    content = (_messages if is_chat else _prompt)(fields[contents[0]])
+    return PromptLine(number, key, content, is_chat, SamplingParams(**options), seed)
 
 
-def _openai_fields(found: dict[str, Any]) -> tuple[Any, dict[str, Any], list[str]]:
-    """Id, and fields named as in other lines, of a request of OpenAI's batch API."""
-    _check_known("it", found, ["custom_id", "method", "url", "body"])
-    key, body, url = found.get("custom_id"), found.get("body"), found.get("url")
-    if not isinstance(key, str):
-        raise TypeError(f"custom_id is {key!r:.60}, expected a text")
-    if found.get("method") != "POST":
-        raise ValueError(f"method is {found.get('method')!r:.60}, expected 'POST'")
-    if not isinstance(url, str) or url not in _ENDPOINTS:
-        raise ValueError(f"url is {url!r:.60}, expected one of {', '.join(_ENDPOINTS)}")
-    if not isinstance(body, dict):
-        raise TypeError(f"body is {body!r:.60}, expected a JSON object")
-    content, names = _ENDPOINTS[url]
-    body = _not_null(body)
-    _check_known("body", body, ["model", content, *names, *_FIXED])
-    for name, value in _FIXED.items():
-        if body.get(name, value) != value:
-            raise ValueError(f"{name} is {body[name]!r:.60}, expected {value} only")
-    given = [name for name in names if name in body]
-    if len({names[name] for name in given}) < len(given):
-        raise ValueError("body has max_tokens and max_completion_tokens, expected one of them")
-    if content not in body:
-        raise ValueError(f"body has no {content}")
-    return key, {content: body[content]} | {names[name]: body[name] for name in given}, [content]
-
-
-def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _check_known(where: str, fields: dict[str, Any], known: Sequence[str]) -> None:
+def check_known(where: str, fields: dict[str, Any], known: Sequence[str]) -> None:
     if unknown := fields.keys() - set(known):
         raise ValueError(
             f"{where} has {listed(sorted(unknown))}, expected only {', '.join(known)}: leave out "
@@ -209,56 +245,8 @@ def _messages(value: Any) -> Any:
     return value
 
 
-def answer(
-    line: Line, request: Request, completion: Completion, formatter: AnyChatFormat, model: str
-) -> bytes:
-    """The line that answers a finished request.
-
-    Args:
-        model: its name in OpenAI's answers.
-    """
-    generation = completion.answer(formatter) if line.is_chat else "".join(completion.pieces)
-    usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(request.tokens)}
-    if not line.is_openai:
-        prediction = completion.prediction(generation, request.params)
-        found = {"id": line.id, **prediction}
-        found |= {"finish_reason": request.finish_reason, "usage": usage}
-    else:
-        kind, choice = "text_completion", {"text": generation}
-        if line.is_chat:
-            kind, choice = "chat.completion", {"message": generation}
-        body = {
-            "id": f"batch-{line.number}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "choices": [
-                {
-                    "index": 0,
-                    **choice,
-                    "logprobs": _openai_logprobs(completion) if request.params.logprobs else None,
-                    "finish_reason": request.finish_reason,
-                }
-            ],
-            "usage": usage | {"total_tokens": sum(usage.values())},
-        }
-        found = {
-            "id": f"batch_req_{line.number}",
-            "custom_id": line.id,
-            "response": {"status_code": 200, "request_id": f"batch-{line.number}", "body": body},
-            "error": None,
-        }
+def as_line(found: Any) -> bytes:
     return json.dumps(found, ensure_ascii=False).encode() + b"\n"
-
-
-def _openai_logprobs(completion: Completion) -> dict[str, Any]:
-    pairs = zip(completion.pieces, completion.logprobs, strict=True)
-    return {
-        "content": [
-            {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-            for text, logprob in pairs
-        ]
-    }
 
 
 def id_of(text: bytes) -> Any:

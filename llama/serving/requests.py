@@ -1,12 +1,12 @@
 """The engine's requests for the body of an API call."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from llama.generation import Llama
 from llama.request import Request
 from llama.serving.schema import ApiError, Body, ChatBody, CompletionBody
 from llama.serving.structured import JsonConstraint
-from llama.serving.tools import answer_schema, with_tools
+from llama.serving.tools import with_tools
 
 
 def encode_prompts(llm: Llama, body: Body) -> list[list[int]]:
@@ -16,8 +16,6 @@ def encode_prompts(llm: Llama, body: Body) -> list[list[int]]:
         ApiError: the call isn't valid, or needs something that isn't supported.
     """
     body.check()
-    if isinstance(body, ChatBody):
-        _answer_schema(body)  # checks the tools
     try:
         if isinstance(body, CompletionBody):
             return [
@@ -33,7 +31,7 @@ def encode_prompts(llm: Llama, body: Body) -> list[list[int]]:
         raise ApiError(400, str(error), body.prompt_field) from None
 
 
-def new_requests(llm: Llama, body: Body, prompts: list[list[int]]) -> list[Request]:
+def new_requests(llm: Llama, body: Body, prompts: Sequence[Sequence[int]]) -> list[Request]:
     """A request for each choice of each prompt; those of a prompt follow one another.
 
     Raises:
@@ -61,7 +59,7 @@ def new_requests(llm: Llama, body: Body, prompts: list[list[int]]) -> list[Reque
 
 
 def _constrain(llm: Llama, body: ChatBody, requests: list[Request]) -> None:
-    is_json, schema = _answer_schema(body)
+    is_json, schema = body.answer_schema()
     if not is_json:
         return
     try:
@@ -70,29 +68,3 @@ def _constrain(llm: Llama, body: ChatBody, requests: list[Request]) -> None:
     except (ImportError, ValueError) as error:
         place = "response_format" if body.wants_json else "tools"
         raise ApiError(400, str(error), place) from None
-
-
-def _answer_schema(body: ChatBody) -> tuple[bool, dict[str, Any] | None]:
-    """Whether the answer must be JSON, and by which schema; None: any object.
-
-    Raises:
-        ApiError: the tools aren't valid, or a strict one can't be enforced.
-    """
-    try:
-        schema = answer_schema(body.tools, body.tool_choice)
-    except ValueError as error:
-        raise ApiError(400, str(error), "tools") from None
-    if schema is None and body.offers_tools:
-        for i, tool in enumerate(body.tools or []):
-            if tool["function"].get("strict"):
-                raise ApiError(
-                    400,
-                    f"tool {i} is strict, which needs a tool_choice that requires a call: "
-                    "leave strict out, or give 'required' or a function as tool_choice",
-                    "tools",
-                    "unsupported",
-                )
-    given = body.response_format
-    if given is not None and body.wants_json:
-        return True, given.json_schema.schema_ if given.json_schema else None
-    return schema is not None, schema

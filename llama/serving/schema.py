@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llama.sampling import SamplingParams
+from llama.serving import tools
 
 # Fields of the API that don't change the answer.
 _WITHOUT_EFFECT = {
@@ -32,6 +33,7 @@ _NEUTRAL: dict[str, list[Any]] = {
     "suffix": [""],
 }
 MAX_CHOICES = 2048  # of a call
+MAX_N = 128  # of a prompt
 
 _StopString = Annotated[str, Field(min_length=1, max_length=256)]
 _TokenIds = Annotated[list[int], Field(min_length=1)]
@@ -85,7 +87,7 @@ class _Body(_Strict):
     model: str | None = Field(None, description="As in /v1/models.")
     temperature: float | None = Field(None, ge=0, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, description="Default 1.")
-    n: int | None = Field(None, ge=1, le=128, description="Choices for each prompt.")
+    n: int | None = Field(None, ge=1, le=MAX_N, description="Choices for each prompt.")
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="Choice i gets seed + i. Default: random."
     )
@@ -111,9 +113,7 @@ class _Body(_Strict):
         for name, value in (self.model_extra or {}).items():
             is_neutral = value is None or value in _NEUTRAL.get(name, [])
             if not is_neutral and name not in _WITHOUT_EFFECT:
-                raise ApiError(
-                    400, f"{name} isn't supported by this server: leave it out", name, "unsupported"
-                )
+                raise ApiError(400, f"{name} isn't supported: leave it out", name, "unsupported")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream", "stream_options")
 
@@ -206,6 +206,32 @@ class ChatBody(_Body):
                 "response_format has json_schema if and only if its type is 'json_schema'",
                 "response_format",
             )
+        self.answer_schema()
+
+    def answer_schema(self) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the answer must be JSON, and by which schema; None: any object.
+
+        Raises:
+            ApiError: the tools aren't valid, or a strict one can't be enforced.
+        """
+        try:
+            schema = tools.answer_schema(self.tools, self.tool_choice)
+        except ValueError as error:
+            raise ApiError(400, str(error), "tools") from None
+        if schema is None and self.offers_tools:
+            for i, tool in enumerate(self.tools or []):
+                if tool["function"].get("strict"):
+                    raise ApiError(
+                        400,
+                        f"tool {i} is strict, which needs a tool_choice that requires a call: "
+                        "leave strict out, or give 'required' or a function as tool_choice",
+                        "tools",
+                        "unsupported",
+                    )
+        given = self.response_format
+        if given is not None and self.wants_json:
+            return True, given.json_schema.schema_ if given.json_schema else None
+        return schema is not None, schema
 
     def params(self) -> SamplingParams:
         limit = self.max_completion_tokens or self.max_tokens
@@ -241,8 +267,8 @@ class CompletionBody(_Body):
         if self.best_of not in (None, self.n_choices):
             raise ApiError(
                 400,
-                f"best_of is {self.best_of} and n {self.n_choices}, but this server returns every "
-                "choice: leave best_of out",
+                f"best_of is {self.best_of} and n {self.n_choices}, but every "
+                "choice is returned: leave best_of out",
                 "best_of",
                 "unsupported",
             )
