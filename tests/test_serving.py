@@ -681,7 +681,10 @@ def test_a_required_call_comes_back_as_tool_calls(tools_server: Server, is_strea
     [
         ('{"name": "add", "parameters": {"sum": 1}}', "", 1),
         ('{"name": "add", "parameters": {}}; {"name": "add", "parameters": {}}', "", 2),
+        ('<function=add>{"sum": 1}</function>', "", 1),
+        ('add.call(sum="1")', "", 1),
         ('{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', 0),
+        ("<function of x> grows", "<function of x> grows", 0),
         ("The sum is 68.", "The sum is 68.", 0),
         ("12.5 is right", "12.5 is right", 0),
         ("68", "68", 0),
