@@ -56,7 +56,10 @@ class JsonConstraint:
         schema = {"type": "object"} if schema is None else schema
         if not isinstance(schema, dict):
             raise ValueError(f"the JSON schema is {schema!r:.100}, expected an object")
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        except ValueError as error:  # not JSON, such as half of a surrogate pair
+            raise ValueError(f"the JSON schema isn't supported: {error}") from None
         self._matcher = llguidance.LLMatcher(_ll_tokenizer(tokenizer), grammar, log_level=0)
         if self.error:
             raise ValueError(f"the JSON schema isn't supported: {self.error}")
