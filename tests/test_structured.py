@@ -242,6 +242,10 @@ def test_vocabularies_that_cant_be_constrained_are_refused(tmp_path: Path) -> No
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="tokens for 255 of 256 bytes"):
         JsonConstraint(Tokenizer(str(path)), None)
+    endless = Tokenizer(str(DEMO / "tokenizer.model"))
+    endless.stop_tokens.clear()
+    with pytest.raises(ValueError, match="the vocabulary has 0 stop tokens"):
+        JsonConstraint(endless, None)
 
 
 def test_the_vocabulary_is_read_once_and_freed_with_its_tokenizer(

@@ -179,7 +179,7 @@ def test_calls_and_results(formatter: ChatFormat) -> None:
         USER,
         assistant(call(1), call(2, "get_time", "{}"), content="Let me see."),
         result(2, [{"type": "text", "text": "12:00"}]),
-        result(1),
+        {**result(1), "name": "get_weather"},
         {"role": "assistant", "content": "Yes."},
         USER,
         assistant(call(1)),
@@ -399,9 +399,9 @@ def test_the_function_tag_is_a_call(text: str) -> None:
 
 def test_forms_of_calls_can_be_mixed() -> None:
     text = '<function=get_time>{"a": "</function>"}</function><function=get_time>{}</function>; '
-    text += f'get_time.call(query="a\nb"); {CALL}'
+    text += f'get_time.call(zone="a\nb"); {CALL}'
     expected: list[Any] = [("get_time", {"a": "</function>"}), ("get_time", {})]
-    expected += [("get_time", {"query": "a\nb"}), ("get_weather", ARGUMENTS)]
+    expected += [("get_time", {"zone": "a\nb"}), ("get_weather", ARGUMENTS)]
     assert calls_of(answer(text)) == (None, expected)
 
 
@@ -519,6 +519,13 @@ def test_the_schema_of_a_call() -> None:
         "get_time",
     ]
     assert either["anyOf"][0] == named
+    call = {"type": "function", "name": "get_weather", "parameters": {"city": "Łódź"}}
+    for schema in (named, either):
+        validator = jsonschema.Draft202012Validator(schema)
+        assert validator.is_valid(call)
+        assert not validator.is_valid(call | {"why": "rain"})
+        for key in call:
+            assert not validator.is_valid({k: v for k, v in call.items() if k != key})
 
 
 def test_references_hold_inside_the_schema_of_a_call() -> None:
@@ -541,3 +548,8 @@ def test_references_hold_inside_the_schema_of_a_call() -> None:
         assert validator.is_valid(call)
         call["parameters"] = {"start": {"x": 1}, "more": [{"start": {"x": "1"}}]}
         assert not validator.is_valid(call)
+    own = {"$id": "https://example.com/x", "$ref": "#/$defs/Point", "$defs": {"Point": point}}
+    tool = {"type": "function", "function": {"name": "draw", "parameters": own}}
+    validator = jsonschema.Draft202012Validator(answer_schema([tool], "required"))
+    assert validator.is_valid(call | {"parameters": {"x": 1}})
+    assert not validator.is_valid(call | {"parameters": {"x": "1"}})
