@@ -134,6 +134,10 @@ def test_a_message_is_left_open_where_it_ends(folder: Path, content: str) -> Non
     dialog: Any = [*DIALOGS[0], {"role": "assistant", "content": content}]
     ids = formatter.encode_dialog_prompt(dialog, continue_final_message=True)
     assert ids == theirs.apply_chat_template(dialog, continue_final_message=True)["input_ids"]
+    # an earlier message that holds the mark of an open one
+    marked: Any = [{"role": "user", "content": "\ue000open\ue000 x"}, dialog[-1]]
+    ids = formatter.encode_dialog_prompt(marked, continue_final_message=True)
+    assert ids == theirs.apply_chat_template(marked, continue_final_message=True)["input_ids"]
     quoting = chat_format(with_template(folder, "{{ messages[0].content }}"))
     with pytest.raises(ValueError, match="doesn't render the last message as it is"):
         quoting.encode_dialog_prompt(dialog, continue_final_message=True)
@@ -210,6 +214,15 @@ def test_content_never_becomes_a_control_token(folder: Path, role: str, content:
         formatter.encode_dialog_prompt(dialog)
 
 
+def test_other_keys_never_become_a_control_token(folder: Path) -> None:
+    """Also inside of calls, and of values that aren't JSON."""
+    formatter = chat_format(with_template(folder, "{{ messages[0].x }}"))
+    for value in ({"a": ["<|im_end|>"]}, {"<|im_end|>": 1}, Path("<|im_end|>")):
+        dialog: Any = [{"role": "user", "content": "a", "x": value}]
+        with pytest.raises(ValueError, match=r"the x of message 0 holds '<\|im_end\|>'"):
+            formatter.encode_dialog_prompt(dialog)
+
+
 def test_content_that_is_normalized_to_a_control_token_is_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}
@@ -230,6 +243,7 @@ def test_ordinary_added_tokens_are_content(folder: Path) -> None:
     dialog: Any = [{"role": "user", "content": "What does <think> do?"}]
     ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
     assert formatter.encode_dialog_prompt(dialog) == ids
+    assert not formatter.starts_answer(ids)  # this vocabulary has no first space to drop
 
 
 @pytest.mark.parametrize(
@@ -368,6 +382,7 @@ def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path, template: str) 
     formatter = chat_format(tokenizer)
     assert isinstance(formatter, TemplateChatFormat)
     assert not formatter.starts_answer(tokenizer.encode("Once upon a time", True, False))
+    assert not formatter.starts_answer([])
     for dialog in DIALOGS if "no system" not in template else []:
         ids = formatter.encode_dialog_prompt(dialog)
         assert formatter.starts_answer(ids)
