@@ -38,8 +38,8 @@ def _llguidance() -> ModuleType:
 class JsonConstraint:
     """A ``llama.request.Constraint``: the answer is one JSON value, then a stop token.
 
-    The text is what ``json.dumps`` writes by default: one line, spaces after ``:`` and ``,`` only.
-    Its length isn't bounded, so that an answer that ends by its limit isn't complete.
+    The text has the form that ``json.dumps`` writes by default: one line, spaces after ``:`` and
+    ``,`` only. Its length isn't bounded, so an answer that reaches its limit isn't complete.
 
     Args:
         schema: a JSON schema; None: any JSON object.
@@ -87,8 +87,8 @@ class JsonConstraint:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads it: the bytes of each token, and a function to encode text
-    that the grammar leaves no choice of.
+    """A tokenizer as llguidance reads it: the bytes of each token, and a function that encodes text
+    where the grammar allows only one.
 
     Raises:
         ValueError: there is no stop token, or a byte without a token.
