@@ -491,10 +491,14 @@ def test_other_messages_are_refused_by_their_place(
         with_tools(messages, tools, "auto", formatter)
 
 
-def test_arguments_are_valid_json_in_utf8() -> None:
+def test_arguments_are_valid_json_in_utf8(formatter: ChatFormat) -> None:
     text = r'{"name": "get_weather", "parameters": {"city": "\ud800"}}'
     _, [found] = tool_calls(answer(text), TOOLS)
     assert json.loads(found["function"]["arguments"].encode()) == {"city": "\ud800"}
+    result = {"role": "tool", "tool_call_id": found["id"], "content": "rain"}
+    dialog = with_tools([USER, assistant(found), result], TOOLS, "none", formatter)
+    assert json.loads(dialog[1]["tool_call"]) == {"type": "function", **json.loads(text)}
+    assert formatter.encode_dialog_prompt(dialog)
 
 
 # --- Answers that must be calls -----------------------------------------------------------------

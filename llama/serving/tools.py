@@ -31,6 +31,7 @@ _MAX_DEFINITIONS = 2**22  # characters; indentation can make them many times tho
 _BUILT_IN_CALL = re.compile(r'(\w+)\.call\((\w+)="([^"]*)"\)')
 _FUNCTION_START = re.compile(r"<function=([^>]+)>\s*")
 _FUNCTION_END = re.compile(r"\s*</function>")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 can't express, and an answer's JSON can
 _SEPARATORS = tuple("; \t\r\n")
 _DECODER = json.JSONDecoder()
 _TOOL_KEYS = ("type", "function")
@@ -309,7 +310,8 @@ def _call_texts(calls: Any, message: str) -> dict[str, str]:
         if not isinstance(call_id, str) or call_id in texts:
             raise _wrong(f"the id of {where} is", call_id, "a string that no other call has")
         call = {"type": "function", "name": name, "parameters": arguments}
-        texts[call_id] = json.dumps(call, ensure_ascii=False)
+        text = json.dumps(call, ensure_ascii=False)
+        texts[call_id] = _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):x}", text)
     return texts
 
 
