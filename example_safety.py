@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama import Dialog, Llama, cli
 from llama.chat_template import TemplateChatFormat
+from llama.dialog import text_of
 
 DEMO = str(Path(__file__).parent / "demo" / "model")
 
@@ -17,7 +18,7 @@ def build_guard(guard_dir: str, max_seq_len: int) -> Llama:
     """Build the classifier.
 
     Raises:
-        ValueError: the folder has no prompt of its own, as chat_template.
+        ValueError: the folder has no chat_template of its own, with the classifier's prompt.
     """
     guard = Llama.build(guard_dir, max_seq_len=max_seq_len, max_batch_size=1)
     if not isinstance(guard.formatter, TemplateChatFormat):
@@ -29,15 +30,17 @@ def build_guard(guard_dir: str, max_seq_len: int) -> Llama:
 
 
 def unsafe_categories(guard: Llama, dialog: Dialog) -> list[str]:
-    """Classify the last message of a dialog of the roles user and assistant; see
-    ``categories_of``.
+    """Classify the last message of a dialog between user and assistant, of any number of turns.
+
+    Returns:
+        The hazard categories, as ``categories_of`` reads them; [] if the message is safe.
 
     Raises:
-        ValueError: the classifier can't read the message: it holds the name of a control token, or
-            is too long for max_seq_len.
+        ValueError: the classifier can't read the message: it holds the name of a control token or a
+            tool call, is too long for max_seq_len, or isn't in the template's text.
     """
     prompt = guard.formatter.encode_dialog_prompt(dialog)
-    if dialog[-1]["content"].strip() not in guard.tokenizer.decode(prompt):
+    if text_of(dialog[-1], "the message").strip() not in guard.tokenizer.decode(prompt):
         raise ValueError("the classifier's chat_template leaves out the message to check")
     [tokens], _ = guard.generate([prompt], max_gen_len=64, temperature=0)
     return categories_of(guard.tokenizer.decode(tokens))

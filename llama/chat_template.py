@@ -19,6 +19,7 @@ import jinja2.sandbox
 
 from llama.chat import ChatFormat, ChatTokenizer, Llama2ChatFormat
 from llama.dialog import Dialog, Message, normalize_dialog, text_of
+from llama.files import escaped
 
 # The formats of chat.py as templates: written by ``convert``, and compared with a folder's own.
 LLAMA3_TEMPLATE = (
@@ -258,7 +259,8 @@ def render(
             **tokens,
         )
     except Exception as error:  # a template can raise anything
-        raise ValueError(f"the folder's chat template refuses the dialog: {error}") from error
+        reason = escaped(f"{error!s:.1000}")
+        raise ValueError(f"the folder's chat template refuses the dialog: {reason}") from error
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def normalize_dialog(
     dialog: Dialog, continue_final_message: bool, normalize: Callable[[Any, str], Message]
 ) -> list[Message]:
     """The messages of a dialog, each as ``normalize`` returns it (``normalize_message``, or one of
-    another format); it gets the message and what names it in errors, as in "message 2".
+    another format); it gets the message and its name in errors, such as "message 2".
 
     Raises:
         ValueError: the dialog is empty, or a message isn't valid; with ``continue_final_message``,

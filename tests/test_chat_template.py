@@ -13,7 +13,13 @@ from transformers import AutoTokenizer
 
 from llama import ChatFormat, Llama
 from llama.chat import Llama2ChatFormat
-from llama.chat_template import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, TemplateChatFormat, chat_format
+from llama.chat_template import (
+    LLAMA2_TEMPLATE,
+    LLAMA3_TEMPLATE,
+    TemplateChatFormat,
+    chat_format,
+    render,
+)
 from llama.vocab.tokenizer_json import tokenizer_json
 
 CHATML = (
@@ -128,6 +134,10 @@ def test_a_message_is_left_open_where_it_ends(folder: Path, content: str) -> Non
     dialog: Any = [*DIALOGS[0], {"role": "assistant", "content": content}]
     ids = formatter.encode_dialog_prompt(dialog, continue_final_message=True)
     assert ids == theirs.apply_chat_template(dialog, continue_final_message=True)["input_ids"]
+    # an earlier message that holds the mark of an open one
+    marked: Any = [{"role": "user", "content": "\ue000open\ue000 x"}, dialog[-1]]
+    ids = formatter.encode_dialog_prompt(marked, continue_final_message=True)
+    assert ids == theirs.apply_chat_template(marked, continue_final_message=True)["input_ids"]
     quoting = chat_format(with_template(folder, "{{ messages[0].content }}"))
     with pytest.raises(ValueError, match="doesn't render the last message as it is"):
         quoting.encode_dialog_prompt(dialog, continue_final_message=True)
@@ -204,6 +214,15 @@ def test_content_never_becomes_a_control_token(folder: Path, role: str, content:
         formatter.encode_dialog_prompt(dialog)
 
 
+def test_other_keys_never_become_a_control_token(folder: Path) -> None:
+    """Also inside of calls, and of values that aren't JSON."""
+    formatter = chat_format(with_template(folder, "{{ messages[0].x }}"))
+    for value in ({"a": ["<|im_end|>"]}, {"<|im_end|>": 1}, Path("<|im_end|>")):
+        dialog: Any = [{"role": "user", "content": "a", "x": value}]
+        with pytest.raises(ValueError, match=r"the x of message 0 holds '<\|im_end\|>'"):
+            formatter.encode_dialog_prompt(dialog)
+
+
 def test_content_that_is_normalized_to_a_control_token_is_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}
@@ -224,6 +243,7 @@ def test_ordinary_added_tokens_are_content(folder: Path) -> None:
     dialog: Any = [{"role": "user", "content": "What does <think> do?"}]
     ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
     assert formatter.encode_dialog_prompt(dialog) == ids
+    assert not formatter.starts_answer(ids)  # this vocabulary has no first space to drop
 
 
 @pytest.mark.parametrize(
@@ -240,6 +260,85 @@ def test_templates_that_fail(folder: Path, template: str, message: str) -> None:
     formatter = chat_format(with_template(folder, template))
     with pytest.raises(ValueError, match=message):
         formatter.encode_dialog_prompt(DIALOGS[0])
+
+
+def rendered(template: str) -> str:
+    class Names:
+        special_tokens, names, bos_id, eos_id = {"<s>": 1, "</s>": 2}, {"pad_token": "<pad>"}, 1, 2
+
+    messages = [{"role": "user", "content": "Hi <b>", "extra": {"x": 1}}]
+    return render(template, Names(), messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{% extends 'x' %}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages.__len__() }}",
+        "{{ messages[0].extra.update(x=2) }}",
+        "{{ messages.clear() }}",
+        "{{ messages[0].pop('role') }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{{ {}|tojson(default=range) }}",
+        "{% debug %}",
+        "{% for i in range(200000) %}{% endfor %}",
+        "{{ missing.x }}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    ],
+)
+def test_a_template_reaches_nothing_but_its_variables(template: str) -> None:
+    with pytest.raises(ValueError, match="the folder's chat template refuses the dialog: "):
+        rendered(template)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "strftime_now.__self__",
+        "raise_exception.__globals__",
+        "''|attr('__class__')",
+        "'{0.__class__}'.format('')",
+        "'{x.__class__}'.format_map({'x': 1})",
+        "(1).__class__",
+        "self.__class__",
+    ],
+)
+def test_attributes_with_underscores_are_undefined(expression: str) -> None:
+    assert rendered(f"{{{{ {expression} }}}}") == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0]|tojson }}", '{"role": "user", "content": "Hi <b>", "extra": {"x": 1}}'),
+        ("{{ ['é', 1]|tojson(indent=1) }}", '[\n "é",\n 1\n]'),
+        ("{{ {'b': 1}|tojson(separators=(',', ':')) }}", '{"b":1}'),
+        ("{{ tools is none and documents is none and add_generation_prompt }}", "True"),
+        ("{{ builtin_tools is defined }}{{ missing }}", "False"),
+        ("{{ bos_token + eos_token + pad_token }}", "<s></s><pad>"),
+        ("{{ strftime_now('%Y-%m')|length }}", "7"),
+        ("{% for i in range(5) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
+        (
+            "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+            "02",
+        ),
+        ("{% generation %}{% set a = 1 %}{{ a }}{% endgeneration %}{{ a }}", "1"),
+        ("  {% if true %}\na\n  {% endif %}\nb\n", "a\nb"),
+        ("{{ messages[0].content }}", "Hi <b>"),
+    ],
+)
+def test_what_transformers_gives_templates(template: str, text: str) -> None:
+    assert rendered(template) == text
+
+
+def test_a_templates_own_message_has_no_terminal_escapes() -> None:
+    with pytest.raises(ValueError, match=r"dialog: \\x1b\[31mred\n.x{900}") as caught:
+        rendered("{{ raise_exception('\x1b[31mred\n' + 'x' * 10000) }}")
+    assert len(str(caught.value)) < 1100
 
 
 def test_messages_a_template_cant_have(folder: Path) -> None:
@@ -283,6 +382,7 @@ def test_the_first_space_of_an_answer_is_dropped(tmp_path: Path, template: str) 
     formatter = chat_format(tokenizer)
     assert isinstance(formatter, TemplateChatFormat)
     assert not formatter.starts_answer(tokenizer.encode("Once upon a time", True, False))
+    assert not formatter.starts_answer([])
     for dialog in DIALOGS if "no system" not in template else []:
         ids = formatter.encode_dialog_prompt(dialog)
         assert formatter.starts_answer(ids)

@@ -152,12 +152,48 @@ def test_the_template_is_rendered_in_full(guard_dir: Path) -> None:
         assert f"<BEGIN CONVERSATION>\n{conversation}<END CONVERSATION>" in text
 
 
+def test_the_last_of_several_turns_is_classified(guard_dir: Path, script: dict[str, Any]) -> None:
+    """With the others in the prompt: the stand-in flags a token anywhere in it."""
+    guard = script["build_guard"](str(guard_dir), 512)
+
+    def categories(*contents: Any) -> list[str]:
+        roles = ("user", "assistant") * 2
+        dialog = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        found: list[str] = script["unsafe_categories"](guard, dialog)
+        return found
+
+    assert categories("Is it far?", "It is near.", "And nice?") == []
+    assert categories("Is it far?", "It is near.", "As nice as Rome?") == ["S1"]
+    assert categories("Is it far?", "It is near.", "And nice?", "As Rome.") == ["S1"]
+    assert categories("Is Rome far?", "It is near.", "And nice?") == ["S1"]
+    parts = [{"type": "text", "text": "As nice "}, {"type": "text", "text": "as Rome?"}]
+    assert categories(parts) == ["S1"]
+    with pytest.raises(ValueError, match="expected user and assistant in turns"):
+        script["unsafe_categories"](guard, [{"role": "system", "content": "Be brief."}])
+    call = {"role": "assistant", "content": "", "tool_call": "f()"}
+    with pytest.raises(ValueError, match="has 'tool_call', which"):
+        script["unsafe_categories"](guard, [{"role": "user", "content": "Hi"}, call])
+
+
+def test_a_verdict_that_is_cut_off_counts_as_unsafe(
+    guard_dir: Path, script: dict[str, Any]
+) -> None:
+    question: Any = [{"role": "user", "content": "Is it far?"}]
+    guard = script["build_guard"](str(guard_dir), 512)
+    n_prompt = len(guard.formatter.encode_dialog_prompt(question))
+    for n_more, text in ((0, ""), (1, "s"), (3, "saf")):
+        guard = script["build_guard"](str(guard_dir), n_prompt + n_more)
+        found = script["unsafe_categories"](guard, question)
+        assert found == [f"unknown verdict {text!r}"]
+
+
 @pytest.mark.parametrize(
     ("verdict", "categories"),
     [
         ("safe", []),
         ("\n\nsafe", []),
         ("unsafe\nS1", ["S1"]),
+        ("\n\nunsafe\nS14", ["S14"]),
         ("\n\nunsafe\nS1,S12,S5", ["S1", "S12", "S5"]),
     ],
 )
@@ -172,6 +208,11 @@ def test_verdicts(script: dict[str, Any], verdict: str, categories: list[str]) -
         "Safe",
         "safe.",
         "safe\nS1",
+        "safe unsafe",
+        "safe\nunsafe\nS1",
+        "not safe",
+        "unsafe\nS1\nsafe",
+        "unsafe\nviolence",
         "unsafe",
         "unsafe\n",
         "unsafe\nS1,",

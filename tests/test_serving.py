@@ -681,10 +681,17 @@ def test_a_required_call_comes_back_as_tool_calls(tools_server: Server, is_strea
     [
         ('{"name": "add", "parameters": {"sum": 1}}', "", 1),
         ('{"name": "add", "parameters": {}}; {"name": "add", "parameters": {}}', "", 2),
+        ('<function=add>{"sum": 1}</function>', "", 1),
+        ('add.call(sum="1")', "", 1),
         ('{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', 0),
+        ("<function of x> grows", "<function of x> grows", 0),
         ("The sum is 68.", "The sum is 68.", 0),
         ("12.5 is right", "12.5 is right", 0),
         ("68", "68", 0),
+        ('<|python_tag|>{"name": "add", "parameters": {"sum": 1}}', "", 1),
+        ('I add. <|python_tag|>{"name": "add", "parameters": {"sum": 1}}', "I add. ", 1),
+        ("I add. <|python_tag|>print(7)", "I add. print(7)", 0),
+        ("<|python_tag|>", "", 0),
     ],
 )
 @pytest.mark.parametrize("is_parallel", [True, False])
@@ -698,7 +705,11 @@ def test_calls_are_found_in_answers(
 ) -> None:
     """Whatever the model writes, here by a sampler that forces it."""
     tokenizer = tools_server.llm.tokenizer
-    ids = [*tokenizer.encode(answer, bos=False, eos=False), tokenizer.special_tokens["<|eot_id|>"]]
+    tag = tokenizer.special_tokens["<|python_tag|>"]
+    ids = tokenizer.encode(answer.split("<|python_tag|>")[0], bos=False, eos=False)
+    for text in answer.split("<|python_tag|>")[1:]:
+        ids += [tag, *tokenizer.encode(text, bos=False, eos=False)]
+    ids.append(tokenizer.special_tokens["<|eom_id|>" if tag in ids else "<|eot_id|>"])
     wanted: Any = {**GREEDY, "messages": QUESTION, "tools": [ADD]}
     wanted["parallel_tool_calls"] = is_parallel
     n_calls = n_calls if is_parallel else min(n_calls, 1)
@@ -721,6 +732,53 @@ def test_calls_are_found_in_answers(
         assert sum(len(delta.tool_calls or []) for delta in deltas) == n_calls
         if content.startswith("The"):
             assert len(texts) > 3  # streamed as soon as it can't be a call
+
+
+def test_required_calls_with_other_options(tools_server: Server) -> None:
+    """Several choices, log-probabilities, stop strings and a limit that cuts a call off."""
+    pytest.importorskip("llguidance", reason="needs the extra [structured]")
+    wanted: Any = {"messages": QUESTION, "tools": [ADD], "tool_choice": "required", "seed": 1}
+    with tools_server.client() as client:
+
+        def choices(**options: Any) -> Any:
+            return client.chat.completions.create(model=NAME, **{**wanted, **options}).choices
+
+        for choice in choices(n=3, logprobs=True, top_logprobs=1):
+            [call] = choice.message.tool_calls
+            assert 0 <= json.loads(call.function.arguments)["sum"] <= 99
+            text = "".join(token.token for token in choice.logprobs.content)
+            assert json.loads(text)["parameters"] == json.loads(call.function.arguments)
+        for options, reason in (({"max_tokens": 8}, "length"), ({"stop": "add"}, "stop")):
+            [choice] = choices(**options)
+            assert choice.finish_reason == reason
+            assert choice.message.content.startswith('{"type": "')
+            assert not choice.message.tool_calls
+
+
+def test_the_next_turn_computes_only_what_follows_a_call(
+    tools_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call in the form of the published page is encoded as the model generated it."""
+    tokenizer = tools_server.llm.tokenizer
+    call = '{"type": "function", "name": "add", "parameters": {"sum": "Łódź \\"a\\"\\n"}}'
+    tag, eom = (tokenizer.special_tokens[name] for name in ("<|python_tag|>", "<|eom_id|>"))
+    ids = iter([tag, *tokenizer.encode(call, bos=False, eos=False), eom])
+    wanted: Any = {**GREEDY, "tools": [ADD]}
+    with tools_server.client() as client:
+        with monkeypatch.context() as patch:
+            forced = lambda logits, *_: logits.new_full((len(logits),), next(ids)).long()  # noqa: E731
+            patch.setattr(tools_server.llm.engine, "sample", forced)
+            first = client.chat.completions.create(messages=QUESTION, **wanted)
+        message = first.choices[0].message
+        [made] = message.tool_calls or []
+        result: Any = {"role": "tool", "tool_call_id": made.id, "content": "68"}
+        messages: Any = [*QUESTION, message.model_dump(exclude_none=True), result]
+        second = client.chat.completions.create(messages=messages, **wanted)
+        assert first.usage
+        assert second.usage
+        assert second.usage.prompt_tokens_details
+        # all but the stop token, which didn't pass through the model
+        assert second.usage.prompt_tokens_details.cached_tokens == first.usage.total_tokens - 1
 
 
 def test_tools_that_cant_be_offered_are_refused(

@@ -217,6 +217,12 @@ def test_whitespace_is_bounded(tokenizer: Tokenizer) -> None:
         ({"$ref": "https://localhost/schema.json"}, "localhost"),
         ({"type": "object", "properties": 3}, "isn't supported"),
         ({"not": {"type": "string"}}, "not"),
+        ({"const": "\ud800"}, "isn't supported: Value is not JSON"),
+        ({"const": 10**40}, "isn't supported: Value is not JSON"),
+        ({"enum": [f"value {i}" for i in range(100_000)]}, "too big"),
+        ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "unsatisfiable"),
+        ({"if": {"type": "integer"}, "then": {"minimum": 3}}, "if"),
+        ({"type": "string", "format": "what"}, "what"),
         ([], r"is \[\], expected an object"),
         ("{}", "is '{}', expected an object"),
     ],
@@ -236,6 +242,10 @@ def test_vocabularies_that_cant_be_constrained_are_refused(tmp_path: Path) -> No
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="tokens for 255 of 256 bytes"):
         JsonConstraint(Tokenizer(str(path)), None)
+    endless = Tokenizer(str(DEMO / "tokenizer.model"))
+    endless.stop_tokens.clear()
+    with pytest.raises(ValueError, match="the vocabulary has 0 stop tokens"):
+        JsonConstraint(endless, None)
 
 
 def test_the_vocabulary_is_read_once_and_freed_with_its_tokenizer(
@@ -282,6 +292,47 @@ def test_an_error_ends_the_answer(tokenizer: Tokenizer) -> None:
     first = constraint.error
     assert allowed(constraint, tokenizer) == tokenizer.stop_tokens
     assert constraint.error == first
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": {"n": {"$ref": "#/$defs/n"}}, "$ref": "#/$defs/n"},
+        {
+            "type": "object",
+            "properties": {"n": {"$ref": "#"}},
+            "required": ["n"],
+        },
+    ],
+)
+def test_a_schema_without_a_finite_text_ends_with_an_error(
+    tokenizer: Tokenizer, schema: dict[str, Any]
+) -> None:
+    constraint = JsonConstraint(tokenizer, schema)
+    for _ in range(3):
+        found = allowed(constraint, tokenizer)
+        if constraint.error:
+            break
+        constraint.accept(min(found))
+    assert constraint.error
+    assert allowed(constraint, tokenizer) == tokenizer.stop_tokens
+
+
+@pytest.mark.parametrize(
+    ("pattern", "start"),
+    [
+        ("^(a|aa)+$", "aaaaaaaaaaaaaaaaaaaa"),
+        ("^(a{1,100}){1,100}$", "aaaaaaaaaaaaaaaaaaaa"),
+        ("^.*a.{200}$", "abcabcabcabcabcabcab"),
+        ("^(([a-z])+.)+[A-Z]([a-z])+$", "aaaaaaaaaaaaaaaaaaaa"),
+    ],
+)
+def test_patterns_that_backtrack_elsewhere(tokenizer: Tokenizer, pattern: str, start: str) -> None:
+    constraint = JsonConstraint(tokenizer, {"type": "string", "pattern": pattern})
+    for token in tokenizer.encode('"' + start, bos=False, eos=False):
+        assert token in allowed(constraint, tokenizer)
+        constraint.accept(token)
+    assert constraint.error is None
 
 
 # --- Answers ------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from llama.serving.schema import ApiError, Body, ChatBody
 from llama.serving.structured import JsonConstraint
 from llama.serving.tools import tool_calls
 
-# A text that may become a call: JSON, or name.call(...).
-_MAY_BE_CALL = re.compile(r"\s*([{\[].*|\w*|\w+\.c?a?l?l?|\w+\.call\(.*)", re.DOTALL)
+# A text that may become a call: JSON, <function=name>..., or name.call(...).
+_MAY_BE_CALL = re.compile(r"\s*([{\[].*|<(f.*)?|\w*|\w+\.c?a?l?l?|\w+\.call\(.*)", re.DOTALL)
 
 Json = dict[str, Any]
 

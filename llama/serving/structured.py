@@ -33,8 +33,8 @@ def _llguidance() -> ModuleType:
 class JsonConstraint:
     """A ``llama.request.Constraint``: the answer is one JSON value, then a stop token.
 
-    The text is what ``json.dumps`` writes by default: one line, spaces after ``:`` and ``,`` only.
-    Its length isn't bounded, so that an answer that ends by its limit isn't complete.
+    The text has the form that ``json.dumps`` writes by default: one line, spaces after ``:`` and
+    ``,`` only. Its length isn't bounded, so an answer that reaches its limit isn't complete.
 
     Args:
         schema: a JSON schema; None: any JSON object.
@@ -51,7 +51,10 @@ class JsonConstraint:
         schema = {"type": "object"} if schema is None else schema
         if not isinstance(schema, dict):
             raise ValueError(f"the JSON schema is {schema!r:.100}, expected an object")
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        except ValueError as error:  # not JSON, such as half of a surrogate pair
+            raise ValueError(f"the JSON schema isn't supported: {error}") from None
         self._matcher = llguidance.LLMatcher(_ll_tokenizer(tokenizer), grammar, log_level=0)
         if self.error:
             raise ValueError(f"the JSON schema isn't supported: {self.error}")
@@ -79,8 +82,8 @@ class JsonConstraint:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads it: the bytes of each token, and a function to encode text
-    that the grammar leaves no choice of.
+    """A tokenizer as llguidance reads it: the bytes of each token, and a function that encodes text
+    where the grammar allows only one.
 
     Raises:
         ValueError: there is no stop token, or a byte without a token.

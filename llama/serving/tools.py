@@ -1,10 +1,12 @@
 """OpenAI's tools in Llama 3.1's format: definitions in the prompt, calls, and results.
 
-This is "JSON based tool calling" of Meta's prompt format, which PyPI's ``llama-models`` has as
-llama3_1/prompt_format.md: the system message begins with ``Environment: ipython``, and a user
+The prompt is "JSON based tool calling" of Meta's prompt format, which PyPI's ``llama-models`` has
+as llama3_1/prompt_format.md: the system message begins with ``Environment: ipython``, and a user
 message defines the functions. The model answers ``<|python_tag|>``, the call as JSON and
-``<|eom_id|>``, or the JSON alone; a result has the role ``ipython``. Later models get the same
-format; the one with Python calls, which Meta also publishes for Llama 3.2 1B and 3B, isn't used.
+``<|eom_id|>``, or the JSON alone; a result has the role ``ipython``. The page's other forms of a
+call are read too: ``<function=name>{...}</function>`` and ``name.call(query="...")``. Later models
+get the same format; the one with Python calls, which Meta also publishes for Llama 3.2 1B and 3B,
+isn't used.
 """
 
 import json
@@ -14,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama.chat_template import AnyChatFormat
-from llama.dialog import Dialog, Message, text_of
+from llama.dialog import Dialog, Message, normalize_message
 
 _ENVIRONMENT = "Environment: ipython"
 # Meta's wording, which is a part of the format
@@ -24,10 +26,16 @@ _BEFORE_DEFINITIONS = (
     "Here is a list of functions in JSON format:\n"
 )
 _AFTER_DEFINITIONS = "\n\nReturn function calls in JSON format."
-# how the models call the tools they know by name, such as brave_search
+_MAX_DEFINITIONS = 2**22  # characters; indentation can make them many times those of the body
+# Calls of tools that the models know by name, such as brave_search, and of custom ones
 _BUILT_IN_CALL = re.compile(r'(\w+)\.call\((\w+)="([^"]*)"\)')
+_FUNCTION_START = re.compile(r"<function=([^>]+)>\s*")
+_FUNCTION_END = re.compile(r"\s*</function>")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 can't express, and an answer's JSON can
 _SEPARATORS = tuple("; \t\r\n")
 _DECODER = json.JSONDecoder()
+_TOOL_KEYS = ("type", "function")
+_FUNCTION_KEYS = ("name", "description", "parameters", "strict")
 
 Function = dict[str, Any]
 Json = Mapping[str, Any]
@@ -84,8 +92,8 @@ def tool_calls(
 ) -> tuple[str | None, list[dict[str, Any]]]:
     """The content of a generated message, and its calls of these tools as OpenAI's ``tool_calls``.
 
-    Calls are JSON objects, several separated by ``;`` or whitespace or in a list. A text that holds
-    anything else, or the name of another tool, is content. Ids are random.
+    Several calls are separated by ``;`` or whitespace, or are in a list. A text that holds anything
+    else, or the name of another tool, is content. Ids are random.
 
     Raises:
         ValueError: a definition isn't valid; never for an answer.
@@ -118,20 +126,23 @@ def _functions(tools: Sequence[Json] | None) -> dict[str, Function]:
         given = tool.get("function") if is_function else None
         name = given.get("name") if isinstance(given, Mapping) else None
         if not isinstance(given, Mapping) or not isinstance(name, str) or not name:
-            raise ValueError(
-                f"tool {i} is {tool!r:.100}, expected "
-                "{'type': 'function', 'function': {'name': '...', 'parameters': {...}}}"
-            )
+            form = "{'type': 'function', 'function': {'name': '...', 'parameters': {...}}}"
+            raise _wrong(f"tool {i} is", tool, form)
         if name in functions:
             raise ValueError(f"tool {i} has the name {name!r} of an earlier one: rename it")
-        parameters = given.get("parameters")
-        if not isinstance(parameters, dict | None):
-            raise ValueError(
-                f"the parameters of tool {i} are {parameters!r:.100}, expected a JSON schema"
-            )
+        others = [key for key, x in tool.items() if key not in _TOOL_KEYS and x is not None]
+        others += [key for key, x in given.items() if key not in _FUNCTION_KEYS and x is not None]
+        if others:
+            raise ValueError(f"tool {i} has {others[0]!r:.60}, which isn't supported: leave it out")
+        description, parameters = given.get("description"), given.get("parameters")
+        if not isinstance(description, str | None):
+            raise _wrong(f"the description of tool {i} is", description, "a string")
+        is_object = isinstance(parameters, dict) and parameters.get("type", "object") == "object"
+        if parameters is not None and not is_object:
+            raise _wrong(f"the parameters of tool {i} are", parameters, "an object's JSON schema")
         functions[name] = {
             "name": name,
-            "description": given.get("description") or "",
+            "description": description or "",
             "parameters": parameters or {"type": "object", "properties": {}},
         }
     return functions
@@ -148,17 +159,17 @@ def _check_choice(functions: Mapping[str, Function], tool_choice: str | Json | N
     is_named = isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function"
     function = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
     if not is_named or not isinstance(function, Mapping):
-        raise ValueError(
-            f"tool_choice is {tool_choice!r:.100}, expected 'none', 'auto', 'required' or "
-            "{'type': 'function', 'function': {'name': '...'}}"
-        )
+        form = "{'type': 'function', 'function': {'name': '...'}}"
+        raise _wrong("tool_choice is", tool_choice, f"'none', 'auto', 'required' or {form}")
     name = function.get("name")
     if not isinstance(name, str) or name not in functions:
-        raise ValueError(
-            f"tool_choice names the function {name!r:.100}, expected one of the tools: "
-            f"{', '.join(functions)}"
-        )
+        expected = f"one of the tools: {', '.join(functions)}"
+        raise _wrong("tool_choice names the function", name, expected)
     return name
+
+
+def _wrong(what: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{what} {value!r:.100}, expected {expected}")
 
 
 def _call_schema(function: Function, place: str) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def _call_schema(function: Function, place: str) -> dict[str, Any]:
     properties = {
         "type": {"const": "function"},
         "name": {"const": function["name"]},
-        "parameters": parameters,
+        "parameters": {"type": "object"} | parameters,
     }
     return {
         "type": "object",
@@ -197,14 +208,10 @@ def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _with_definitions(dialog: list[Message], functions: Sequence[Function]) -> list[Message]:
     system = _ENVIRONMENT
-    if dialog and _role(dialog[0]) == "system":
-        system += "\n\n" + text_of(dialog[0], "message 0").strip()
+    if dialog and dialog[0]["role"] == "system":
+        system += "\n\n" + dialog[0]["content"].strip()
         dialog = dialog[1:]
-    definitions = [
-        json.dumps({"type": "function", "function": function}, indent=4, ensure_ascii=False)
-        for function in functions
-    ]
-    text = _BEFORE_DEFINITIONS + "\n".join(definitions) + _AFTER_DEFINITIONS
+    text = _BEFORE_DEFINITIONS + _definitions(functions) + _AFTER_DEFINITIONS
     return [
         Message(role="system", content=system),
         Message(role="user", content=text),
@@ -212,31 +219,54 @@ def _with_definitions(dialog: list[Message], functions: Sequence[Function]) -> l
     ]
 
 
+def _definitions(functions: Sequence[Function]) -> str:
+    """The functions as indented JSON, whose length is checked while it is written."""
+    encoder = json.JSONEncoder(indent=4, ensure_ascii=False)
+    parts: list[str] = []
+    n_chars = 0
+    try:
+        for function in functions:
+            for part in encoder.iterencode({"type": "function", "function": function}):
+                parts.append(part)
+                n_chars += len(part)
+                if n_chars > _MAX_DEFINITIONS:
+                    raise ValueError(
+                        f"the definitions of the tools have more than {_MAX_DEFINITIONS} "
+                        "characters: give fewer or simpler ones"
+                    )
+            parts.append("\n")
+    except RecursionError:
+        raise ValueError("the definition of a tool is nested too deeply: simplify it") from None
+    return "".join(parts[:-1])
+
+
 def _with_calls(messages: Sequence[Json]) -> list[Message]:
     """The messages, with calls and results as in this library's dialogs."""
     dialog: list[Message] = []
     results: dict[str, Message | None] = {}  # of the last calls, by id
     for i, message in enumerate(messages):
-        where, renamed = f"message {i}", _renamed(message)
-        if _role(message) == "tool":
+        where, role = f"message {i}", _role(message)
+        if role == "tool":
             call_id = message.get("tool_call_id")
             if not isinstance(call_id, str) or results.get(call_id, call_id) is not None:
-                raise ValueError(
-                    f"{where} has the tool_call_id {call_id!r:.100}, expected that of a call "
-                    f"without a result in the assistant message before it: {_open(results)}"
-                )
-            results[call_id] = Message(role="ipython", content=text_of(message, where))
+                expected = "that of a call without a result in the assistant message before it: "
+                raise _wrong(f"{where} has the tool_call_id", call_id, expected + _open(results))
+            # some clients repeat the function's name, which is in the call
+            results[call_id] = normalize_message({**message, "name": None}, where, tools=True)
             if None not in results.values():
                 dialog += [result for result in results.values() if result is not None]
                 results = {}
             continue
         if results:
             raise ValueError(f"{where} comes before the results of the calls {_open(results)}")
-        if _role(message) == "assistant":
-            calls = message.get("tool_calls") or []
-            renamed = _answered(renamed, calls, where)
-            results = dict.fromkeys(_ids(calls, where))
-        dialog.append(renamed)
+        if role == "assistant":
+            texts = _call_texts(message.get("tool_calls") or [], where)
+            results = dict.fromkeys(texts)
+            content = "" if message.get("content") is None else message["content"]
+            message = {**message, "content": content, "tool_calls": None}
+            if texts:
+                message |= {"tool_call": "; ".join(texts.values()), "eom": True}
+        dialog.append(normalize_message(_renamed(message), where, tools=True))
     if results:
         raise ValueError(f"the results of the calls {_open(results)} are missing")
     return dialog
@@ -255,47 +285,34 @@ def _open(results: Mapping[str, Message | None]) -> str:
     return ", ".join(call_id for call_id, result in results.items() if result is None) or "none"
 
 
-def _ids(calls: Sequence[Json], where: str) -> list[str]:
-    ids = [call.get("id") for call in calls]
-    valid = [call_id for call_id in ids if isinstance(call_id, str)]
-    if len(set(valid)) < len(ids):
-        raise ValueError(
-            f"the tool_calls of {where} have the ids {ids!r:.100}, expected unique ones"
-        )
-    return valid
-
-
-def _answered(message: dict[str, Any], calls: Any, where: str) -> Any:
-    """An assistant's message with its calls as ``tool_call``."""
-    message = {key: value for key, value in message.items() if key != "tool_calls"}
-    if message.get("content") is None:
-        message["content"] = ""
+def _call_texts(calls: Any, message: str) -> dict[str, str]:
+    """Calls in the model's format, by id."""
     if not isinstance(calls, list):
-        raise ValueError(f"the tool_calls of {where} are {calls!r:.100}, expected a list")
-    if calls:
-        texts = [_call_text(call, f"call {i} of {where}") for i, call in enumerate(calls)]
-        message |= {"tool_call": "; ".join(texts), "eom": True}
-    return message
-
-
-def _call_text(call: Any, where: str) -> str:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str):
-        raise ValueError(
-            f"{where} is {call!r:.100}, expected {{'id': '...', 'type': 'function', 'function': "
-            "{'name': '...', 'arguments': '{...}'}}"
-        )
-    given = function.get("arguments")
-    try:
-        arguments = json.loads(given) if isinstance(given, str) else None
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {where} are {given!r:.100}, expected a JSON object")
-    return json.dumps(
-        {"type": "function", "name": name, "parameters": arguments}, ensure_ascii=False
-    )
+        raise _wrong(f"the tool_calls of {message} are", calls, "a list")
+    texts: dict[str, str] = {}
+    for i, call in enumerate(calls):
+        where = f"call {i} of {message}"
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str):
+            form = "{'name': '...', 'arguments': '{...}'}}"
+            raise _wrong(
+                f"{where} is", call, f"{{'id': '...', 'type': 'function', 'function': {form}"
+            )
+        given = function.get("arguments")
+        try:
+            arguments = json.loads(given) if isinstance(given, str) else None
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise _wrong(f"the arguments of {where} are", given, "a JSON object as a string")
+        call_id = call.get("id")
+        if not isinstance(call_id, str) or call_id in texts:
+            raise _wrong(f"the id of {where} is", call_id, "a string that no other call has")
+        call = {"type": "function", "name": name, "parameters": arguments}
+        text = json.dumps(call, ensure_ascii=False)
+        texts[call_id] = _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):x}", text)
+    return texts
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -304,17 +321,24 @@ def _call_text(call: Any, where: str) -> str:
 def _parse(text: str, functions: Mapping[str, Function]) -> list[tuple[str, str]]:
     """Names and arguments of the calls that a text consists of; none if it isn't only calls."""
     text = text.strip()
-    if built_in := _BUILT_IN_CALL.fullmatch(text):
-        name, key, value = built_in.groups()
-        return [(name, json.dumps({key: value}))] if name in functions else []
     found: list[Any] = []
     calls = []
     at = 0
     try:
         while at < len(text):
-            value, at = _DECODER.raw_decode(text, at)
-            found += value if isinstance(value, list) else [value]
-            while text[at : at + 1] in _SEPARATORS:
+            if built_in := _BUILT_IN_CALL.match(text, at):
+                name, key, value = built_in.groups()
+                found.append({"name": name, "parameters": {key: value}})
+                at = built_in.end()
+            elif start := _FUNCTION_START.match(text, at):
+                value, at = _DECODER.raw_decode(text, start.end())
+                found.append({"name": start[1], "parameters": value})
+                if end := _FUNCTION_END.match(text, at):
+                    at = end.end()
+            else:
+                value, at = _DECODER.raw_decode(text, at)
+                found += value if isinstance(value, list) else [value]
+            while text.startswith(_SEPARATORS, at):
                 at += 1
         for each in found:
             call = dict(each) if isinstance(each, dict) else {}
