@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -115,18 +114,11 @@ def serving(llm: Llama, max_queue: int = 256, **options: Any) -> Iterator[Server
         with server.http, _served(app, listener, uvicorn, server.engine_loop):
             server.loop_thread.start()
             try:
-                wait_until(lambda: is_listening(listener.getsockname()))
                 yield server
             finally:
                 driver.go_on()
                 server.engine_loop.stop()
                 server.loop_thread.join()
-
-
-def is_listening(address: tuple[str, int]) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
-        return True
-    return False
 
 
 def wait_until(holds: Callable[[], bool], timeout: float = 30) -> None:

@@ -12,12 +12,19 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
+import torch
+import uvicorn
 from conftest import DEMO
 from serving import NAME, Program, Server, serving, wait_until
 
 from llama import Llama, Tokenizer
-from llama.serving.command import serve
+from llama.driver import Driver
+from llama.serving.app import build_app
+from llama.serving.command import _bound_socket, _served, serve
+from llama.serving.engine_loop import EngineLoop
+from llama.serving.schema import ChatBody, CompletionBody
 
 QUESTION: Any = [{"role": "user", "content": "What is 23 + 45?"}]
 STORY = "Once upon a time"
@@ -41,11 +48,12 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield found
 
 
+JSON = {"content-type": "application/json"}
+
+
 def post(server: Server, path: str, body: Any, **headers: str) -> httpx.Response:
     content = body if isinstance(body, str | bytes) else json.dumps(body)
-    return server.http.post(
-        f"/v1/{path}", content=content, headers={"content-type": "application/json"} | headers
-    )
+    return server.http.post(f"/v1/{path}", content=content, headers=JSON | headers)
 
 
 def chat_text(response: Any) -> str:
@@ -196,6 +204,31 @@ def test_a_text_gets_one_begin_of_text_token_and_ids_none(
     assert without.choices[0].text != expected["generation"]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_probabilities_of_0_are_written_as_in_the_api(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+) -> None:
+    """JSON has no -inf."""
+    ids = llm.tokenizer.encode(STORY, bos=True, eos=False)
+    decode = llm.model.forward
+
+    def without_a_token(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = decode(*args, **kwargs).clone()
+        logits[..., ids[2]] = -torch.inf
+        return logits
+
+    with serving(llm) as server, server.client() as client:
+        monkeypatch.setattr(llm.model, "forward", without_a_token)
+        options: Any = {"prompt": ids, "echo": True, "max_tokens": 0, "logprobs": 1}
+        response: Any = client.completions.create(**options, **GREEDY, stream=is_streamed)
+        parts = list(response) if is_streamed else [response]
+        found = [x for part in parts for x in part.choices[0].logprobs.token_logprobs]
+        assert found[2] == -9999
+        assert found[0] is None
+        assert all(-100 < x < 0 for x in found[3:] + found[1:2])
+        assert json.dumps(parts[0].model_dump(), allow_nan=False)
+
+
 def test_several_prompts_and_choices_are_in_order(client: openai.OpenAI, llm: Llama) -> None:
     prompts = [STORY, "One day, Tom", "The cat"]
     response = client.completions.create(prompt=prompts, n=2, best_of=2, max_tokens=8, **GREEDY)
@@ -283,11 +316,15 @@ CHAT, COMPLETIONS = "chat/completions", "completions"
         (CHAT, {"presence_penalty": -1}, "presence_penalty"),
         (CHAT, {"logit_bias": {"5": 1}}, "logit_bias"),
         (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
+        (CHAT, {"verbosity": "low"}, "verbosity"),
+        (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        (CHAT, {"web_search_options": {}}, "web_search_options"),
         (CHAT, {"top_k": 5}, "top_k"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),
         (CHAT, {"temperature": -1}, "temperature"),
         (CHAT, {"temperature": "1"}, "temperature"),
+        (CHAT, {"temperature": 1e-300}, "temperature"),
         (CHAT, {"top_p": 1.5}, "top_p"),
         (CHAT, {"n": 0}, "n"),
         (CHAT, {"n": 2.5}, "n"),
@@ -308,6 +345,12 @@ CHAT, COMPLETIONS = "chat/completions", "completions"
         (CHAT, {"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        (
+            CHAT,
+            {"messages": [*QUESTION, {"role": "assistant", "content": "x", "audio": {}}]},
+            "messages",
+        ),
+        (CHAT, {"messages": [{"role": "assistant", "content": "x", "eom": True}]}, "messages"),
         (CHAT, {"response_format": {"type": "yaml"}}, "response_format"),
         (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
@@ -339,13 +382,60 @@ def test_what_isnt_supported_is_refused_by_name(
     assert server.n_free == server.n_slots
 
 
+def test_an_error_gives_the_reason_for_each_type_of_a_field(server: Server) -> None:
+    error = post(server, CHAT, {"messages": QUESTION, "stop": ["x"] * 17}).json()["error"]
+    assert "should be a valid string; stop." in error["message"]
+    assert "at most 16 items" in error["message"]
+
+
 @pytest.mark.parametrize(
-    "body", ["", "{", "[]", "null", '"x"', '{"prompt": NaN}', b"\xff", "[" * 100_000]
+    ("body", "reason"),
+    [
+        ("", "the body: expected a JSON object"),
+        ("{", "isn't valid JSON: Expecting property name enclosed in double quotes, at character"),
+        ("[]", "the body: expected a JSON object"),
+        ("null", "the body: expected a JSON object"),
+        ('"x"', "the body: expected a JSON object"),
+        ('{"prompt": NaN}', "prompt"),
+        (b"\xff", "parsing the body"),
+        ("[" * 100_000, "parsing the body"),
+        ('{"seed": ' + "9" * 5000 + "}", "parsing the body"),
+    ],
 )
-def test_a_body_that_isnt_an_object_is_refused(server: Server, body: str | bytes) -> None:
+def test_a_body_that_isnt_an_object_is_refused(
+    server: Server, body: str | bytes, reason: str
+) -> None:
     response = post(server, COMPLETIONS, body)
+    error = response.json()["error"]
     assert response.status_code == 400
-    assert response.json()["error"]["message"]
+    assert reason in error["message"]
+    assert error["param"] in (None, "prompt")
+    typed = {"content-type": "text/plain"}  # which any web page may send
+    response = post(server, COMPLETIONS, {"prompt": STORY}, **typed)
+    assert response.status_code == 400
+    assert "with the header 'Content-Type: application/json'" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatBody, {"messages": [{}] * 1000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (ChatBody, {"messages": QUESTION, "tools": [1] * 1000}),
+        (ChatBody, {"messages": QUESTION, "stop": [1] * 1000}),
+        (ChatBody, {"messages": QUESTION, "stream_options": dict.fromkeys(map(str, range(999)))}),
+        (CompletionBody, {"prompt": ["x"] * 1000 + [1]}),
+        (CompletionBody, {"prompt": [1] * 1000 + ["x"]}),
+        (CompletionBody, {"prompt": [["x"] * 1000] * 1000}),
+    ],
+)
+def test_checking_a_body_ends_at_the_first_wrong_item(
+    kind: type[ChatBody | CompletionBody], body: dict[str, Any]
+) -> None:
+    """Of millions, the errors would fill the memory."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 4  # one for each type of the field
 
 
 def test_a_prompt_that_is_too_long_is_refused(server: Server) -> None:
@@ -363,9 +453,26 @@ def test_a_prompt_that_is_too_long_is_refused(server: Server) -> None:
 
 
 def test_a_body_that_is_too_large_is_refused(server: Server) -> None:
-    response = post(server, COMPLETIONS, json.dumps({"prompt": "x" * 2**25}))
-    assert response.status_code == 413
-    assert response.json()["error"]["message"] == "the body has more than 33554432 bytes"
+    body = json.dumps({"prompt": "x" * 2**25}).encode()
+    for content in (body, iter([body])):  # with its length, and in chunks without
+        response = server.http.post("/v1/completions", content=content, headers=JSON)
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == "the body has more than 33554432 bytes"
+
+
+@pytest.mark.parametrize(("key", "status"), [("wrong", 401), ("k", 413)])
+def test_calls_are_refused_before_their_body_is_read(llm: Llama, key: str, status: int) -> None:
+    with serving(llm, api_key="k") as server:
+        place = urllib.parse.urlsplit(server.url)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.putrequest("POST", "/v1/completions")
+            for name, value in JSON.items():
+                connection.putheader(name, value)
+            connection.putheader("authorization", f"Bearer {key}")
+            connection.putheader("content-length", str(2**25 + 1))
+            connection.endheaders()  # and nothing of the body
+            assert connection.getresponse().status == status
 
 
 def test_fields_without_effect_and_neutral_values_are_accepted(client: openai.OpenAI) -> None:
@@ -384,6 +491,8 @@ def test_fields_without_effect_and_neutral_values_are_accepted(client: openai.Op
         logit_bias={},
         n=1,
         modalities=["text"],
+        verbosity="medium",
+        reasoning_effort="none",
         tool_choice="none",
         response_format={"type": "text"},
         parallel_tool_calls=True,
@@ -405,14 +514,19 @@ def test_models(server: Server, client: openai.OpenAI) -> None:
             call()
     response = server.http.get("/v1/nothing")
     assert (response.status_code, response.json()["error"]["message"]) == (404, "Not Found")
-    assert server.http.get(f"/v1/{CHAT}").status_code == 405
+    assert server.http.post(f"/v1/{CHAT}/", json={}).status_code == 404
+    response = server.http.get(f"/v1/{CHAT}")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["message"] == "Method Not Allowed"
 
 
 def test_a_key(llm: Llama) -> None:
     with serving(llm, api_key="sésame") as server:
         assert server.http.get("/health").json() == {"status": "ok"}
+        assert server.http.get("/openapi.json").status_code == 200
+        assert server.http.get("/else").status_code == 401
         wrong: list[dict[str, str]] = [{}, {"authorization": "Bearer sesame"}]
-        for headers in [*wrong, {"authorization": "Basic x"}]:
+        for headers in [*wrong, {"authorization": "Basic x"}, {"authorization": "Bearer"}]:
             response = server.http.get("/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
@@ -481,8 +595,7 @@ def sent(server: Server, path: str, body: Any) -> Iterator[http.client.HTTPConne
     place = urllib.parse.urlsplit(server.url)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
     with contextlib.closing(connection):
-        headers = {"content-type": "application/json"}
-        connection.request("POST", f"/v1/{path}", json.dumps(body), headers)
+        connection.request("POST", f"/v1/{path}", json.dumps(body), JSON)
         yield connection
 
 
@@ -837,6 +950,25 @@ def test_an_address_in_use_is_reported_before_the_weights_are_read(server: Serve
         serve("no folder", port=port)
     with pytest.raises(ValueError, match="--max_queue is -1, expected 0 or more"):
         serve("no folder", max_queue=-1)
+    with pytest.raises(ValueError, match="--port is 80000, expected 0 to 65535"):
+        serve("no folder", port=80000)
+    with pytest.raises(ValueError, match="--api_key is empty"):
+        serve("no folder", api_key="")
+
+
+def test_of_two_servers_that_start_on_one_port_the_second_reports_it(llm: Llama) -> None:
+    """Both can bind it, until one listens."""
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(_bound_socket("127.0.0.1", 0))
+        port = first.getsockname()[1]
+        second = stack.enter_context(_bound_socket("127.0.0.1", port))
+        loops = [EngineLoop(llm, Driver(llm), 1) for _ in range(2)]
+        apps = [build_app(llm, loop, model_name=NAME) for loop in loops]
+        stack.enter_context(_served(apps[0], first, uvicorn, loops[0]))
+        with pytest.raises(OSError, match=rf"can't listen on 127.0.0.1, port {port} \("):
+            stack.enter_context(_served(apps[1], second, uvicorn, loops[1]))
+        assert loops[1].is_stopping
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:

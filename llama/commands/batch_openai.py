@@ -100,8 +100,7 @@ def parse_api_line(number: int, found: dict[str, Any], defaults: Defaults) -> Ap
         try:
             parsed = _BODIES[url].model_validate(body)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise invalid(first, first["loc"]) from None
+            raise invalid([(each["loc"], each["msg"]) for each in error.errors()]) from None
         parsed.check()
     return ApiLine(number, key, parsed)
 

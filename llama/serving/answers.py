@@ -16,6 +16,9 @@ from llama.serving.tools import tool_calls
 # A text that may become a call: JSON, <function=name>..., or name.call(...).
 _MAY_BE_CALL = re.compile(r"\s*([{\[].*|<(f.*)?|\w*|\w+\.c?a?l?l?|\w+\.call\(.*)", re.DOTALL)
 
+# The API's log-probability of a very unlikely token, here of probability 0: JSON has no -inf.
+_LEAST = -9999.0
+
 Json = dict[str, Any]
 
 
@@ -50,6 +53,9 @@ class Choice:
         if is_first_of_prompt:
             text = "" if event.token == self._bos_id else event.text
             event = event._replace(logprob=None, text=text)
+        if event.logprob is not None:
+            top = {token: max(x, _LEAST) for token, x in (event.top_logprobs or {}).items()}
+            event = event._replace(logprob=max(event.logprob, _LEAST), top_logprobs=top or None)
         self.completion.add(event, is_stop_token=is_stop_token)
         self._n_chars += len(event.text)
         if not is_stop_token:

@@ -6,14 +6,15 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from llama.serving.requests import encode_prompts, new_requests
 from llama.serving.schema import ApiError, Body, ChatBody, CompletionBody, ErrorBody, invalid
 
 _MAX_BODY = 2**25  # bytes
+_WITHOUT_KEY = {"/health", "/docs", "/openapi.json"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody},
     "5XX": {"model": ErrorBody},
@@ -53,14 +55,22 @@ def build_app(
         cors: origins whose pages may call the server; "*" for all.
         seed: of the generator from which calls without a seed get theirs.
     """
-    app = FastAPI(title="llama", description="OpenAI's API for a Llama model", responses=_ERRORS)
-    app.add_middleware(_BodyLimit)
+    app = FastAPI(
+        title="llama",
+        description="OpenAI's API for a Llama model",
+        responses=_ERRORS,
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.add_middleware(_Gate, api_key=api_key)
     if cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
         )
     api = _Api(llm, engine_loop, model_name, random.Random(seed))
-    with_key = [Depends(_key_check(api_key))] if api_key is not None else []
+    # _Gate checks the key; this only describes it in /openapi.json
+    with_key = [Depends(HTTPBearer(auto_error=False))] if api_key is not None else []
     app.get("/health")(api.health)
     app.get("/v1/models", dependencies=with_key)(api.models)
     app.get("/v1/models/{model:path}", dependencies=with_key)(api.model)
@@ -237,30 +247,15 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
 # --- Keys, limits and errors ----------------------------------------------------------------------
 
 
-def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
-    bearer = HTTPBearer(auto_error=False)
+class _Gate:
+    """Refuses calls without the key, and bodies of more than 32 MiB, before reading the body."""
 
-    async def check(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-    ) -> None:
-        key = "" if given is None else given.credentials
-        if not secrets.compare_digest(key.encode("latin-1"), api_key.encode()):
-            raise ApiError(
-                401,
-                "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
-
-    return check
-
-
-class _BodyLimit:
-    """Refuses bodies of more than 32 MiB, before they are in memory."""
-
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
+        self._key = None if api_key is None else api_key.encode(errors="surrogateescape")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         n_bytes = 0
 
         async def limited() -> Message:
@@ -268,10 +263,28 @@ class _BodyLimit:
             message = await receive()
             n_bytes += len(message.get("body", b""))
             if n_bytes > _MAX_BODY:
-                raise HTTPException(413, f"the body has more than {_MAX_BODY} bytes")
+                raise HTTPException(413, too_large)
             return message
 
-        await self._app(scope, limited, send)
+        too_large = f"the body has more than {_MAX_BODY} bytes"
+        if scope["path"] not in _WITHOUT_KEY and not self._has_key(headers):
+            error = ApiError(
+                401,
+                "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+            )
+            await _error(error)(scope, receive, send)
+        elif int(headers.get("content-length", 0)) > _MAX_BODY:
+            await _error(ApiError(413, too_large))(scope, receive, send)
+        else:
+            await self._app(scope, limited, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        if self._key is None:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        is_key = secrets.compare_digest(key.strip().encode("latin-1"), self._key)
+        return scheme.lower() == "bearer" and is_key
 
 
 def _error(error: ApiError) -> Response:
@@ -291,8 +304,15 @@ async def _refused(_: HttpRequest, error: Exception) -> Response:
 
 async def _invalid(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    return _error(invalid(first, first["loc"][1:]))  # after "body"
+    errors = error.errors()
+    place = errors[0]["loc"][1:]  # after "body"
+    if errors[0]["type"] == "json_invalid":
+        reason = f"{errors[0]['ctx']['error']}, at character {place[0]}"
+        return _error(ApiError(400, f"the body isn't valid JSON: {reason}"))
+    if not place:
+        expected = "a JSON object, sent with the header 'Content-Type: application/json'"
+        return _error(ApiError(400, f"the body: expected {expected} ({errors[0]['msg']})"))
+    return _error(invalid([(each["loc"][1:], each["msg"]) for each in errors]))
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:

@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from llama.serving.engine_loop import EngineLoop
 
 # Seconds for clients to receive their answers when the server stops.
 _GRACE = 5
+# Seconds for which an idle connection stays open: longer than clients keep theirs (httpx 5,
+# aiohttp 15), or one of them may send a call on a connection that is just being closed.
+_KEEP_ALIVE = 75
 
 
 def _packages() -> Any:
@@ -60,6 +64,10 @@ def serve(
     """
     if max_queue < 0:
         raise ValueError(f"--max_queue is {max_queue}, expected 0 or more")
+    if not 0 <= port < 2**16:  # getaddrinfo would take the lower 16 bits
+        raise ValueError(f"--port is {port}, expected 0 to 65535")
+    if api_key == "":
+        raise ValueError("--api_key is empty: leave it out for a server without a key")
     if not is_first_process():
         _follow(model.build())
         return
@@ -109,11 +117,14 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
-        raise OSError(
-            f"can't listen on {host}, port {port} ({error}): give another --host or --port"
-        ) from None
+    except OSError as error:
+        raise _cant_listen((host, port), error) from None
     return listener
+
+
+def _cant_listen(address: Sequence[Any], error: OSError) -> OSError:
+    host, port = address[:2]
+    return OSError(f"can't listen on {host}, port {port} ({error}): give another --host or --port")
 
 
 @contextlib.contextmanager
@@ -121,7 +132,11 @@ def _served(
     app: Any, listener: socket.socket, uvicorn: Any, engine_loop: EngineLoop
 ) -> Iterator[None]:
     """Serve HTTP in another thread: the engine keeps the main one, whose torch settings and
-    device it was built with. When HTTP ends, so does ``engine_loop``, and the other way round."""
+    device it was built with. When HTTP ends, so does ``engine_loop``, and the other way round.
+
+    Raises:
+        OSError: the socket can't listen.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -129,6 +144,7 @@ def _served(
         lifespan="off",
         ws="none",
         timeout_graceful_shutdown=_GRACE,
+        timeout_keep_alive=_KEEP_ALIVE,
     )
     logging.getLogger("uvicorn.error").addFilter(_WithoutMessages())
     server = uvicorn.Server(config)
@@ -137,6 +153,8 @@ def _served(
     def run() -> None:
         try:
             server.run(sockets=[listener])
+        except OSError as error:  # another server has begun to listen since
+            failures.append(_cant_listen(listener.getsockname(), error))
         except Exception as error:
             failures.append(error)
         finally:
@@ -145,7 +163,10 @@ def _served(
     thread = threading.Thread(target=run, name="llama http")
     thread.start()
     try:
-        yield
+        while thread.is_alive() and not server.started:
+            time.sleep(0.005)
+        if not failures:
+            yield
     finally:
         server.should_exit = True
         thread.join()

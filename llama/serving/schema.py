@@ -4,10 +4,10 @@ Types are strict. A field that would change the answer and isn't supported is an
 it, unless its value is the default's equivalent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llama.sampling import SamplingParams
 from llama.serving import tools
@@ -30,13 +30,19 @@ _NEUTRAL: dict[str, list[Any]] = {
     "logit_bias": [{}],
     "modalities": [["text"]],
     "presence_penalty": [0],
+    "reasoning_effort": ["none"],
     "suffix": [""],
+    "verbosity": ["medium"],
 }
 MAX_CHOICES = 2048  # of a call
 MAX_N = 128  # of a prompt
 
+# Fields of a message; others are errors, unless null. ``annotations`` are a part of answers.
+_OF_MESSAGES = {"annotations", "name", "tool_call_id", "tool_calls"}
+
 _StopString = Annotated[str, Field(min_length=1, max_length=256)]
-_TokenIds = Annotated[list[int], Field(min_length=1)]
+# One error is enough: pydantic would collect one for each of the millions of items of a large body.
+_TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class ApiError(Exception):
@@ -73,6 +79,17 @@ class ErrorBody(BaseModel):
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        """Without it, there is one error for each unknown field."""
+        if cls.model_config.get("extra") == "forbid" and isinstance(given, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{name!r:.100} isn't supported: leave it out")
+        return given
+
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
@@ -91,7 +108,9 @@ class _Body(_Strict):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="Choice i gets seed + i. Default: random."
     )
-    stop: _StopString | Annotated[list[_StopString], Field(max_length=16)] | None = None
+    stop: (
+        _StopString | Annotated[list[_StopString], Field(max_length=16, fail_fast=True)] | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -128,8 +147,8 @@ class _Body(_Strict):
                 logprobs or 0,
                 echo,
             )
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, str(error)) from None
+        except ValueError as error:  # pydantic has checked all but very small temperatures
+            raise ApiError(400, str(error), "temperature") from None
 
 
 class ChatMessage(BaseModel):
@@ -138,7 +157,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
 class JsonSchema(_Strict):
@@ -158,12 +177,12 @@ class ChatBody(_Body):
 
     prompt_field = "messages"
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Default: as many as fit.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = Field(
         None, description="false: only the first of several calls is returned."
@@ -180,6 +199,15 @@ class ChatBody(_Body):
 
     def check(self) -> None:
         super().check()
+        for i, message in enumerate(self.messages):
+            for name, value in (message.model_extra or {}).items():
+                if value is not None and name not in _OF_MESSAGES:
+                    raise ApiError(
+                        400,
+                        f"{name} in message {i} isn't supported by this server: leave it out",
+                        "messages",
+                        "unsupported",
+                    )
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise ApiError(
@@ -245,9 +273,9 @@ class CompletionBody(_Body):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | _TokenIds
-        | Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[_TokenIds], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     ) = Field(description="Texts, which get a begin-of-text token, or ids, which don't.")
     max_tokens: int | None = Field(None, ge=0, description="Default 16.")
     echo: bool | None = None
@@ -288,12 +316,12 @@ class CompletionBody(_Body):
 Body = ChatBody | CompletionBody
 
 
-def invalid(first: Mapping[str, Any], place: Sequence[str | int]) -> ApiError:
+def invalid(errors: Sequence[tuple[Sequence[str | int], str]]) -> ApiError:
     """The error of a body that pydantic refuses.
 
     Args:
-        first: of its errors.
-        place: of the value in the body.
+        errors: places in the body, and messages. A field of several types has one for each.
     """
-    path = ".".join(map(str, place))
-    return ApiError(400, f"{path or 'the body'}: {first['msg']}", path.partition(".")[0] or None)
+    field = errors[0][0][0]
+    reasons = [f"{'.'.join(map(str, loc))}: {text}" for loc, text in errors if loc[0] == field]
+    return ApiError(400, "; ".join(reasons[:4]), str(field))
