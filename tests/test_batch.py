@@ -1,6 +1,7 @@
 """python -m llama batch: answers, faults of lines, and what is left after kill -9."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 from conftest import DEMO, TORCHRUN, environment, run, torchrun
 
-from llama import Dialog, Llama
-from llama.commands import batch_output
+from llama import Dialog, Llama, Tokenizer
+from llama.chat import ChatFormat
+from llama.commands import batch_lines, batch_output
 from llama.commands.batch import batch, encode_lines, generate, ordered
-from llama.commands.batch_lines import read_lines
+from llama.commands.batch_lines import answer, read_lines
 from llama.commands.options import ModelOptions
+from llama.completions import Completion
 from llama.engine import Engine
 from llama.sampling import SamplingParams
 
@@ -49,6 +52,10 @@ LINES: list[Json] = [
         "temperature": 0,
     },
 ]
+
+
+CHAT = "chat/completions"
+QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def openai_line(key: str, url: str, **body: Any) -> Json:
@@ -148,7 +155,8 @@ def test_the_commands_options_hold_where_a_line_has_none(tmp_path: Path, llm: Ll
 
 def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
     question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
-    fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "user": None}
+    fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "top_p": None}
+    fixed |= {"user": "me", "presence_penalty": 0.0, "logit_bias": {}}
     lines = [
         openai_line("chat", "chat/completions", messages=question, logprobs=True, **fixed),
         openai_line("cut", "chat/completions", messages=question, max_completion_tokens=3, **fixed),
@@ -162,7 +170,8 @@ def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
         bodies[key] = line["response"]["body"]
         assert bodies[key]["model"] == str(DEMO)
     choice = bodies["chat"]["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "23 + 45 = 68."}
+    message = {"role": "assistant", "content": "23 + 45 = 68.", "refusal": None}
+    assert choice["message"] == message
     expected = llm.chat_completion([question], temperature=0, logprobs=True)[0]
     tokens = choice["logprobs"]["content"]
     assert [token["token"] for token in tokens] == expected["tokens"]
@@ -186,6 +195,35 @@ def test_openais_client_reads_the_bodies(tmp_path: Path) -> None:
     chat = types.chat.ChatCompletion.model_validate(found["chat"]["response"]["body"], strict=True)
     assert chat.choices[0].logprobs.content
     types.Completion.model_validate(found["text"]["response"]["body"], strict=True)
+
+
+def test_tool_calls_stay_in_the_text_of_openais_answers(llm: Llama) -> None:
+    """As at the server, if no tools are offered."""
+    tokenizer = Tokenizer(str(DEMO / "tokenizer.model"), llama31=True)
+    formatter = ChatFormat(tokenizer)
+    body = {"messages": QUESTION}
+    [line] = read_lines("in", json.dumps(openai_line("a", CHAT, **body)).encode(), SamplingParams())
+    tokens = [
+        tokenizer.special_tokens["<|python_tag|>"],
+        *tokenizer.encode("f()", bos=False, eos=False),
+    ]
+    completion = Completion(tokens, [tokenizer.decode([token]) for token in tokens])
+    request = llm.engine.request([5], line.params)
+    found = json.loads(answer(line, request, completion, formatter, "llama"))
+    [choice] = found["response"]["body"]["choices"]
+    expected = {"role": "assistant", "content": "<|python_tag|>f()", "refusal": None}
+    assert choice["message"] == expected
+    found = json.loads(
+        answer(dataclasses.replace(line, is_openai=False), request, completion, formatter, "llama")
+    )
+    assert found["generation"] == {"role": "assistant", "content": "", "tool_call": "f()"}
+
+
+def test_fields_of_openais_lines_mean_what_they_mean_to_the_server() -> None:
+    schema = pytest.importorskip("llama.serving.schema")
+    neutral = {name: [value] for name, value in batch_lines._FIXED.items()}
+    assert neutral == schema._NEUTRAL | {"n": [1], "stream": [False]}
+    assert batch_lines._WITHOUT_EFFECT == schema._WITHOUT_EFFECT
 
 
 # --- The engine -------------------------------------------------------------------------------
@@ -222,10 +260,17 @@ def test_a_shared_beginning_is_computed_once(llm: Llama) -> None:
     assert sum(request.n_reused < 40 for request in requests) == 5
 
 
-# --- Lines that aren't valid ------------------------------------------------------------------
+def test_prompts_of_similar_length_are_neighbours(llm: Llama) -> None:
+    rng = random.Random(0)
+    lines: list[Json] = [{"prompt": [5 + i] * rng.randrange(1, 9)} for i in range(20)]
+    lines += [{"prompt": [3] * 8 + [4] * i} for i in (1, 7, 6)]  # one beginning
+    prompts = [list(tokens) for _, tokens in ordered(prompts_of(llm, lines))]
+    assert sorted(prompts) == sorted(line["prompt"] for line in lines)
+    lengths = [len(prompt) for prompt in prompts]
+    assert lengths == [9, 14, 15, *sorted(lengths[3:], reverse=True)]
 
-CHAT = "chat/completions"
-QUESTION = [{"role": "user", "content": "Hi"}]
+
+# --- Lines that aren't valid ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,6 +305,7 @@ QUESTION = [{"role": "user", "content": "Hi"}]
         (openai_line("a", CHAT), "body has no messages"),
         (openai_line("a", CHAT, messages=QUESTION, tools=[{}]), "body has 'tools', expected only"),
         (openai_line("a", CHAT, messages=QUESTION, n=2), "n is 2, expected 1 only"),
+        (openai_line("a", CHAT, messages=QUESTION, logit_bias={"5": 1}), "logit_bias is {'5': 1}"),
         (
             openai_line("a", CHAT, messages=QUESTION, max_tokens=2, max_completion_tokens=3),
             "max_tokens and max_completion_tokens, expected one of them",
@@ -294,6 +340,11 @@ def test_damaged_and_empty_files_are_refused() -> None:
     many = fault(b"{}\n" * 100)
     assert len(many.split("\n")) == 22
     assert many.endswith("  and 80 more")
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    [line] = read_lines("in", b'\xef\xbb\xbf{"prompt": "\xef\xbb\xbfa"}', SamplingParams())
+    assert line.content == "\ufeffa"
 
 
 def test_blank_lines_count_and_ids_must_differ() -> None:
@@ -481,6 +532,39 @@ def test_files_of_others_are_refused(source: str, output: Path) -> None:
     output = output.parent / "missing" / "out"
     with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
         run_here(source, output)
+
+
+def test_devices_and_pipes_are_refused(output: Path) -> None:
+    for source in ("/dev/zero", str(output)):
+        if source == str(output):
+            os.mkfifo(source)
+        with pytest.raises(ValueError, match="isn't a regular file, expected one"):
+            batch(str(DEMO), source, f"{output}.new")
+
+
+def test_answers_of_another_run_that_has_ended_since_are_refused(
+    source: str, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found no output when they started."""
+    build = ModelOptions.build
+
+    def during_it(model: ModelOptions) -> Llama:
+        monkeypatch.setattr(ModelOptions, "build", build)
+        run_here(source, output, temperature=0)
+        return build(model)
+
+    monkeypatch.setattr(ModelOptions, "build", during_it)
+    with pytest.raises(ValueError, match=r"answers of another run \(temperature was 0, is 0.6\)"):
+        run_here(source, output)
+    run_here(source, output, temperature=0)
+
+
+def test_files_with_names_like_parts_are_left_alone(source: str, output: Path) -> None:
+    run_here(source, output)
+    for name in ("out.jsonl.part-1.old", "out.jsonl.part-", "out_jsonl.part-1"):
+        output.with_name(name).write_bytes(output.read_bytes())
+    run_here(source, output)
+    assert len(os.listdir(output.parent)) == 6
 
 
 def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> None:

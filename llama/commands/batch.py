@@ -18,7 +18,7 @@ from llama.commands.options import ModelOptions, runs_model
 from llama.completions import Completion
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
-from llama.files import expanded
+from llama.files import check_regular, expanded
 from llama.generation import Llama
 from llama.request import Request
 from llama.sampling import SamplingParams, new_generator
@@ -51,6 +51,7 @@ def batch(
         top_p: sample from the most likely tokens with this total probability (the nucleus).
         max_gen_len: maximum number of tokens to generate; default: as many as fit.
     """
+    check_regular(expanded(input))
     data = expanded(input).read_bytes()
     lines = read_lines(input, data, SamplingParams(max_gen_len, temperature, top_p))
     run = {name: x for name, x in dataclasses.asdict(model).items() if name not in _NOT_RECORDED}
@@ -119,8 +120,17 @@ def encode_lines(name: str, lines: Sequence[Line], llm: Llama) -> list[Prompt]:
 
 
 def ordered(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts in the order of their tokens, so that neighbours share the longest prefixes."""
-    return sorted(prompts, key=lambda prompt: (prompt[1], prompt[0].number))
+    """The longest prompts first, so that neighbours have similar lengths: a decoding step reads the
+    cache up to its longest row. Prompts that have the first half of their tokens in common follow
+    each other, so that it is computed once."""
+    runs: list[list[Prompt]] = []
+    for prompt in sorted(prompts, key=lambda prompt: (prompt[1], prompt[0].number)):
+        half = (len(prompt[1]) + 1) // 2
+        if not runs or runs[-1][-1][1][:half] != prompt[1][:half]:
+            runs.append([])
+        runs[-1].append(prompt)
+    runs.sort(key=lambda run: max(len(tokens) for _, tokens in run), reverse=True)
+    return [prompt for run in runs for prompt in run]
 
 
 def generate(

@@ -1,5 +1,6 @@
 """The lines of batch files: requests as they are read, answers as they are written."""
 
+import codecs
 import dataclasses
 import json
 import time
@@ -33,7 +34,28 @@ _ENDPOINTS = {
     "/v1/completions": ("prompt", _COMPLETION),
     "/v1/chat/completions": ("messages", _CHAT),
 }
-_FIXED = {"n": 1, "stream": False}  # accepted with this value only
+# Fields that are accepted with this value only, which is the default, and others without effect:
+# the same as in llama/serving/schema.py.
+_FIXED: dict[str, Any] = {
+    "n": 1,
+    "stream": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "modalities": ["text"],
+    "presence_penalty": 0,
+    "suffix": "",
+}
+_WITHOUT_EFFECT = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
 _SHOWN_FAULTS = 20
 
 
@@ -80,6 +102,7 @@ def read_lines(name: str, data: bytes, defaults: SamplingParams) -> list[Line]:
             )
         return line
 
+    data = data.removeprefix(codecs.BOM_UTF8)
     texts = [(i, text) for i, text in enumerate(data.split(b"\n"), start=1) if text.strip()]
     if not texts:
         raise ValueError(f"{name} is empty, expected a JSON object on each line")
@@ -166,11 +189,11 @@ def _openai_fields(found: dict[str, Any]) -> tuple[Any, dict[str, Any], list[str
     if not isinstance(body, dict):
         raise TypeError(f"body is {body!r:.60}, expected a JSON object")
     content, names = _ENDPOINTS[url]
-    body = _not_null(body)
-    _check_known("body", body, ["model", content, *names, *_FIXED])
+    body = {k: v for k, v in _not_null(body).items() if k not in _WITHOUT_EFFECT}
     for name, value in _FIXED.items():
-        if body.get(name, value) != value:
-            raise ValueError(f"{name} is {body[name]!r:.60}, expected {value} only")
+        if body.pop(name, value) != value:
+            raise ValueError(f"{name} is {found['body'][name]!r:.60}, expected {value!r} only")
+    _check_known("body", body, ["model", content, *names])
     given = [name for name in names if name in body]
     if len({names[name] for name in given}) < len(given):
         raise ValueError("body has max_tokens and max_completion_tokens, expected one of them")
@@ -217,16 +240,18 @@ def answer(
     Args:
         model: its name in OpenAI's answers.
     """
-    generation = completion.answer(formatter) if line.is_chat else "".join(completion.pieces)
     usage = {"prompt_tokens": len(request.prompt), "completion_tokens": len(request.tokens)}
+    text = "".join(completion.pieces)
+    found: dict[str, Any]
     if not line.is_openai:
-        prediction = completion.prediction(generation, request.params)
-        found = {"id": line.id, **prediction}
+        generation = completion.answer(formatter) if line.is_chat else text
+        found = {"id": line.id, **completion.prediction(generation, request.params)}
         found |= {"finish_reason": request.finish_reason, "usage": usage}
     else:
-        kind, choice = "text_completion", {"text": generation}
+        kind, choice = "text_completion", {"text": text}
         if line.is_chat:
-            kind, choice = "chat.completion", {"message": generation}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            kind, choice = "chat.completion", {"message": message}
         body = {
             "id": f"batch-{line.number}",
             "object": kind,
