@@ -228,7 +228,7 @@ class _TorchrunTerminal(_Terminal):
             raise EOFError
         if line.endswith(_CTRL_C):
             raise KeyboardInterrupt
-        return line.decode(sys.stdin.encoding, "replace").rstrip("\n")
+        return line.decode(sys.stdin.encoding).rstrip("\n")
 
 
 @contextlib.contextmanager
