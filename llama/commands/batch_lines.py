@@ -248,7 +248,7 @@ def answer(
         found = {"id": line.id, **completion.prediction(generation, request.params)}
         found |= {"finish_reason": request.finish_reason, "usage": usage}
     else:
-        kind, choice = "text_completion", {"text": text}
+        kind, choice = "text_completion", dict[str, Any](text=text)
         if line.is_chat:
             message = {"role": "assistant", "content": text, "refusal": None}
             kind, choice = "chat.completion", {"message": message}
