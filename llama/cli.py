@@ -1,6 +1,8 @@
 """Command line to function call: Fire parses the options, and their types are checked."""
 
+import contextlib
 import inspect
+import io
 import re
 import sys
 import textwrap
@@ -46,7 +48,17 @@ def run(commands: _Command | dict[str, _Command], name: str | None = None) -> No
     _check_options(words, command)
     # Fire ends a call at "-" by default; no argument can contain a NUL
     words += ["--separator=\0"] if "--" in words else ["--", "--separator=\0"]
-    fire.Fire(_bound(command, calls), command=words, name=name, serialize=lambda _: None)
+    bound, shown = _bound(command, calls), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            fire.Fire(bound, command=words, name=name, serialize=lambda _: None)
+    except fire.core.FireExit as end:
+        if not end.code:  # such as after -- --trace
+            raise
+        fault = re.search(r"ERROR: (?:\x1b\[0m)?(.*)", shown.getvalue())
+        print(f"error: {fault[1] if fault else shown.getvalue()}", file=sys.stderr)
+        print(_usage(command, name), file=sys.stderr)
+        sys.exit(2)
     try:
         for call in calls:
             call()
@@ -74,21 +86,27 @@ def _overview(commands: dict[str, _Command], name: str) -> str:
     return "\n".join(lines)
 
 
+def _usage(command: _Command, name: str) -> str:
+    parameters = inspect.signature(command).parameters.items()
+    required = [key.upper() for key, p in parameters if p.default is p.empty]
+    return " ".join([f"usage: {name}", *required, "[OPTIONS]"])
+
+
 def _help(command: _Command, name: str) -> str:
     """The docstring of a command, with a line or two for each argument."""
     text, _, described = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
     meanings = {key: re.sub(r"\s+", " ", meaning) for key, meaning in found}
-    usage, lines = f"usage: {name}", []
+    lines = []
     for key, parameter in inspect.signature(command).parameters.items():
         default, label = parameter.default, f"--{key}"
         if default is parameter.empty:
-            usage, label = f"{usage} {key.upper()}", key.upper()
+            label = key.upper()
         elif default is not None and default is not False:
             label += f" {default}"
         first, rest = f"  {label:26} ", " " * 29
         lines.append(textwrap.fill(first + meanings.get(key, ""), 100, subsequent_indent=rest))
-    return "\n".join([f"{usage} [OPTIONS]", "", text, "", *lines])
+    return "\n".join([_usage(command, name), "", text, "", *lines])
 
 
 def _texts(command: _Command) -> set[str]:

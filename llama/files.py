@@ -26,7 +26,7 @@ def check_regular(path: str | Path) -> None:
     """Raise ValueError for anything but a regular file: reading a pipe or a device could block
     forever. Symlinks are followed. Raise FileNotFoundError if the path doesn't exist."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{str(path)!r} isn't a regular file: give a folder of plain files")
+        raise ValueError(f"{str(path)!r} isn't a regular file, expected one")
 
 
 def what_to_do(path: str | Path) -> str:

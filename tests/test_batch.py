@@ -22,7 +22,7 @@ from serving import serving
 from llama import Dialog, Llama, Tokenizer
 from llama.commands import batch_output
 from llama.commands.batch import batch, encode_lines, generate, ordered
-from llama.commands.batch_lines import read_lines
+from llama.commands.batch_lines import PromptLine, read_lines
 from llama.commands.options import ModelOptions
 from llama.engine import Engine
 from llama.request import Request
@@ -53,6 +53,10 @@ LINES: list[Json] = [
         "temperature": 0,
     },
 ]
+
+
+CHAT = "chat/completions"
+QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def openai_line(key: str, url: str, **body: Any) -> Json:
@@ -312,6 +316,16 @@ def test_a_shared_beginning_is_computed_once(llm: Llama, monkeypatch: pytest.Mon
     assert sum(request.n_reused < 40 for request in requests) == 5
 
 
+def test_prompts_of_similar_length_are_neighbours(llm: Llama) -> None:
+    rng = random.Random(0)
+    lines: list[Json] = [{"prompt": [5 + i] * rng.randrange(1, 9)} for i in range(20)]
+    lines += [{"prompt": [3] * 8 + [4] * i} for i in (1, 7, 6)]  # one beginning
+    prompts = [list(tokens) for _, [tokens] in ordered(prompts_of(llm, lines))]
+    assert sorted(prompts) == sorted(line["prompt"] for line in lines)
+    lengths = [len(prompt) for prompt in prompts]
+    assert lengths == [9, 14, 15, *sorted(lengths[3:], reverse=True)]
+
+
 # --- Lines that aren't valid ------------------------------------------------------------------
 
 
@@ -382,6 +396,12 @@ def test_damaged_and_empty_files_are_refused() -> None:
     many = fault(b"{}\n" * 100)
     assert len(many.split("\n")) == 22
     assert many.endswith("  and 80 more")
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    [line] = read_lines("in", b'\xef\xbb\xbf{"prompt": "\xef\xbb\xbfa"}', {})
+    assert isinstance(line, PromptLine)
+    assert line.content == "\ufeffa"
 
 
 def test_blank_lines_count_and_ids_must_differ() -> None:
@@ -569,6 +589,39 @@ def test_files_of_others_are_refused(source: str, output: Path) -> None:
     output = output.parent / "missing" / "out"
     with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
         run_here(source, output)
+
+
+def test_devices_and_pipes_are_refused(output: Path) -> None:
+    for source in ("/dev/zero", str(output)):
+        if source == str(output):
+            os.mkfifo(source)
+        with pytest.raises(ValueError, match="isn't a regular file, expected one"):
+            batch(str(DEMO), source, f"{output}.new")
+
+
+def test_answers_of_another_run_that_has_ended_since_are_refused(
+    source: str, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found no output when they started."""
+    build = ModelOptions.build
+
+    def during_it(model: ModelOptions) -> Llama:
+        monkeypatch.setattr(ModelOptions, "build", build)
+        run_here(source, output, temperature=0)
+        return build(model)
+
+    monkeypatch.setattr(ModelOptions, "build", during_it)
+    with pytest.raises(ValueError, match=r"answers of another run \(temperature was 0, is None\)"):
+        run_here(source, output)
+    run_here(source, output, temperature=0)
+
+
+def test_files_with_names_like_parts_are_left_alone(source: str, output: Path) -> None:
+    run_here(source, output)
+    for name in ("out.jsonl.part-1.old", "out.jsonl.part-", "out_jsonl.part-1"):
+        output.with_name(name).write_bytes(output.read_bytes())
+    run_here(source, output)
+    assert len(os.listdir(output.parent)) == 6
 
 
 def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> None:

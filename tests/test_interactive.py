@@ -6,6 +6,8 @@ import json
 import os
 import re
 import select
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, PROGRAMS, TORCHRUN, environment, run
 
+from llama import Llama
 from llama.commands import interactive
+from llama.commands.chat_session import ChatSession
 from llama.commands.interactive import chat
+from llama.driver import Driver
+from llama.sampling import SamplingParams
 
 if sys.platform == "win32":
     pytest.skip("needs pseudo-terminals", allow_module_level=True)
@@ -161,8 +167,13 @@ def test_ctrl_c_stops_an_answer(start: Start, tmp_path: Path, kind: str) -> None
     terminal.expect(PROMPT)
     stop_an_answer(terminal, tmp_path / "a")
     stop_an_answer(terminal, tmp_path / "b")
-    terminal.send(CTRL_C)
-    terminal.expect(PROMPT)
+    for _ in range(10):
+        terminal.send("Tell me a story.\r")
+        terminal.expect("word")
+        for _ in range(6):  # impatient
+            terminal.send(CTRL_C)
+            time.sleep(0.003)
+        terminal.expect(PROMPT)
     terminal.send("/set max_gen_len 20\r")
     terminal.expect("max_gen_len 20")
     terminal.expect(PROMPT)
@@ -179,6 +190,28 @@ def test_ctrl_c_stops_an_answer(start: Start, tmp_path: Path, kind: str) -> None
         assert saved(terminal, tmp_path / "b")[-4::2] == ["one line", "and another"]
     terminal.send(CTRL_D)
     assert terminal.end() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.skipif(importlib.util.find_spec("prompt_toolkit") is None, reason="an extra")
+def test_ctrl_z_suspends_a_chat(start: Start) -> None:
+    terminal = start("bash", "--norc", "-i")
+    command = (sys.executable, "-m", "llama", "chat", DEMO, *OPTIONS)
+    terminal.send(f"{shlex.join(map(str, command))}\r")
+    terminal.expect("paste of several lines")
+    terminal.expect(PROMPT)
+    terminal.send("What is\x1a")
+    terminal.expect("Stopped")
+    terminal.send("fg\r")
+    terminal.expect(PROMPT)
+    terminal.send(" 1 + 2?\r")
+    terminal.expect(r"1 \+ 2 = 3\.")
+    terminal.expect(PROMPT)
+    terminal.send(CTRL_D)
+    terminal.expect("bash-.*[#$] ")
+    terminal.send("exit 7\r")
+    assert terminal.end() == 7
 
 
 @pytest.mark.slow
@@ -244,14 +277,50 @@ def test_without_standard_input_there_is_nothing_to_answer(monkeypatch: pytest.M
     chat(str(DEMO), device="cpu")
 
 
-def test_only_a_second_ctrl_c_interrupts_a_step() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    terminal, seen = interactive._Terminal(), []
-    with terminal.answering() as is_interrupted:
-        seen.append(is_interrupted())
+def test_ctrl_c_raises_at_the_prompt_or_pressed_twice_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pressed(*_: str) -> str:
         signal.raise_signal(signal.SIGINT)
-        seen.append(is_interrupted())
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("the second one raises KeyboardInterrupt")
-    assert seen == [False, True]
+        raise AssertionError("it raises KeyboardInterrupt")
+
+    monkeypatch.setattr("builtins.input", pressed)
+    handler, seen = signal.getsignal(signal.SIGINT), []
+    with interactive._Terminal() as terminal:
+        for _ in range(2):
+            for _ in range(3):  # such as after the end of an answer
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                terminal.ask()
+            with terminal.answering() as is_interrupted:
+                seen.append(is_interrupted())
+                signal.raise_signal(signal.SIGINT)
+                seen.append(is_interrupted())
+                with pytest.raises(KeyboardInterrupt):
+                    pressed()
+    assert seen == [False, True] * 2
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_faults_of_what_is_typed_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[Exception | str]
+    found = [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "/help", OSError(5)]
+
+    def typed(_: str) -> str:
+        if isinstance(line := found.pop(0), Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    llm = Llama.build(str(DEMO), device="cpu")
+    with Driver(llm) as driver, interactive._Terminal() as terminal:
+        interactive._converse(ChatSession(llm, driver, SamplingParams()), terminal)
+    shown = capsys.readouterr()
+    assert (
+        shown.err
+        == "error: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte\n"
+    )
+    assert "/help  " in shown.out
+    assert not found  # without a terminal, the chat ends

@@ -17,7 +17,7 @@ from llama.commands.batch_output import Output
 from llama.commands.options import ModelOptions, runs_model
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
-from llama.files import expanded
+from llama.files import check_regular, expanded
 from llama.generation import Llama
 from llama.request import Request
 from llama.sampling import new_generator
@@ -52,6 +52,7 @@ def batch(
         max_gen_len: maximum number of tokens to generate. Default: as many as fit; of OpenAI's
             lines for /v1/completions 16.
     """
+    check_regular(expanded(input))
     data = expanded(input).read_bytes()
     defaults = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
     lines = read_lines(input, data, defaults)
@@ -110,8 +111,20 @@ def encode_lines(name: str, lines: Sequence[Line], llm: Llama) -> list[Prompts]:
 
 
 def ordered(lines: Sequence[Prompts]) -> list[Prompts]:
-    """Lines in the order of their tokens, so that neighbours share the longest prefixes."""
-    return sorted(lines, key=lambda each: (each[1], each[0].number))
+    """The longest prompts first, so that neighbours have similar lengths: a decoding step reads the
+    cache up to its longest row. Prompts that have the first half of their tokens in common follow
+    each other, so that it is computed once. Of several prompts of a line, the first counts."""
+    runs: list[list[Prompts]] = []
+    before = array("i")
+    for each in sorted(lines, key=lambda each: (each[1], each[0].number)):
+        first = each[1][0]
+        n = (len(first) + 1) // 2
+        if before[:n] != first[:n]:
+            runs.append([])
+        runs[-1].append(each)
+        before = first
+    runs.sort(key=lambda run: max(len(prompts[0]) for _, prompts in run), reverse=True)
+    return [each for run in runs for each in run]
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """The lines of batch files: requests as they are read, answers as they are written."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,8 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
 }
 _SHOWN_FAULTS = 20
 
-Defaults = Mapping[
-    str, Any
-]  # of max_gen_len, temperature, top_p; None: the kind of line has its own
+# of max_gen_len, temperature and top_p; None: the kind of line has its own
+Defaults = Mapping[str, Any]
 
 
 class Answer(Protocol):
@@ -153,6 +153,7 @@ def read_lines(name: str, data: bytes, defaults: Defaults) -> list[Line]:
         str(line.id).encode()  # fails for half a surrogate pair, which can't be written
         return line
 
+    data = data.removeprefix(codecs.BOM_UTF8)
     texts = [(i, text) for i, text in enumerate(data.split(b"\n"), start=1) if text.strip()]
     if not texts:
         raise ValueError(f"{name} is empty, expected a JSON object on each line")

@@ -1,9 +1,9 @@
 """The answers of ``python -m llama batch`` on disk, and how a repeated command continues them."""
 
-import glob
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ class Output:
         """
         self._numbers, self._missing = numbers, set(numbers)
         self._file = _open_locked(self._path)
+        if self._path.stat().st_size > 0:  # written since, by a command that has ended
+            self._check_run()
         partial = self._run_path.with_name(f"{self._run_path.name}.partial")
         partial.write_text(json.dumps(self._run, indent=1), encoding="utf-8")
         os.replace(partial, self._run_path)
@@ -133,7 +135,8 @@ class Output:
             self._file.close()
 
     def _parts(self) -> list[Path]:
-        return sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}.part-[0-9]*"))
+        name = re.compile(re.escape(self._path.name) + r"\.part-\d+")
+        return sorted(path for path in self._path.parent.iterdir() if name.fullmatch(path.name))
 
     def _append_parts(self) -> None:
         for path in self._parts():

@@ -1,6 +1,7 @@
 """``python -m llama chat``: one answer, or an interactive chat in a terminal."""
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -94,17 +95,14 @@ def _converse(session: ChatSession, terminal: "_Terminal") -> None:
     while True:
         try:
             line = terminal.ask()
-        except KeyboardInterrupt:  # the line is dropped
+            if line.strip():
+                with terminal.answering() as is_interrupted:
+                    _show_response(session, line, is_interrupted)
+        except KeyboardInterrupt:  # drops the line, or stops the step
             print()
-            continue
         except EOFError:
             print()
             return
-        if not line.strip():
-            continue
-        try:
-            with terminal.answering() as is_interrupted:
-                _show_response(session, line, is_interrupted)
         except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
             print(f"error: {escaped(str(error))}", file=sys.stderr, flush=True)
 
@@ -124,13 +122,31 @@ def _show_response(session: ChatSession, line: str, is_interrupted: Callable[[],
 
 
 class _Terminal:
-    """A terminal whose Ctrl-C sends SIGINT to this program."""
+    """A terminal whose Ctrl-C sends SIGINT to this program, which handles it as a context."""
 
     def __init__(self) -> None:
         self._edit = _line_editor()
         if self._edit is None:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  input() uses it
+        # Ctrl-C raises KeyboardInterrupt after so many that don't. It is infinite unless a line is
+        # read or answered, so that ``_converse`` catches each: a user may press it any time.
+        self._n_spared = math.inf
+        self._is_interrupted = False
+
+    def __enter__(self) -> "_Terminal":
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        self._is_interrupted = True
+        if self._n_spared == 0:
+            self._n_spared = math.inf
+            raise KeyboardInterrupt
+        self._n_spared -= 1
 
     @property
     def hint(self) -> str:
@@ -143,28 +159,30 @@ class _Terminal:
 
         Raises:
             KeyboardInterrupt: Ctrl-C.
-            EOFError: Ctrl-D.
+            EOFError: Ctrl-D, or the terminal is gone.
+            UnicodeDecodeError: the line isn't in the terminal's encoding.
         """
+        try:
+            self._n_spared = 0
+            return self._read()
+        except OSError:
+            raise EOFError from None
+        finally:
+            self._n_spared = math.inf
+
+    def _read(self) -> str:
         return input(_PROMPT) if self._edit is None else self._edit()
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
         """Yields a function that returns whether Ctrl-C has been pressed. A step that is
         interrupted leaves the prefix cache unusable, so only a second Ctrl-C does that."""
-        received = False
-
-        def handle(*_: object) -> None:
-            nonlocal received
-            received = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = signal.signal(signal.SIGINT, handle)
+        self._is_interrupted = False
         try:
-            yield lambda: received
-        except KeyboardInterrupt:
-            print()
+            self._n_spared = 1
+            yield lambda: self._is_interrupted
         finally:
-            signal.signal(signal.SIGINT, before)
+            self._n_spared = math.inf
 
 
 class _TorchrunTerminal(_Terminal):
@@ -179,7 +197,7 @@ class _TorchrunTerminal(_Terminal):
         self._descriptor = descriptor
         self._typed: deque[bytes] = deque()
 
-    def ask(self) -> str:
+    def _read(self) -> str:
         if not self._typed:
             if self._edit is not None:
                 return self._edit()
@@ -191,9 +209,9 @@ class _TorchrunTerminal(_Terminal):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
-        yield self._is_interrupted
+        yield self._reads_ctrl_c
 
-    def _is_interrupted(self) -> bool:
+    def _reads_ctrl_c(self) -> bool:
         if not select.select([self._descriptor], [], [], 0)[0]:
             return False
         self._typed.append(self._read_line())
@@ -210,13 +228,14 @@ class _TorchrunTerminal(_Terminal):
             raise EOFError
         if line.endswith(_CTRL_C):
             raise KeyboardInterrupt
-        return line.decode(sys.stdin.encoding, "replace").rstrip("\n")
+        return line.decode(sys.stdin.encoding).rstrip("\n")
 
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[_Terminal]:
     if not dist.is_torchelastic_launched() or os.name != "posix":
-        yield _Terminal()
+        with _Terminal() as terminal:
+            yield terminal
         return
     descriptor = sys.stdin.fileno()
     with _ctrl_c_ends_lines(descriptor):
@@ -241,7 +260,8 @@ def _ctrl_c_ends_lines(descriptor: int) -> Iterator[None]:
     ):
         attributes = termios.tcgetattr(descriptor)
         characters = attributes[6]
-        characters[termios.VINTR] = bytes([os.fpathconf(descriptor, "PC_VDISABLE")])
+        disabled = bytes([os.fpathconf(descriptor, "PC_VDISABLE")])
+        characters[termios.VINTR] = characters[termios.VSUSP] = disabled
         characters[termios.VEOL] = _CTRL_C
         termios.tcsetattr(descriptor, termios.TCSANOW, attributes)
         yield
@@ -265,6 +285,9 @@ def _line_editor() -> Callable[[], str] | None:
         lambda event: event.current_buffer.insert_text("\n")
     )
     session: PromptSession[str] = PromptSession(
-        multiline=True, key_bindings=keys, prompt_continuation=" " * len(_PROMPT)
+        multiline=True,
+        key_bindings=keys,
+        prompt_continuation=" " * len(_PROMPT),
+        enable_suspend=True,  # Ctrl-Z
     )
     return lambda: session.prompt(_PROMPT)
