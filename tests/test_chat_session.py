@@ -313,6 +313,27 @@ def test_a_loaded_dialog_of_llama_2_goes_on(stories: Path, tmp_path: Path) -> No
         ]
 
 
+def test_a_saved_dialog_survives_a_full_disk(
+    session: ChatSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(28, "No space left on device")
+
+    path, link = tmp_path / "dialog.json", tmp_path / "link"
+    link.symlink_to(path)
+    say(session, "What is 23 + 45?")
+    say(session, f"/save {link}")
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    say(session, "What is 1 + 2?")
+    with pytest.raises(OSError, match="No space left"):
+        say(session, f"/save {link}")
+    assert path.read_bytes() == before
+    assert link.is_symlink()
+
+
 def test_save_replaces_saved_dialogs_only(session: ChatSession, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes")

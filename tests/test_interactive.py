@@ -298,6 +298,7 @@ def test_ctrl_c_raises_at_the_prompt_or_pressed_twice_only(
                 seen.append(is_interrupted())
                 with pytest.raises(KeyboardInterrupt):
                     pressed()
+                signal.raise_signal(signal.SIGINT)  # while the second one is handled
     assert seen == [False, True] * 2
     assert signal.getsignal(signal.SIGINT) is handler
 

@@ -4,6 +4,7 @@ terminal."""
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -232,7 +233,9 @@ class ChatSession:
         if path.exists():
             _read_dialog(name)  # replaces nothing else
         text = json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False)
-        path.write_bytes(f"{text}\n".encode())
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(f"{text}\n".encode())
+        os.replace(partial, path.resolve())  # the disk may be full
         return f"{len(self.messages)} messages written to {name}"
 
     def _load(self, name: str) -> str:
