@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama.cache import Batch, KVCache
 from llama.hooks import hidden_states
+from llama.request import check_vocabulary, token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,15 @@ def inspect(llm: Any, text: str | Sequence[int]) -> Inspection:
     Texts get a begin-of-text token. The attention weights take n_layers * n_heads * S * S floats.
 
     Raises:
-        ValueError: there are no tokens, or more than max_seq_len.
+        TypeError: it is neither a text nor a list of ids.
+        ValueError: there are no tokens, or more than max_seq_len, or one is outside the vocabulary.
     """
     model, tokenizer = llm.model, llm.tokenizer
-    ids = tokenizer.encode(text, bos=True, eos=False) if isinstance(text, str) else [*text]
+    if isinstance(text, str):
+        ids = tokenizer.encode(text, bos=True, eos=False)
+    else:
+        ids = token_ids(text, 0)
+    check_vocabulary(ids, 0, model.params.vocab_size)
     if not ids:
         raise ValueError("there are no tokens to inspect, expected at least one")
     layers = [block.attention for block in model.layers]

@@ -44,6 +44,10 @@ def test_the_model_is_as_before() -> None:
         demo.inspect([5] * 300)
     with pytest.raises(ValueError, match="there are no tokens to inspect"):
         demo.inspect([])
+    for ids, error in (([5, 9999], ValueError), ([-1], ValueError), ([[5]], TypeError)):
+        with pytest.raises(error, match="prompt 0"):
+            demo.inspect(ids)  # type: ignore[arg-type]
+    assert [type(token) for token in demo.inspect(torch.tensor([5, 6])).tokens] == [int, int]  # type: ignore[arg-type]
     assert [vars(block.attention).get("attend") for block in demo.model.layers] == forms
     assert demo.score([(TEXT, " Yes.")])[0].logprobs == pytest.approx(plain, abs=1e-3)
 

@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO
@@ -150,16 +151,36 @@ def test_what_cannot_be_scored(llm: Llama) -> None:
         (([], [1]), ValueError, "the context of pair 1 has no tokens"),
         (([1], []), ValueError, "the continuation of pair 1 has no tokens"),
         (("a", [1]), TypeError, "pair 1 has a text and ids, expected two texts or two lists"),
-        (([1] * 60, [1] * 6), ValueError, "prompt 1 has 65 tokens, but max_seq_len is 64"),
+        (([1] * 60, [1] * 6), ValueError, "pair 1 has 66 tokens, but max_seq_len is 64"),
         (([1], [5000]), ValueError, "prompt 1 has the token id 5000"),
         (([5000], [1]), ValueError, "prompt 1 has the token id 5000"),
         (([1], ["a"]), TypeError, "prompt 1 is"),
+        ((None, [1]), TypeError, "prompt 1 is None"),
+        (([1],), TypeError, r"pair 1 is \(\[1\],\), expected \(context, continuation\)"),
+        (([1], [2], [3]), TypeError, "pair 1 is"),
+        ("ab", TypeError, "pair 1 is 'ab'"),
+        (("Onc", "e"), ValueError, "no tokens, as the last token of 'Once' begins in the context"),
+        (("Once", ""), ValueError, "no tokens, expected at least one"),
     ]
     for pair, error, message in cases:
         with pytest.raises(error, match=message):
             llm.score([([1], [2]), pair])
     with pytest.raises(ValueError, match="top_logprobs is -1"):
         llm.score([([1], [2])], top_logprobs=-1)
+    with pytest.raises(TypeError, match="texts is a str"):
+        llm.score_rolling("Once")
+    with pytest.raises(ValueError, match="prompt 1 has the token id 5000"):
+        llm.score_rolling([[1] * 200, [5000]])
+
+
+def test_ids_of_any_kind(llm: Llama) -> None:
+    kinds: tuple[Any, ...] = (tuple, np.array, torch.tensor, iter)
+    wanted = llm.score([([1, 2, 3], [4, 5])])
+    for kind in kinds:
+        pairs = ((kind(ids), kind(more)) for ids, more in [([1, 2, 3], [4, 5])])
+        [score] = llm.score(pairs)  # type: ignore[arg-type]
+        assert score == wanted[0]
+        assert {type(token) for token in score.tokens} == {int}
 
 
 def test_hooks_take_effect(llm: Llama) -> None:
