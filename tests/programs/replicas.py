@@ -21,7 +21,13 @@ def counting(tokens, batch):
 
 
 llm.model.hidden = counting
+seen = llm.inspect([7, 20, 300])
 results = {
+    "inspected": [
+        seen.hidden_states.tolist(),
+        seen.attentions.tolist(),
+        seen.logit_lens().tolist(),
+    ],
     "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
     "scored": llm.generate(prompts, 4, temperature=0, logprobs=True, echo=True),
     "pairs": [
