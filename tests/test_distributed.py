@@ -222,6 +222,7 @@ def test_prompts_are_distributed_over_replicas(
         assert found["equal"] == found["again"] == ranks[0]["equal"]
         # replicas don't share random draws
         assert len({tuple(row) for row in found["equal"]}) == 4
+    assert sum(found["n_scored"] for found in ranks) == size * undivided["n_scored"]
     assert undivided["rows"] == [2]
     # two prompts: one row on each of the first two replicas, none on the others
     n_rows = [sum(found["rows"]) for found in ranks]

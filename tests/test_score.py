@@ -1,5 +1,6 @@
 """Llama.score: against Hugging Face's logits, with shared prefixes, at the limits."""
 
+import math
 import random
 from typing import Any
 
@@ -109,9 +110,27 @@ def test_any_order_and_number() -> None:
 def test_ties_rank_the_lower_id_first() -> None:
     llm = Llama.build(str(DEMO), max_seq_len=64, dtype="float32", device="cpu")
     llm.model.output.weight.zero_()
-    scores = llm.score([([3], [0]), ([3], [7]), ([3], [511])])
-    assert [score.ranks for score in scores] == [[0], [7], [511]]
-    assert [score.is_greedy for score in scores] == [True, False, False]
+    scores = llm.score([([3], [0]), ([3], [7]), ([3], [511]), ([3], [0, 1]), ([3], [0, 0])])
+    assert [score.ranks for score in scores] == [[0], [7], [511], [0, 1], [0, 0]]
+    assert [score.is_greedy for score in scores] == [True, False, False, False, True]
+
+
+def test_logits_that_are_not_finite() -> None:
+    """A token may be impossible; NaN is an error."""
+    llm = Llama.build(str(DEMO), max_seq_len=64, dtype="float32", device="cpu")
+
+    def forbid(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor([7]), -math.inf)
+
+    with llm.model.output.register_forward_hook(forbid):
+        [score] = llm.score([([3], [7, 5])], top_logprobs=10**6)
+    assert score.total == score.logprobs[0] == -math.inf
+    assert score.ranks[0] == 1023
+    assert [len(top) for top in score.top] == [1024, 1024]
+    assert list(score.top[0])[-1] == 7
+    llm.model.output.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the logits of prompt 1 aren't finite"):
+        llm.score([([3, 4], [7]), ([3], [7])])
 
 
 def test_texts(demo: Llama) -> None:

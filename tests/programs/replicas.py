@@ -41,6 +41,9 @@ results = {
 counted.clear()
 llm.generate(prompts[:2], 1, temperature=0)
 results["rows"] = [len(rows) for rows in counted]
+counted.clear()
+llm.score([(prompt, [1]) for prompt in prompts])
+results["n_scored"] = sum(map(len, counted))  # sequences in passes
 try:
     llm.generate([[1], [2], [99999]], 3)
 except ValueError as error:
