@@ -40,7 +40,7 @@ class Inspection:
         return torch.cat([self._lens(self.hidden_states[:-1]), self.logits[None]])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def inspect(llm: Any, text: str | Sequence[int]) -> Inspection:
     """Hidden states, attention weights and logits of a text, or of ids, in one pass.
 
@@ -90,7 +90,7 @@ def inspect(llm: Any, text: str | Sequence[int]) -> Inspection:
         hidden_states=torch.cat(states),
         attentions=torch.stack(heads).permute(0, 3, 1, 2),
         logits=model.logits(states[-1])[0],
-        _lens=torch.inference_mode()(lambda h: model.logits(model.norm(h))),
+        _lens=torch.no_grad()(lambda h: model.logits(model.norm(h))),
     )
 
 

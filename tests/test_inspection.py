@@ -56,6 +56,18 @@ def test_the_model_is_as_before() -> None:
     assert demo.score([(TEXT, " Yes.")])[0].logprobs == pytest.approx(plain, abs=1e-3)
 
 
+def test_probes_can_be_trained_on_the_results(demo: Llama) -> None:
+    seen = demo.inspect(TEXT)
+    tokens = torch.tensor([seen.tokens])
+    results = [seen.hidden_states, seen.attentions, seen.logits, seen.logit_lens()]
+    for x in [*results, *demo.hidden_states(tokens)]:
+        assert not x.requires_grad
+        probe = torch.zeros(x.shape[-1], dtype=x.dtype, requires_grad=True)
+        (x @ probe).float().sum().backward()
+        assert probe.grad is not None
+        x.mul_(2)  # in place, as with any tensor
+
+
 def test_predictions_in_a_notebook(demo: Llama) -> None:
     dialog = [[{"role": "user", "content": "What is 23 + 45?"}]]
     [plain] = demo.chat_completion(dialog, temperature=0)  # type: ignore[arg-type]
