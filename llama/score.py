@@ -68,7 +68,7 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
     # so that neighbours share a prefix
     requests.sort(key=lambda request: (request.prompt, request.last))
     with fail_fast():
-        every = {"pairs": [(r.prompt, r.last, r.scored_from) for r in requests]}
+        every = {"pairs": [(r.row, r.prompt, r.last, r.scored_from) for r in requests]}
         check_same_on_all_ranks("Llama.score", every, collectives.world)
     groups = llm.model.groups
     n_here = -(-len(requests) // groups.n_replicas)
