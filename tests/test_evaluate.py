@@ -185,12 +185,20 @@ def test_the_folders_template_may_add_dates(tmp_path: Path) -> None:
     assert folder == meta.replace("Be brief.", f"{DATES}Be brief.")
 
 
-def test_a_context_that_is_too_long_loses_its_start(demo: Llama) -> None:
+def test_a_context_that_is_too_long_loses_its_start(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LlamaLM(demo, progress=False)
     long = list(range(10, 400))
     pairs: list[Any] = [(None, context, [20, 300, 41]) for context in (long, long[-254:])]
     first, second = model._loglikelihood_tokens(pairs)
     assert first == second
+    prompts: list[list[int]] = []
+    monkeypatch.setattr(demo, "generate", lambda rows, **_: (prompts.extend(rows) or rows, None))
+    text = "one two " * 200
+    request = Instance("generate_until", {}, (text, {"max_gen_toks": 56}), 0)
+    model.generate_until([request])
+    assert prompts == [model.tok_encode(text)[-200:]]
 
 
 def test_one_begin_of_text_token(demo: Llama) -> None:
