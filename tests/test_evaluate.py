@@ -194,7 +194,12 @@ def test_a_context_that_is_too_long_loses_its_start(
     first, second = model._loglikelihood_tokens(pairs)
     assert first == second
     prompts: list[list[int]] = []
-    monkeypatch.setattr(demo, "generate", lambda rows, **_: (prompts.extend(rows) or rows, None))
+
+    def generate(rows: list[list[int]], **_: Any) -> tuple[list[list[int]], None]:
+        prompts.extend(rows)
+        return rows, None
+
+    monkeypatch.setattr(demo, "generate", generate)
     text = "one two " * 200
     request = Instance("generate_until", {}, (text, {"max_gen_toks": 56}), 0)
     model.generate_until([request])
@@ -214,7 +219,7 @@ def test_options_of_tasks(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def generate(prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], None]:
         given.append(options)
-        return [[] for _ in prompts], None
+        return [prompt[-1:] for prompt in prompts], None
 
     monkeypatch.setattr(demo, "generate", generate)
     model = LlamaLM(demo, progress=False)
@@ -231,6 +236,11 @@ def test_options_of_tasks(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, changes in cases:
         model.generate_until([Instance("generate_until", {}, ("Once", options), 0)])
         assert given.pop() == {**plain, **changes}
+    # requests with different options are generated apart, and answered in order
+    several = [(word, {"max_gen_toks": n}) for word, n in (("c", 9), ("b", 5), ("a", 9))]
+    found = model.generate_until([Instance("generate_until", {}, x, 0) for x in several])
+    assert found == ["c", "b", "a"]
+    assert [options["max_gen_len"] for options in given] == [9, 5]
 
 
 def test_options_without_a_counterpart_are_refused(demo: Llama) -> None:
