@@ -282,7 +282,6 @@ class Llama:
         rows = self._generated(repeat(tokens, n), params, seed)
         return [row.prediction(row.answer(self.formatter), params) for row in rows]
 
-    @torch.inference_mode()
     def hidden_states(self, tokens: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """Hidden states [B, S, dim] of prompts ``tokens`` int64 [B, S] of equal length.
 

@@ -37,7 +37,7 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def hidden_states(model: Any, tokens: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
     """See ``Llama.hidden_states``."""
     modules = [model.tok_embeddings, *list(model.layers)[:-1], model.norm]
@@ -58,4 +58,5 @@ def hidden_states(model: Any, tokens: Tensor, layers: Sequence[int] | None = Non
     finally:
         for handle in handles:
             handle.remove()
-    return [outputs[layer] for layer in layers]
+    # copies: a probe can't be trained on the inference tensors of the pass
+    return [outputs[layer].clone() for layer in layers]

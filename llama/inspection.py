@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama.cache import Batch, KVCache
 from llama.hooks import hidden_states
+from llama.request import check_vocabulary, token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +40,22 @@ class Inspection:
         return torch.cat([self._lens(self.hidden_states[:-1]), self.logits[None]])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def inspect(llm: Any, text: str | Sequence[int]) -> Inspection:
     """Hidden states, attention weights and logits of a text, or of ids, in one pass.
 
     Texts get a begin-of-text token. The attention weights take n_layers * n_heads * S * S floats.
 
     Raises:
-        ValueError: there are no tokens, or more than max_seq_len.
+        TypeError: it is neither a text nor a list of ids.
+        ValueError: there are no tokens, or more than max_seq_len, or one is outside the vocabulary.
     """
     model, tokenizer = llm.model, llm.tokenizer
-    ids = tokenizer.encode(text, bos=True, eos=False) if isinstance(text, str) else [*text]
+    if isinstance(text, str):
+        ids = tokenizer.encode(text, bos=True, eos=False)
+    else:
+        ids = token_ids(text, 0)
+    check_vocabulary(ids, 0, model.params.vocab_size)
     if not ids:
         raise ValueError("there are no tokens to inspect, expected at least one")
     layers = [block.attention for block in model.layers]
@@ -84,7 +90,7 @@ def inspect(llm: Any, text: str | Sequence[int]) -> Inspection:
         hidden_states=torch.cat(states),
         attentions=torch.stack(heads).permute(0, 3, 1, 2),
         logits=model.logits(states[-1])[0],
-        _lens=torch.inference_mode()(lambda h: model.logits(model.norm(h))),
+        _lens=torch.no_grad()(lambda h: model.logits(model.norm(h))),
     )
 
 

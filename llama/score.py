@@ -6,7 +6,11 @@ from typing import Any
 
 from llama.completions import run
 from llama.distributed import collectives
-from llama.distributed.collectives import check_same_on_all_ranks, raise_on_all_ranks
+from llama.distributed.collectives import (
+    check_same_on_all_ranks,
+    fail_fast,
+    raise_on_all_ranks,
+)
 from llama.request import Request, check_vocabulary, token_ids
 from llama.sampling import SamplingParams, new_generator
 
@@ -55,17 +59,18 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
 
     Raises:
         TypeError: a part is neither a text nor a list of ids, or the parts differ in kind.
-        ValueError: a part is empty, a pair is too long, or an id is outside of the vocabulary.
+        ValueError: a part is empty, a pair is too long, an id is outside the vocabulary, or ranks
+            have different pairs.
         FloatingPointError, RankError: as in ``Llama.stream``.
     """
     params = SamplingParams(0, temperature=0, top_logprobs=top_logprobs)
     requests = [_request(llm, i, pair, params) for i, pair in enumerate(pairs)]
     # so that neighbours share a prefix
     requests.sort(key=lambda request: (request.prompt, request.last))
-    groups = llm.model.groups
-    if groups.n_replicas > 1:
-        every = {"pairs": [[request.prompt, request.last] for request in requests]}
+    with fail_fast():
+        every = {"pairs": [(r.row, r.prompt, r.last, r.scored_from) for r in requests]}
         check_same_on_all_ranks("Llama.score", every, collectives.world)
+    groups = llm.model.groups
     n_here = -(-len(requests) // groups.n_replicas)
     own = requests[groups.replica * n_here :][:n_here]
     with raise_on_all_ranks(), llm.model.lock:
@@ -73,9 +78,9 @@ def score(llm: Any, pairs: Sequence[tuple[Text, Text]], *, top_logprobs: int = 0
             pass
     found = [(r.row, r.prompt_logprobs[1:], r.ranks, r.prompt_top[1:]) for r in own]
     scores: list[Any] = [None] * len(requests)
-    parts = groups.gather_from_replicas(found) if groups.n_replicas > 1 else [found]
     by_row = {request.row: request for request in requests}
-    for row, logprobs, ranks, tops in (each for part in parts for each in part):
+    every_part = groups.gather_from_replicas(found)
+    for row, logprobs, ranks, tops in (each for part in every_part for each in part):
         request = by_row[row]
         ids = (request.prompt + request.last)[request.scored_from :]
         top = [{int(token): x for token, x in (each or {}).items()} for each in tops]
@@ -92,11 +97,16 @@ def score_rolling(llm: Any, texts: Sequence[Text], *, top_logprobs: int = 0) -> 
 
     For errors, see ``score``.
     """
-    width = llm.model.params.max_seq_len
+    if isinstance(texts, str):
+        raise TypeError("texts is a str, expected a list of them: write [text]")
+    args = llm.model.params
+    width = args.max_seq_len
     pairs: list[tuple[list[int], list[int]]] = []
     counts = []
-    for text in texts:
-        tokens = [llm.tokenizer.bos_id, *_encode(llm, text)]
+    for row, text in enumerate(texts):
+        ids = _encode(llm, text) if isinstance(text, str) else token_ids(text, row)
+        check_vocabulary(ids, row, args.vocab_size)
+        tokens = [llm.tokenizer.bos_id, *ids]
         starts = range(1, len(tokens), width)
         counts.append(len(starts))
         for start in starts:
@@ -112,28 +122,40 @@ def _joined(parts: list[Score]) -> Score:
 
 
 def _request(llm: Any, row: int, pair: tuple[Text, Text], params: SamplingParams) -> Request:
-    context, continuation = pair
+    try:
+        context, continuation = () if isinstance(pair, str) else pair
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"pair {row} is {pair!r:.60}, expected (context, continuation), two texts or two lists "
+            "of ids"
+        ) from None
+    shortage = "expected at least one"
     if isinstance(context, str) and isinstance(continuation, str):
         ids = _encode(llm, context + continuation)
         n = len(_encode(llm, context.rstrip()))
+        if continuation:
+            whole = context + continuation
+            shortage = f"as the last token of {whole[-20:]!r} begins in the context: give ids"
         context, continuation = [llm.tokenizer.bos_id, *ids[:n]], ids[n:]
     elif isinstance(context, str) or isinstance(continuation, str):
         raise TypeError(f"pair {row} has a text and ids, expected two texts or two lists of ids")
-    else:
-        context, continuation = [*context], [*continuation]
+    context, continuation = token_ids(context, row), token_ids(continuation, row)
     if not context or not continuation:
         part = "continuation" if context else "context"
-        raise ValueError(f"the {part} of pair {row} has no tokens, expected at least one")
+        raise ValueError(f"the {part} of pair {row} has no tokens, {shortage}")
+    args = llm.model.params
+    if (n_tokens := len(context) + len(continuation)) > args.max_seq_len + 1:
+        raise ValueError(
+            f"pair {row} has {n_tokens} tokens, but max_seq_len is {args.max_seq_len}, expected at "
+            "most one more: drop the start of the context, or build with a larger max_seq_len"
+        )
     # the last token isn't fed: its log-probability needs the logits before it
-    tokens = token_ids([*context, *continuation], row)
-    check_vocabulary(tokens[-1:], row, llm.model.params.vocab_size)
-    request: Request = llm.engine.request(tokens[:-1], params, row)
-    request.last, request.ranks, request.scored_from = tokens[-1:], [], len(context)
+    check_vocabulary(continuation[-1:], row, args.vocab_size)
+    request: Request = llm.engine.request([*context, *continuation[:-1]], params, row)
+    request.last, request.ranks, request.scored_from = continuation[-1:], [], len(context)
     return request
 
 
-def _encode(llm: Any, text: Text) -> list[int]:
-    if not isinstance(text, str):
-        return [*text]
+def _encode(llm: Any, text: str) -> list[int]:
     ids: list[int] = llm.tokenizer.encode(text, bos=False, eos=False)
     return ids

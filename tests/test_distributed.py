@@ -215,9 +215,14 @@ def test_prompts_are_distributed_over_replicas(
             assert row == pytest.approx(scores, abs=1e-4)
         for (row, places), (scores, wanted) in zip(found["pairs"], undivided["pairs"], strict=True):
             assert (row, places) == (pytest.approx(scores, abs=1e-4), wanted)
+        for values, wanted in zip(found["inspected"], undivided["inspected"], strict=True):
+            torch.testing.assert_close(
+                torch.tensor(values), torch.tensor(wanted), atol=1e-4, rtol=1e-4
+            )
         assert found["equal"] == found["again"] == ranks[0]["equal"]
         # replicas don't share random draws
         assert len({tuple(row) for row in found["equal"]}) == 4
+    assert sum(found["n_scored"] for found in ranks) == size * undivided["n_scored"]
     assert undivided["rows"] == [2]
     # two prompts: one row on each of the first two replicas, none on the others
     n_rows = [sum(found["rows"]) for found in ranks]

@@ -1,18 +1,23 @@
 """lm-evaluation-harness on this library: the numbers of the harness's own hf model."""
 
+import functools
 import json
 import random
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, ROOT, TORCHRUN, run
+import torch
+from conftest import DEMO, PROGRAMS, ROOT, TORCHRUN, run
 
 from llama import Llama
 from llama.__main__ import convert_folder
+from llama.accel import features
 from llama.chat_template import LLAMA3_TEMPLATE
+from llama.commands.evaluate import evaluate
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
@@ -55,6 +60,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        # reading the harness's own tasks takes seconds
+        manager = functools.partial(TaskManager, include_defaults=False)
+        patch.setattr(lm_eval.tasks, "TaskManager", manager)
         yield write_tasks(folder)
 
 
@@ -90,7 +98,7 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
         bootstrap_iters=0,
         **options,
     )
@@ -177,12 +185,25 @@ def test_the_folders_template_may_add_dates(tmp_path: Path) -> None:
     assert folder == meta.replace("Be brief.", f"{DATES}Be brief.")
 
 
-def test_a_context_that_is_too_long_loses_its_start(demo: Llama) -> None:
+def test_a_context_that_is_too_long_loses_its_start(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = LlamaLM(demo, progress=False)
     long = list(range(10, 400))
     pairs: list[Any] = [(None, context, [20, 300, 41]) for context in (long, long[-254:])]
     first, second = model._loglikelihood_tokens(pairs)
     assert first == second
+    prompts: list[list[int]] = []
+
+    def generate(rows: list[list[int]], **_: Any) -> tuple[list[list[int]], None]:
+        prompts.extend(rows)
+        return rows, None
+
+    monkeypatch.setattr(demo, "generate", generate)
+    text = "one two " * 200
+    request = Instance("generate_until", {}, (text, {"max_gen_toks": 56}), 0)
+    model.generate_until([request])
+    assert prompts == [model.tok_encode(text)[-200:]]
 
 
 def test_one_begin_of_text_token(demo: Llama) -> None:
@@ -192,10 +213,41 @@ def test_one_begin_of_text_token(demo: Llama) -> None:
     assert model.tok_encode("one", add_special_tokens=False).count(bos) == 0
 
 
+def test_options_of_tasks(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spellings that the harness's own tasks use."""
+    given: list[dict[str, Any]] = []
+
+    def generate(prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], None]:
+        given.append(options)
+        return [prompt[-1:] for prompt in prompts], None
+
+    monkeypatch.setattr(demo, "generate", generate)
+    model = LlamaLM(demo, progress=False)
+    plain = {"max_gen_len": 99, "temperature": 0.0, "top_p": 1.0, "stop": []}
+    cases: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        ({"max_gen_toks": 99}, {}),
+        ({"max_new_tokens": 99, "until": "\n"}, {"stop": ["\n"]}),
+        ({"max_tokens": 99, "until": ["", "Q:"], "num_beams": 1}, {"stop": ["Q:"]}),
+        ({"max_gen_toks": 99, "do_sample": False, "temperature": 0.7}, {}),
+        ({"max_gen_toks": 99, "do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"max_gen_toks": 99, "temperature": 0.7}, {"temperature": 0.7}),
+        ({"max_gen_toks": "99", "do_sample": True, "temperature": "0.0"}, {}),
+    )
+    for options, changes in cases:
+        model.generate_until([Instance("generate_until", {}, ("Once", options), 0)])
+        assert given.pop() == {**plain, **changes}
+    # requests with different options are generated apart, and answered in order
+    several = [(word, {"max_gen_toks": n}) for word, n in (("c", 9), ("b", 5), ("a", 9))]
+    found = model.generate_until([Instance("generate_until", {}, x, 0) for x in several])
+    assert found == ["c", "b", "a"]
+    assert [options["max_gen_len"] for options in given] == [9, 5]
+
+
 def test_options_without_a_counterpart_are_refused(demo: Llama) -> None:
     model = LlamaLM(demo, progress=False)
     cases = (
         ({"top_k": 5}, "generation_kwargs has top_k, expected until"),
+        ({"num_beams": 4}, "generation_kwargs has num_beams, expected until"),
         ({"max_gen_toks": 256}, "max_gen_toks is 256, but max_seq_len is 256: lower it"),
     )
     for options, message in cases:
@@ -206,66 +258,115 @@ def test_options_without_a_counterpart_are_refused(demo: Llama) -> None:
         model.loglikelihood([too_long])
 
 
-def command(tasks: Path, *options: str | Path) -> list[str | Path]:
-    return ["-m", "llama", "eval", DEMO, "--include_path", tasks, "--max_seq_len", "256", *options]
+@pytest.fixture
+def evaluated(tasks: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the command in this process, and returns what it writes."""
+
+    def run_it(names: str, **options: Any) -> dict[str, Any]:
+        output = tmp_path / "results.json"
+        common = {"include_path": str(tasks), "max_seq_len": 256, "dtype": "float32"}
+        evaluate(str(DEMO), names, output=str(output), **common | options)
+        return dict(json.loads(output.read_text()))
+
+    return run_it
+
+
+def test_what_the_command_writes(
+    evaluated: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluated(
+        "local_c*", limit=4, apply_chat_template=True, system="Be brief.", num_fewshot=1
+    )
+    table = capsys.readouterr().out
+    assert "|local_choice" in table
+    own = found["llama"]
+    assert own["ways"].startswith("linear layers: ")
+    assert own["ways"] in table
+    assert own["versions"]["torch"] == torch.__version__
+    assert own["versions"].keys() >= {"lm_eval", "transformers", "datasets"}
+    assert (own["dtype"], own["max_seq_len"], own["threads"]) == ("torch.float32", 256, 1)
+    assert (own["tensor_parallel"], own["replicas"], own["device"]) == (1, 1, "cpu")
+    assert (own["system_instruction"], own["apply_chat_template"]) == ("Be brief.", True)
+    assert set(own["processor"]) == features.cpu_features()
+    seeds = [found["config"][f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")]
+    assert seeds == [0, 1234, 1234, 1234]  # the harness's own
+    results = found["results"]["local_choice"]
+    share = results["acc,none"]
+    assert results["acc_stderr,none"] == pytest.approx((share * (1 - share) / 3) ** 0.5)
+    samples = found["samples"]["local_choice"]
+    assert len(samples) == 4
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    other = evaluated(
+        "local_choice", limit=1, apply_chat_template=True, num_fewshot=1, fewshot_as_multiturn=False
+    )
+    prompts.append(other["samples"]["local_choice"][0]["arguments"][0][0])
+    assert ["Be brief." in prompt for prompt in prompts] == [True] * 4 + [False]
+    n_turns = [prompt.count("<|start_header_id|>user") for prompt in prompts]
+    assert n_turns == [2] * 4 + [1]  # with one example
+
+
+def test_tasks_of_the_command(
+    evaluated: Callable[..., dict[str, Any]], tasks: Path, tmp_path: Path
+) -> None:
+    by_path = evaluated(f"{tasks / 'local_until.yaml'}, local_choice,local_c*", limit=1)
+    assert set(by_path["results"]) == {"local_until", "local_choice"}
+    cases: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
+        ("local_choice,nothing", {}, ValueError, r"--tasks has \['nothing'\], which the harness"),
+        ("no_*", {}, ValueError, r"--tasks has \['no_\*'\]"),
+        (",", {}, ValueError, "--tasks has no name"),
+        ("local_choice", {"output": str(tmp_path / "no" / "x")}, OSError, "folder that doesn't"),
+        ("local_choice", {"output": str(tmp_path)}, OSError, "is a folder, expected a file"),
+    )
+    for names, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            evaluate(str(DEMO), names, include_path=str(tasks), **options)
+
+
+def test_a_run_continues(
+    evaluated: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = str(tmp_path / "answers")
+    first = evaluated(",".join(TASKS), limit=2, use_cache=cache)
+    monkeypatch.setattr(Llama, "score", None)
+    monkeypatch.setattr(Llama, "generate", None)
+    again = evaluated(",".join(TASKS), limit=2, use_cache=cache)
+    for name, wanted in first["results"].items():
+        assert again["results"][name] == wanted
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 @pytest.mark.slow
-def test_the_command(tasks: Path, tmp_path: Path) -> None:
-    output = tmp_path / "results.json"
-    options = ("--tasks", "local_choice,local_until", "--limit", "4", "--output", output)
-    result = run(sys.executable, *command(tasks, *options), env=OFFLINE)
+@pytest.mark.parametrize("size", [2, 1])
+def test_two_ranks(
+    size: int, evaluated: Callable[..., dict[str, Any]], tasks: Path, tmp_path: Path
+) -> None:
+    """Tensor parallel (the command line as it is), and as two replicas."""
+    one = evaluated(",".join(TASKS), limit=6)
+    output = tmp_path / "ranks.json"
+    options = ["--tasks", ",".join(TASKS), "--include_path", tasks, "--dtype", "float32"]
+    options += ["--max_seq_len", "256", "--limit", "6", "--output", output]
+    program = ["-m", "llama"] if size == 2 else [PROGRAMS / "evaluate.py"]
+    command = (*TORCHRUN, "2", *program, "eval", DEMO, "--model_parallel_size", str(size), *options)
+    result = run(*map(str, command), env=OFFLINE, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert "local_choice" in result.stdout
-    assert "log-likelihoods: 100%" in result.stderr
-    found = json.loads(output.read_text())
-    assert found["llama"]["versions"]["torch"]
-    assert found["llama"]["ways"].startswith("linear layers: ")
-    assert len(found["samples"]["local_until"]) == 4
-    for wrong, message in (
-        (("--tasks", "local_choice,nothing"), "error: --tasks has ['nothing'], which the harness"),
-        (("--tasks", "local_choice", "--output", tmp_path / "no" / "x"), "a folder that doesn't"),
-    ):
-        result = run(sys.executable, *command(tasks, *wrong), env=OFFLINE)
-        assert result.returncode == 1
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
-
-
-@pytest.mark.slow
-def test_two_ranks(tasks: Path, tmp_path: Path) -> None:
-    """Tensor parallel, and as two replicas."""
-
-    def evaluated(n_ranks: int, size: int) -> Any:
-        output = tmp_path / f"{n_ranks}-{size}.json"
-        options = ("--tasks", ",".join(TASKS), "--dtype", "float32", "--output", output)
-        launch = [*TORCHRUN, str(n_ranks)] if n_ranks > 1 else [sys.executable]
-        ranks = ("--model_parallel_size", str(size))
-        result = run(*launch, *command(tasks, *options, *ranks), env=OFFLINE, timeout=200)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("|local_choice") == 1
-        return json.loads(output.read_text())
-
-    one = evaluated(1, 1)
-    for size in (2, 1):
-        two = evaluated(2, size)
-        found = two["llama"]["tensor_parallel"], two["llama"]["replicas"]
-        assert found == (size, 2 // size)
-        for task in TASKS:
-            for metric, value in one["results"][task].items():
-                if isinstance(value, float):
-                    assert two["results"][task][metric] == pytest.approx(value, rel=1e-5)
-        pairs = zip(one["samples"]["local_until"], two["samples"]["local_until"], strict=True)
-        for a, b in pairs:
-            assert a["resps"] == b["resps"]
+    assert result.stdout.count("|local_choice") == 1
+    for bar in ("Tokenizing inputs", "log-likelihoods", "generations"):
+        n_bars = len(re.findall(rf"(?m)(?:^|[\r]){bar}: +0%", result.stderr))
+        assert n_bars == 1, bar  # one rank shows them
+    two = json.loads(output.read_text())
+    assert (two["llama"]["tensor_parallel"], two["llama"]["replicas"]) == (size, 2 // size)
+    for task in TASKS:
+        for metric, value in one["results"][task].items():
+            if isinstance(value, float):
+                assert two["results"][task][metric] == pytest.approx(value, rel=1e-5)
+    pairs = zip(one["samples"]["local_until"], two["samples"]["local_until"], strict=True)
+    for a, b in pairs:
+        assert a["resps"] == b["resps"]
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.commands.evaluate import evaluate
-
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match=r"needs lm-evaluation-harness .* -e \"\.\[eval\]\""):
         evaluate(str(DEMO), "arc_easy")

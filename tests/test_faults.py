@@ -119,6 +119,8 @@ def test_different_arguments_are_an_error_on_every_rank(shards: Path) -> None:
     names = ["model_parallel_size is 1", "max_seq_len is 64", "adapter is 'adapter0'"]
     names += ["prompt_tokens is [[1, 2]]"]
     names += ["prompt_tokens is [[1]]", "max_gen_len is 3", "temperature is 0.5", "echo is False"]
+    names += ["pairs is [(0, [1, 1, 1], [1], 1)]", "pairs is [(0, [1, 2], [3], 2)]"]
+    names += ["pairs is [(0, [1], [1], 1), (1, [2], [2], 1)]"]
     names += ["tokens is [[1, 2]]", "tokens is [[1]]"]
     said = re.findall(r"(?:Llama|Transformer)\.\w+: .*?same arguments", lines[0])
     for message, name in zip(said, names, strict=True):

@@ -1,8 +1,10 @@
 """Llama.score: against Hugging Face's logits, with shared prefixes, at the limits."""
 
+import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO
@@ -108,9 +110,27 @@ def test_any_order_and_number() -> None:
 def test_ties_rank_the_lower_id_first() -> None:
     llm = Llama.build(str(DEMO), max_seq_len=64, dtype="float32", device="cpu")
     llm.model.output.weight.zero_()
-    scores = llm.score([([3], [0]), ([3], [7]), ([3], [511])])
-    assert [score.ranks for score in scores] == [[0], [7], [511]]
-    assert [score.is_greedy for score in scores] == [True, False, False]
+    scores = llm.score([([3], [0]), ([3], [7]), ([3], [511]), ([3], [0, 1]), ([3], [0, 0])])
+    assert [score.ranks for score in scores] == [[0], [7], [511], [0, 1], [0, 0]]
+    assert [score.is_greedy for score in scores] == [True, False, False, False, True]
+
+
+def test_logits_that_are_not_finite() -> None:
+    """A token may be impossible; NaN is an error."""
+    llm = Llama.build(str(DEMO), max_seq_len=64, dtype="float32", device="cpu")
+
+    def forbid(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, torch.tensor([7]), -math.inf)
+
+    with llm.model.output.register_forward_hook(forbid):
+        [score] = llm.score([([3], [7, 5])], top_logprobs=10**6)
+    assert score.total == score.logprobs[0] == -math.inf
+    assert score.ranks[0] == 1023
+    assert [len(top) for top in score.top] == [1024, 1024]
+    assert list(score.top[0])[-1] == 7
+    llm.model.output.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the logits of prompt 1 aren't finite"):
+        llm.score([([3, 4], [7]), ([3], [7])])
 
 
 def test_texts(demo: Llama) -> None:
@@ -150,16 +170,36 @@ def test_what_cannot_be_scored(llm: Llama) -> None:
         (([], [1]), ValueError, "the context of pair 1 has no tokens"),
         (([1], []), ValueError, "the continuation of pair 1 has no tokens"),
         (("a", [1]), TypeError, "pair 1 has a text and ids, expected two texts or two lists"),
-        (([1] * 60, [1] * 6), ValueError, "prompt 1 has 65 tokens, but max_seq_len is 64"),
+        (([1] * 60, [1] * 6), ValueError, "pair 1 has 66 tokens, but max_seq_len is 64"),
         (([1], [5000]), ValueError, "prompt 1 has the token id 5000"),
         (([5000], [1]), ValueError, "prompt 1 has the token id 5000"),
         (([1], ["a"]), TypeError, "prompt 1 is"),
+        ((None, [1]), TypeError, "prompt 1 is None"),
+        (([1],), TypeError, r"pair 1 is \(\[1\],\), expected \(context, continuation\)"),
+        (([1], [2], [3]), TypeError, "pair 1 is"),
+        ("ab", TypeError, "pair 1 is 'ab'"),
+        (("Onc", "e"), ValueError, "no tokens, as the last token of 'Once' begins in the context"),
+        (("Once", ""), ValueError, "no tokens, expected at least one"),
     ]
     for pair, error, message in cases:
         with pytest.raises(error, match=message):
             llm.score([([1], [2]), pair])
     with pytest.raises(ValueError, match="top_logprobs is -1"):
         llm.score([([1], [2])], top_logprobs=-1)
+    with pytest.raises(TypeError, match="texts is a str"):
+        llm.score_rolling("Once")
+    with pytest.raises(ValueError, match="prompt 1 has the token id 5000"):
+        llm.score_rolling([[1] * 200, [5000]])
+
+
+def test_ids_of_any_kind(llm: Llama) -> None:
+    kinds: tuple[Any, ...] = (tuple, np.array, torch.tensor, iter)
+    wanted = llm.score([([1, 2, 3], [4, 5])])
+    for kind in kinds:
+        pairs = ((kind(ids), kind(more)) for ids, more in [([1, 2, 3], [4, 5])])
+        [score] = llm.score(pairs)  # type: ignore[arg-type]
+        assert score == wanted[0]
+        assert {type(token) for token in score.tokens} == {int}
 
 
 def test_hooks_take_effect(llm: Llama) -> None:

@@ -17,7 +17,11 @@ def cpu_features() -> set[str]:
         return {"asimd", "asimddp", "asimdhp"}  # of every Apple processor with macOS
     if platform.system() != "Linux":
         return set()
-    features = set(Path("/proc/cpuinfo").read_text().split())
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines()
+    )  # "flags : ..." on x86, "Features" on ARM
+    flags = (line for line in lines if line.lower().startswith(("flags", "features")))
+    features = {name for line in flags for name in line.partition(":")[2].split()}
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit in _WITHOUT_BFLOAT16 | _WITHOUT_AMX:  # oneDNN ignores other values
         features = {feature for feature in features if not feature.startswith("amx")}

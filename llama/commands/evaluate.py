@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from llama.accel.features import cpu_features
 from llama.accel.kernels import instruction_set
 from llama.commands.options import ModelOptions, runs_model
-from llama.distributed.groups import is_first_process
+from llama.distributed.groups import is_first_process, n_processes
 from llama.extras import needs_extra
 from llama.files import expanded
 from llama.generation import Llama
 
+# The harness's defaults: 0 for Python's generator, which shuffles the answers of some tasks.
+_SEED, _RANDOM_SEED = 1234, 0
+_BOOTSTRAP_ITERS = 1000  # for standard errors that have no formula
 _PACKAGES = ("torch", "lm_eval", "transformers", "tokenizers", "tiktoken", "datasets")
 
 
@@ -30,7 +34,7 @@ def _harness() -> Any:
     return lm_eval, adapter
 
 
-@runs_model(max_seq_len=None, max_batch_size=8, seed=1234)
+@runs_model(max_seq_len=None, max_batch_size=8, seed=_SEED)
 def evaluate(
     model: ModelOptions,
     tasks: str,
@@ -39,9 +43,12 @@ def evaluate(
     limit: float | None = None,
     include_path: str | None = None,
     apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
     template: str = "meta",
     system: str | None = None,
     gen_kwargs: str | None = None,
+    use_cache: str | None = None,
+    confirm_run_unsafe_code: bool = False,
     output: str | None = None,
 ) -> None:
     """Evaluate a model with lm-evaluation-harness, and print its table.
@@ -50,43 +57,54 @@ def evaluate(
     requests.
 
     Args:
-        tasks: names of tasks or groups, separated by commas.
+        tasks: names of tasks or groups, patterns (mmlu_*) or YAML files, separated by commas.
         num_fewshot: examples in each prompt; default: the task's.
         limit: documents per task, or their share if below 1; for trials only.
         include_path: folder of further tasks (YAML files).
         apply_chat_template: ask each question as a dialog.
+        fewshot_as_multiturn: with apply_chat_template, make each example a turn of the dialog;
+            False puts all into the user's message.
         template: of dialogs: meta, or folder for the folder's own chat template.
         system: system message, or text before each prompt without apply_chat_template.
         gen_kwargs: changes of the tasks' generation options: max_gen_toks=64,temperature=0.5.
+        use_cache: file to which answers are added, and from which a run that was interrupted
+            continues; for the same model and options only. One process.
+        confirm_run_unsafe_code: allow tasks that run code which the model wrote (HumanEval).
         output: file for the results, the configuration and each document's answers, in JSON.
     """
     harness, integration = _harness()
-    names = [name for name in tasks.split(",") if name]
     manager = harness.tasks.TaskManager(include_path=include_path and expanded(include_path))
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown or not names:
-        raise ValueError(
-            f"--tasks has {unknown if names else 'no name'}, which the harness doesn't know: "
-            "lm-eval ls tasks lists its own; give the folder of others with --include_path"
-        )
-    if output is not None and not Path(expanded(output)).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--output {output} is in a folder that doesn't exist")
+    names = _task_names(manager, tasks)
+    if output is not None:
+        path = Path(expanded(output)).absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            fault = "is a folder" if path.is_dir() else "is in a folder that doesn't exist"
+            raise FileNotFoundError(f"--output {output} {fault}, expected a file")
+    if use_cache is not None and n_processes() > 1:
+        raise ValueError("--use_cache needs one process: ranks could have different answers in it")
     llm = model.build()
     is_first = is_first_process()
+    prompts = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": fewshot_as_multiturn,
+        "system_instruction": system,
+        "gen_kwargs": gen_kwargs,
+    }
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a process with threads shouldn't fork
     results = harness.simple_evaluate(
         model=integration.LlamaLM(llm, template, progress=is_first),
         tasks=names,
-        num_fewshot=num_fewshot,
-        limit=limit,
         task_manager=manager,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system,
-        gen_kwargs=gen_kwargs,
-        random_seed=model.seed,
+        use_cache=use_cache and str(expanded(use_cache)),
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        random_seed=_RANDOM_SEED if model.seed == _SEED else model.seed,
         numpy_random_seed=model.seed,
         torch_random_seed=model.seed,
         fewshot_random_seed=model.seed,
-        bootstrap_iters=0,
+        bootstrap_iters=_BOOTSTRAP_ITERS if is_first else 0,
+        **prompts,
     )
     if not is_first:
         return
@@ -99,10 +117,29 @@ def evaluate(
             "dtype": str(llm.model.tok_embeddings.weight.dtype),
             "max_seq_len": llm.model.params.max_seq_len,
             "template": template,
+            **prompts,
         }
         found = {"llama": {**options, **_environment(llm)}, **results}
-        text = json.dumps(found, indent=1, default=str, ensure_ascii=False)
-        Path(expanded(output)).write_text(text, encoding="utf-8")
+        path.write_text(json.dumps(found, indent=1, default=str, ensure_ascii=False), "utf-8")
+
+
+def _task_names(manager: Any, tasks: str) -> list[str]:
+    """The names that ``--tasks`` lists, with patterns replaced by what they match.
+
+    Raises:
+        ValueError: one doesn't exist, or there are none.
+    """
+    found: dict[str, list[str]] = {}
+    for name in filter(None, (name.strip() for name in tasks.split(","))):
+        is_file = name.endswith((".yaml", ".yml")) and Path(expanded(name)).is_file()
+        found[name] = [str(expanded(name))] if is_file else manager.match_tasks([name])
+    unknown = [name for name, matches in found.items() if not matches]
+    if unknown or not found:
+        raise ValueError(
+            f"--tasks has {unknown if found else 'no name'}, which the harness doesn't know: "
+            "lm-eval ls tasks lists its own; give the folder of others with --include_path"
+        )
+    return list(dict.fromkeys(name for matches in found.values() for name in matches))
 
 
 def _environment(llm: Llama) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llama.generation import Llama
 
 _MAX_GEN_TOKENS = 256  # the harness's default
 _PAIRS = 256  # scored together, between two updates of the progress bar
+_NEUTRAL = {"num_beams": 1, "top_k": 0, "repetition_penalty": 1}  # options that change nothing
 TEMPLATES = ("meta", "folder")
 
 
@@ -105,6 +106,12 @@ class LlamaLM(TemplateLM):
 
     # --- Requests -------------------------------------------------------------------------------
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Encodes the requests, for ``_loglikelihood_tokens``."""
+        return super().loglikelihood(requests, disable_tqdm or not self._progress)
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -185,6 +192,7 @@ class LlamaLM(TemplateLM):
             "stop": stop,
         }
         options.pop("temperature", None)
+        options = {name: x for name, x in options.items() if x != _NEUTRAL.get(name)}
         if options:
             raise ValueError(
                 f"generation_kwargs has {', '.join(sorted(options))}, expected until, "

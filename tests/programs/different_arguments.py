@@ -37,6 +37,10 @@ for arguments in (
 ):
     arguments = {"prompt_tokens": [[1, 2]], "max_gen_len": 3, **arguments}
     said.append(failing(lambda arguments=arguments: llm.generate(**arguments)))
+said.append(failing(lambda: llm.score([([1] * (1 + rank), [1] * (3 - rank))])))
+said.append(failing(lambda: llm.score([([1, 2], [3 + rank])])))
+pairs = [([1], [1]), ([2], [2])]
+said.append(failing(lambda: llm.score(pairs[:: 1 - 2 * rank])))  # in another order
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1, 2 + rank]]), 0)))
 said.append(failing(lambda: llm.model.forward(torch.tensor([[1] * (1 + rank)]), 0)))
 os.write(1, f"{said}\n".encode())  # a single write

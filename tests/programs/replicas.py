@@ -21,7 +21,13 @@ def counting(tokens, batch):
 
 
 llm.model.hidden = counting
+seen = llm.inspect([7, 20, 300])
 results = {
+    "inspected": [
+        seen.hidden_states.tolist(),
+        seen.attentions.tolist(),
+        seen.logit_lens().tolist(),
+    ],
     "greedy": [llm.generate(prompts[:n], 9, temperature=0) for n in range(6)],
     "scored": llm.generate(prompts, 4, temperature=0, logprobs=True, echo=True),
     "pairs": [
@@ -35,6 +41,9 @@ results = {
 counted.clear()
 llm.generate(prompts[:2], 1, temperature=0)
 results["rows"] = [len(rows) for rows in counted]
+counted.clear()
+llm.score([(prompt, [1]) for prompt in prompts])
+results["n_scored"] = sum(map(len, counted))  # sequences in passes
 try:
     llm.generate([[1], [2], [99999]], 3)
 except ValueError as error:
