@@ -1,5 +1,6 @@
 """JSON by a schema: masks, whole answers of the demo model, and their neighbours."""
 
+import copy
 import json
 import random
 import sys
@@ -281,6 +282,16 @@ def test_without_llguidance_the_command_is_named(
         ImportError, match=r'needs llguidance .*constraints.txt -e "\.\[structured\]"'
     ):
         JsonConstraint(tokenizer, SUM)
+
+
+def test_copies_go_on_separately(tokenizer: Tokenizer) -> None:
+    first = JsonConstraint(tokenizer, SUM)
+    second = copy.copy(first)
+    start = allowed(first, tokenizer)
+    [token] = tokenizer.encode("{", bos=False, eos=False)
+    second.accept(token)
+    assert allowed(first, tokenizer) == start != allowed(second, tokenizer)
+    assert allowed(copy.copy(second), tokenizer) == allowed(second, tokenizer)
 
 
 def test_an_error_ends_the_answer(tokenizer: Tokenizer) -> None:

@@ -17,9 +17,8 @@ def cpu_features() -> set[str]:
         return {"asimd", "asimddp", "asimdhp"}  # of every Apple processor with macOS
     if platform.system() != "Linux":
         return set()
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines()
-    )  # "flags : ..." on x86, "Features" on ARM
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    # "flags : ..." on x86, "Features : ..." on ARM
     flags = (line for line in lines if line.lower().startswith(("flags", "features")))
     features = {name for line in flags for name in line.partition(":")[2].split()}
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()

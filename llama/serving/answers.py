@@ -14,7 +14,9 @@ from llama.serving.structured import JsonConstraint
 from llama.serving.tools import tool_calls
 
 # A text that may become a call: JSON, <function=name>..., or name.call(...).
-_MAY_BE_CALL = re.compile(r"\s*([{\[].*|<(f.*)?|\w*|\w+\.c?a?l?l?|\w+\.call\(.*)", re.DOTALL)
+_MAY_BE_CALL = re.compile(
+    r"\s*([{\[].*|<(f.*)?|\w*|\w+\.c?a?l?l?|\w+\.call\(.*)", re.DOTALL | re.ASCII
+)
 
 # The API's log-probability of a very unlikely token, here of probability 0: JSON has no -inf.
 _LEAST = -9999.0

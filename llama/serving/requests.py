@@ -1,5 +1,6 @@
 """The engine's requests for the body of an API call."""
 
+import copy
 from collections.abc import Sequence
 
 from llama.generation import Llama
@@ -63,8 +64,9 @@ def _constrain(llm: Llama, body: ChatBody, requests: list[Request]) -> None:
     if not is_json:
         return
     try:
-        for request in requests:
-            request.constraint = JsonConstraint(llm.tokenizer, schema)
+        constraint = JsonConstraint(llm.tokenizer, schema)
     except (ImportError, ValueError) as error:
         place = "response_format" if body.wants_json else "tools"
         raise ApiError(400, str(error), place) from None
+    for request in requests:
+        request.constraint = copy.copy(constraint)

@@ -59,6 +59,12 @@ class JsonConstraint:
         if self.error:
             raise ValueError(f"the JSON schema isn't supported: {self.error}")
 
+    def __copy__(self) -> "JsonConstraint":
+        """Another constraint in the same state: compiling a schema takes up to a second."""
+        other = object.__new__(JsonConstraint)
+        vars(other).update(vars(self), _matcher=self._matcher.deep_copy())
+        return other
+
     @property
     def error(self) -> str | None:
         """Why the answer can't be continued, such as a limit of llguidance; None while it can.

@@ -28,7 +28,7 @@ _BEFORE_DEFINITIONS = (
 _AFTER_DEFINITIONS = "\n\nReturn function calls in JSON format."
 _MAX_DEFINITIONS = 2**22  # characters; indentation can make them many times those of the body
 # Calls of tools that the models know by name, such as brave_search, and of custom ones
-_BUILT_IN_CALL = re.compile(r'(\w+)\.call\((\w+)="([^"]*)"\)')
+_BUILT_IN_CALL = re.compile(r'(\w+)\.call\((\w+)="([^"]*)"\)', re.ASCII)
 _FUNCTION_START = re.compile(r"<function=([^>]+)>\s*")
 _FUNCTION_END = re.compile(r"\s*</function>")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which UTF-8 can't express, and an answer's JSON can
