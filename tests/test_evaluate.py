@@ -91,6 +91,12 @@ def write_tasks(folder: Path) -> Path:
         common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
         task = {"task": name, "test_split": "test", **common, **options}
         (folder / f"{name}.yaml").write_text(json.dumps(task))  # YAML includes JSON
+    group = {
+        "group": "local_group",
+        "task": ["local_choice"],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }
+    (folder / "group.yaml").write_text(json.dumps(group))
     return folder
 
 
@@ -157,6 +163,7 @@ def test_dialogs(demo: Llama) -> None:
     request = Instance("loglikelihood", {}, (text, " 68"), 0)
     [(_, is_greedy)] = model.loglikelihood([request])
     assert is_greedy
+    assert (model.chat_template(True), model.chat_template(False)) == ("meta", None)
     with pytest.raises(ValueError, match="the folder has no chat template"):
         LlamaLM(demo, "folder")
     with pytest.raises(ValueError, match="template is 'alpaca', expected one of meta, folder"):
@@ -275,7 +282,7 @@ def test_what_the_command_writes(
     evaluated: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluated(
-        "local_c*", limit=4, apply_chat_template=True, system="Be brief.", num_fewshot=1
+        "local_c*", limit=3, apply_chat_template=True, system="Be brief.", num_fewshot=1
     )
     table = capsys.readouterr().out
     assert "|local_choice" in table
@@ -292,34 +299,73 @@ def test_what_the_command_writes(
     assert seeds == [0, 1234, 1234, 1234]  # the harness's own
     results = found["results"]["local_choice"]
     share = results["acc,none"]
-    assert results["acc_stderr,none"] == pytest.approx((share * (1 - share) / 3) ** 0.5)
+    assert results["acc_stderr,none"] == pytest.approx((share * (1 - share) / 2) ** 0.5)
     samples = found["samples"]["local_choice"]
-    assert len(samples) == 4
+    assert len(samples) == 3
     prompts = [sample["arguments"][0][0] for sample in samples]
-    other = evaluated(
-        "local_choice", limit=1, apply_chat_template=True, num_fewshot=1, fewshot_as_multiturn=False
-    )
+    one_turn = {"apply_chat_template": True, "num_fewshot": 1, "fewshot_as_multiturn": False}
+    other = evaluated("local_group", limit=1, seed=7, **one_turn)
+    assert capsys.readouterr().out.count("|local_group") == 2  # and in the table of groups
+    seeds = [other["config"][f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")]
+    assert seeds == [7] * 4
     prompts.append(other["samples"]["local_choice"][0]["arguments"][0][0])
-    assert ["Be brief." in prompt for prompt in prompts] == [True] * 4 + [False]
+    assert ["Be brief." in prompt for prompt in prompts] == [True] * 3 + [False]
     n_turns = [prompt.count("<|start_header_id|>user") for prompt in prompts]
-    assert n_turns == [2] * 4 + [1]  # with one example
+    assert n_turns == [2] * 3 + [1]  # with one example
 
 
 def test_tasks_of_the_command(
-    evaluated: Callable[..., dict[str, Any]], tasks: Path, tmp_path: Path
+    evaluated: Callable[..., dict[str, Any]],
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    by_path = evaluated(f"{tasks / 'local_until.yaml'}, local_choice,local_c*", limit=1)
-    assert set(by_path["results"]) == {"local_until", "local_choice"}
+    unsafe = json.loads((tasks / "local_until.yaml").read_text())
+    unsafe |= {"task": "local_unsafe", "unsafe_code": True}
+    path = tmp_path / "unsafe.yaml"
+    path.write_text(json.dumps(unsafe))
+    names = f"{path}, local_choice,local_c*"
+    allowed = {"confirm_run_unsafe_code": True, "gen_kwargs": "max_gen_toks=3"}
+    found = evaluated(names, limit=1, **allowed)
+    assert set(found["results"]) == {"local_unsafe", "local_choice"}
+    [sample] = found["samples"]["local_unsafe"]
+    assert sample["arguments"][0][1]["max_gen_toks"] == 3
     cases: tuple[tuple[str, dict[str, Any], type[Exception], str], ...] = (
         ("local_choice,nothing", {}, ValueError, r"--tasks has \['nothing'\], which the harness"),
         ("no_*", {}, ValueError, r"--tasks has \['no_\*'\]"),
         (",", {}, ValueError, "--tasks has no name"),
+        (str(path), {}, ValueError, "marked as unsafe"),
+        ("local_choice", {"template": "folder"}, ValueError, "the folder has no chat template"),
         ("local_choice", {"output": str(tmp_path / "no" / "x")}, OSError, "folder that doesn't"),
         ("local_choice", {"output": str(tmp_path)}, OSError, "is a folder, expected a file"),
     )
     for names, options, error, message in cases:
         with pytest.raises(error, match=message):
             evaluate(str(DEMO), names, include_path=str(tasks), **options)
+    monkeypatch.setattr("llama.commands.evaluate.n_processes", lambda: 2)
+    with pytest.raises(ValueError, match="--use_cache needs one process"):
+        evaluated("local_choice", use_cache=str(tmp_path / "cache"))
+
+
+def test_answers_are_cached_as_they_come(demo: Llama) -> None:
+    """Not only at the end, by the harness: a run may be interrupted."""
+    found = []
+
+    class Hook:
+        def add_partial(self, *answer: Any) -> None:
+            found.append(answer)
+
+    model = LlamaLM(demo, progress=False)
+    model.set_cache_hook(Hook())
+    wanted = []
+    for kind, arguments in (
+        ("loglikelihood", ("Once", " upon")),
+        ("loglikelihood_rolling", ("Once upon",)),
+        ("generate_until", ("Once", {"until": ["."], "max_gen_toks": 5})),
+    ):
+        [answer] = getattr(model, kind)([Instance(kind, {}, arguments, 0)])
+        wanted.append((kind, arguments, answer))
+    assert found == wanted
 
 
 def test_a_run_continues(

@@ -57,7 +57,8 @@ def evaluate(
     requests.
 
     Args:
-        tasks: names of tasks or groups, patterns (mmlu_*) or YAML files, separated by commas.
+        tasks: names of tasks or groups, patterns (bbh_cot_fewshot_*) or YAML files, separated by
+            commas.
         num_fewshot: examples in each prompt; default: the task's.
         limit: documents per task, or their share if below 1; for trials only.
         include_path: folder of further tasks (YAML files).
@@ -139,7 +140,7 @@ def _task_names(manager: Any, tasks: str) -> list[str]:
             f"--tasks has {unknown if found else 'no name'}, which the harness doesn't know: "
             "lm-eval ls tasks lists its own; give the folder of others with --include_path"
         )
-    return list(dict.fromkeys(name for matches in found.values() for name in matches))
+    return [name for matches in found.values() for name in matches]
 
 
 def _environment(llm: Llama) -> dict[str, Any]:
