@@ -156,12 +156,14 @@ def test_the_commands_options_hold_where_a_line_has_none(tmp_path: Path, llm: Ll
 
 def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
     question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
+    developer = [{"role": "developer", "content": "Answer in capital letters."}, *question]
     fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "top_p": None}
     fixed |= {"user": "me", "presence_penalty": 0.0, "logit_bias": {}}
     lines = [
         openai_line("chat", "chat/completions", messages=question, logprobs=True, **fixed),
         openai_line("cut", "chat/completions", messages=question, max_completion_tokens=3, **fixed),
         openai_line("text", "completions", prompt="The dog", max_tokens=9, stop=["."], **fixed),
+        openai_line("developer", "chat/completions", messages=developer, **fixed),
     ]
     found = run_here(write(tmp_path / "in", lines), tmp_path / "out")
     bodies = {}
@@ -181,6 +183,9 @@ def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
     usage = bodies["cut"]["usage"]
     assert usage["completion_tokens"] == 3
     assert usage["total_tokens"] == 3 + usage["prompt_tokens"]
+    system: Dialog = [{"role": "system", "content": developer[0]["content"]}, *question]
+    expected = llm.chat_completion([system], temperature=0)[0]["generation"]
+    assert bodies["developer"]["choices"][0]["message"] == {**expected, "refusal": None}
     text = llm.text_completion(["The dog"], 0, max_gen_len=9, stop=["."])[0]["generation"]
     assert bodies["text"]["choices"][0]["text"] == text
 
@@ -738,23 +743,39 @@ def test_other_numbers_of_ranks_continue_after_kill_9(
     assert answers(output) == expected
 
 
-@pytest.mark.slow
-def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input: str) -> None:
-    """Two launchers, as on two machines, each in its own folder."""
+def on_two_machines(*folders: Path, source: str) -> list[subprocess.CompletedProcess[str]]:
+    """The command with two launchers, each in its folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two"]
     options += [f"--rdzv_endpoint={endpoint}", "--local_addr=127.0.0.1"]
-    launcher = [*TORCHRUN[:3], *options]
-    more = "--model_parallel_size=1"
+    arguments = command(source, Path("out.jsonl"), "--model_parallel_size=1")
     with ThreadPoolExecutor() as pool:
-        nodes = []
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            arguments = [*launcher, *command(long_input, Path("out.jsonl"), more)]
-            nodes.append(pool.submit(run, *arguments, cwd=tmp_path / name))
-        results = [node.result() for node in nodes]
+        nodes = [
+            pool.submit(run, *TORCHRUN[:3], *options, *arguments, cwd=folder) for folder in folders
+        ]
+        return [node.result() for node in nodes]
+
+
+@pytest.mark.slow
+def test_two_machines_divide_the_lines(tmp_path: Path, expected: dict[str | int, Json]) -> None:
+    source = write(tmp_path / "in.jsonl", made_up(300)[:40])
+    results = on_two_machines(tmp_path, tmp_path, source=source)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert sum("out.jsonl: 40 answers" in result.stdout for result in results) == 1
+    found = answers(tmp_path / "out.jsonl")
+    assert len(found) == 40
+    assert found == {key: expected[key] for key in found}
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input: str) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    results = on_two_machines(*folders, source=long_input)
     assert all(result.returncode != 0 for result in results)
     message = "in a folder that all machines share"
     assert sum(message in result.stderr for result in results) == 1

@@ -199,7 +199,15 @@ def _openai_fields(found: dict[str, Any]) -> tuple[Any, dict[str, Any], list[str
         raise ValueError("body has max_tokens and max_completion_tokens, expected one of them")
     if content not in body:
         raise ValueError(f"body has no {content}")
-    return key, {content: body[content]} | {names[name]: body[name] for name in given}, [content]
+    value = body[content]
+    if content == "messages" and isinstance(value, list):
+        value = [
+            {**message, "role": "system"}
+            if isinstance(message, dict) and message.get("role") == "developer"
+            else message
+            for message in value
+        ]
+    return key, {content: value} | {names[name]: body[name] for name in given}, [content]
 
 
 def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
