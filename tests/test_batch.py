@@ -156,7 +156,8 @@ def test_the_commands_options_hold_where_a_line_has_none(tmp_path: Path, llm: Ll
 
 def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
     question: Dialog = [{"role": "user", "content": "What is 23 + 45?"}]
-    developer = [{"role": "developer", "content": "Answer in capital letters."}, *question]
+    capitals = "Answer in capital letters."
+    developer: list[Any] = [{"role": "developer", "content": capitals}, *question]
     fixed = {"model": "any", "n": 1, "stream": False, "temperature": 0, "top_p": None}
     fixed |= {"user": "me", "presence_penalty": 0.0, "logit_bias": {}}
     lines = [
@@ -183,9 +184,9 @@ def test_openais_lines_get_openais_answers(tmp_path: Path, llm: Llama) -> None:
     usage = bodies["cut"]["usage"]
     assert usage["completion_tokens"] == 3
     assert usage["total_tokens"] == 3 + usage["prompt_tokens"]
-    system: Dialog = [{"role": "system", "content": developer[0]["content"]}, *question]
-    expected = llm.chat_completion([system], temperature=0)[0]["generation"]
-    assert bodies["developer"]["choices"][0]["message"] == {**expected, "refusal": None}
+    system: Dialog = [{"role": "system", "content": capitals}, *question]
+    found_message = llm.chat_completion([system], temperature=0)[0]["generation"]
+    assert bodies["developer"]["choices"][0]["message"] == {**found_message, "refusal": None}
     text = llm.text_completion(["The dog"], 0, max_gen_len=9, stop=["."])[0]["generation"]
     assert bodies["text"]["choices"][0]["text"] == text
 
