@@ -295,7 +295,9 @@ def test_a_saved_dialog_goes_on_after_loading(session: ChatSession, tmp_path: Pa
     say(session, "What is 23 + 45?")
     assert say(session, f"/save {path}") == f"3 messages written to {path}"
     messages = list(session.messages)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"messages": messages}
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"messages": messages}
+    assert "Réponds" in text  # readable
     say(session, "What is 1 + 2?")
     say(session, f"/save {path}")  # again, over its own file
     say(session, "/undo")
