@@ -780,3 +780,15 @@ def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input
     assert all(result.returncode != 0 for result in results)
     message = "in a folder that all machines share"
     assert sum(message in result.stderr for result in results) == 1
+
+
+@pytest.mark.slow
+def test_machines_with_different_inputs_are_refused(tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        write(folder / "in.jsonl", [{"prompt": folder.name}])
+    results = on_two_machines(*folders, source="in.jsonl")
+    assert all(result.returncode != 0 for result in results)
+    assert any("input_sha256" in result.stderr for result in results)
+    assert [os.listdir(folder) for folder in folders] == [["in.jsonl"]] * 2

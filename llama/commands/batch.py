@@ -14,14 +14,14 @@ from tqdm import tqdm
 from llama import memory
 from llama.commands.batch_lines import Line, answer, map_lines, read_lines
 from llama.commands.batch_output import Output
-from llama.commands.options import ModelOptions, runs_model
+from llama.commands.options import ModelOptions, SamplingOptions, runs_model
 from llama.completions import Completion
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
 from llama.files import check_regular, expanded
 from llama.generation import Llama
 from llama.request import Request
-from llama.sampling import SamplingParams, new_generator
+from llama.sampling import new_generator
 
 # They change the speed, and answers only by rounding.
 _NOT_RECORDED = ("max_batch_size", "model_parallel_size")
@@ -30,15 +30,7 @@ Prompt = tuple[Line, "array[int]"]  # 4 bytes a token
 
 
 @runs_model(max_seq_len=None, max_batch_size=16)
-def batch(
-    model: ModelOptions,
-    input: str,
-    output: str,
-    *,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
-) -> None:
+def batch(model: ModelOptions, sampling: SamplingOptions, input: str, output: str) -> None:
     """Answer the prompts and dialogs of a JSONL file; repeat an interrupted command to continue it.
 
     Under torchrun, the ranks of a copy of the weights compute together, and copies divide the
@@ -47,16 +39,12 @@ def batch(
     Args:
         input: JSONL file of prompts, dialogs or OpenAI's requests.
         output: JSONL file of the answers, in the order in which they finish.
-        temperature: divides the logits; 0 is greedy.
-        top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_gen_len: maximum number of tokens to generate; default: as many as fit.
     """
     check_regular(expanded(input))
     data = expanded(input).read_bytes()
-    lines = read_lines(input, data, SamplingParams(max_gen_len, temperature, top_p))
+    lines = read_lines(input, data, sampling.params())
     run = {name: x for name, x in dataclasses.asdict(model).items() if name not in _NOT_RECORDED}
-    run |= {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-    run["input_sha256"] = hashlib.sha256(data).hexdigest()
+    run |= dataclasses.asdict(sampling) | {"input_sha256": hashlib.sha256(data).hexdigest()}
     del data  # may be large
     out = Output(expanded(output), run)
     llm = model.build()
