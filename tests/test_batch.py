@@ -588,6 +588,16 @@ def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> No
         assert refused(source, output).startswith(message)
 
 
+def test_answers_of_a_part_that_is_elsewhere_are_missed(output: Path) -> None:
+    with contextlib.closing(batch_output.Output(output, {})) as out:
+        assert out.begin({"a": 1, "b": 2}) == [1, 2]
+        out.write("a", b'{"id": "a"}\n')
+        with pytest.raises(ValueError, match="1 answers aren't in .*: give an output in a folder"):
+            out.end()
+        out.write("b", b'{"id": "b"}\n')
+        out.end()
+
+
 def test_two_commands_do_not_write_one_file(source: str, output: Path) -> None:
     with output.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
