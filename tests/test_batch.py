@@ -592,7 +592,7 @@ def test_answers_of_a_part_that_is_elsewhere_are_missed(output: Path) -> None:
     with contextlib.closing(batch_output.Output(output, {})) as out:
         assert out.begin({"a": 1, "b": 2}) == [1, 2]
         out.write("a", b'{"id": "a"}\n')
-        with pytest.raises(ValueError, match="1 answers aren't in .*: give an output in a folder"):
+        with pytest.raises(ValueError, match=r"1 answers aren't in .*: give an output in a folder"):
             out.end()
         out.write("b", b'{"id": "b"}\n')
         out.end()
