@@ -1,5 +1,6 @@
 """python -m llama: inspect, verify, convert, evaluate, run or serve a checkpoint folder."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from llama.checkpoint.sharding import n_bytes, shard_specs
 from llama.commands.batch import batch
 from llama.commands.evaluate import evaluate
 from llama.commands.interactive import chat, show, show_steps
-from llama.commands.options import ModelOptions, runs_model
+from llama.commands.options import ModelOptions, SamplingOptions, runs_model
 from llama.config import LLAMA2_ROPE_THETA, LLAMA3_ROPE_THETA, LLAMA32_FACTOR, ModelArgs
 from llama.device import parse_dtype, resolve_device
 from llama.files import expanded
@@ -207,24 +208,18 @@ def convert_folder(
 @runs_model(max_batch_size=1)
 def complete(
     model: ModelOptions,
+    sampling: SamplingOptions,
     prompt: str,
-    *,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
 ) -> None:
     """Continue a text and show it as it is generated.
 
     Args:
         prompt: the text.
-        temperature: divides the logits; 0 is greedy.
-        top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_gen_len: maximum number of tokens to generate; default: as many as fit.
     """
     llm = model.build()
     tokens = llm.tokenizer.encode(prompt, bos=True, eos=False)
     show(prompt)
-    show_steps(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
+    show_steps(llm.stream([tokens], **dataclasses.asdict(sampling), logprobs=False))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -639,6 +639,16 @@ def test_foreign_and_repeated_lines_are_refused(source: str, output: Path) -> No
         assert refused(source, output).startswith(message)
 
 
+def test_answers_of_a_part_that_is_elsewhere_are_missed(output: Path) -> None:
+    with contextlib.closing(batch_output.Output(output, {})) as out:
+        assert out.begin({"a": 1, "b": 2}) == [1, 2]
+        out.write("a", b'{"id": "a"}\n')
+        with pytest.raises(ValueError, match=r"1 answers aren't in .*: give an output in a folder"):
+            out.end()
+        out.write("b", b'{"id": "b"}\n')
+        out.end()
+
+
 def test_two_commands_do_not_write_one_file(source: str, output: Path) -> None:
     with output.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -795,23 +805,51 @@ def test_other_numbers_of_ranks_continue_after_kill_9(
     assert answers(output) == expected
 
 
-@pytest.mark.slow
-def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input: str) -> None:
-    """Two launchers, as on two machines, each in its own folder."""
+def on_two_machines(*folders: Path, source: str) -> list[subprocess.CompletedProcess[str]]:
+    """The command with two launchers, each in its folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two"]
     options += [f"--rdzv_endpoint={endpoint}", "--local_addr=127.0.0.1"]
-    launcher = [*TORCHRUN[:3], *options]
-    more = "--model_parallel_size=1"
+    arguments = command(source, Path("out.jsonl"), "--model_parallel_size=1")
     with ThreadPoolExecutor() as pool:
-        nodes = []
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            arguments = [*launcher, *command(long_input, Path("out.jsonl"), more)]
-            nodes.append(pool.submit(run, *arguments, cwd=tmp_path / name))
-        results = [node.result() for node in nodes]
+        nodes = [
+            pool.submit(run, *TORCHRUN[:3], *options, *arguments, cwd=folder) for folder in folders
+        ]
+        return [node.result() for node in nodes]
+
+
+@pytest.mark.slow
+def test_two_machines_divide_the_lines(tmp_path: Path, expected: dict[str | int, Json]) -> None:
+    source = write(tmp_path / "in.jsonl", made_up(300)[:40])
+    results = on_two_machines(tmp_path, tmp_path, source=source)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert sum("out.jsonl: 40 answers" in result.stdout for result in results) == 1
+    found = answers(tmp_path / "out.jsonl")
+    assert len(found) == 40
+    assert found == {key: expected[key] for key in found}
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.jsonl.run.json"]
+
+
+@pytest.mark.slow
+def test_machines_without_a_shared_folder_are_refused(tmp_path: Path, long_input: str) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    results = on_two_machines(*folders, source=long_input)
     assert all(result.returncode != 0 for result in results)
     message = "in a folder that all machines share"
     assert sum(message in result.stderr for result in results) == 1
+
+
+@pytest.mark.slow
+def test_machines_with_different_inputs_are_refused(tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        write(folder / "in.jsonl", [{"prompt": folder.name}])
+    results = on_two_machines(*folders, source="in.jsonl")
+    assert all(result.returncode != 0 for result in results)
+    assert any("input_sha256" in result.stderr for result in results)
+    assert [os.listdir(folder) for folder in folders] == [["in.jsonl"]] * 2

@@ -122,6 +122,17 @@ def test_a_dialog_without_room_is_refused_and_kept(session: ChatSession) -> None
     assert say(session, "What is 1 + 2?") == "1 + 2 = 3."
 
 
+def test_a_dialog_needs_room_for_one_token(session: ChatSession, demo: Llama) -> None:
+    one = demo.formatter.encode_dialog_prompt([{"role": "user", "content": "word"}])
+    words = ["word" + " word" * (n - len(one)) for n in (255, 256)]
+    say(session, words[0])
+    assert session.stats is not None
+    assert (session.stats.n_prompt, session.stats.n_generated) == (255, 1)
+    say(session, "/undo")
+    with pytest.raises(ValueError, match="has 256 tokens, which leaves no room"):
+        say(session, words[1])
+
+
 def test_an_answer_that_is_cut_off_has_a_note(session: ChatSession) -> None:
     say(session, "/set max_gen_len 3")
     say(session, "Spell the word garden.")
@@ -284,7 +295,9 @@ def test_a_saved_dialog_goes_on_after_loading(session: ChatSession, tmp_path: Pa
     say(session, "What is 23 + 45?")
     assert say(session, f"/save {path}") == f"3 messages written to {path}"
     messages = list(session.messages)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"messages": messages}
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"messages": messages}
+    assert "Réponds" in text  # readable
     say(session, "What is 1 + 2?")
     say(session, f"/save {path}")  # again, over its own file
     say(session, "/undo")

@@ -10,7 +10,7 @@ from test_convert import cli
 
 from llama import Llama
 from llama.__main__ import COMMANDS
-from llama.commands.options import ModelOptions
+from llama.commands.options import ModelOptions, SamplingOptions
 
 
 def test_help_is_short_and_names_every_option() -> None:
@@ -62,6 +62,16 @@ def test_commands_that_run_a_model_share_its_options() -> None:
     assert fields <= inspect.signature(Llama.build).parameters.keys()
     for name in ("complete", "chat", "serve", "batch", "eval"):
         assert fields <= inspect.signature(COMMANDS[name]).parameters.keys()
+
+
+def test_commands_that_generate_share_their_options() -> None:
+    fields = {field.name for field in dataclasses.fields(SamplingOptions)}
+    for name in ("complete", "chat", "batch"):
+        assert fields <= inspect.signature(COMMANDS[name]).parameters.keys()
+    text = cli("complete", DEMO, "Once", "--max_gen_len=3", "--temperature=0", "--device=cpu")
+    expected = Llama.build(str(DEMO), device="cpu").text_completion(["Once"], 0, max_gen_len=3)
+    assert text.splitlines()[1] == f"Once{expected[0]['generation']}"
+    assert "top_p is 2.0, expected" in cli("chat", DEMO, "Hi", "--top_p=2.0", code=1)
 
 
 def test_defaults_may_differ_by_command() -> None:

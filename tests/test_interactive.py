@@ -59,8 +59,12 @@ class Terminal:
         self.output = ""
         self._read = 0  # of the output, by ``expect``
 
-    def send(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
+    def send(self, text: str | bytes) -> None:
+        os.write(self._descriptor, text.encode() if isinstance(text, str) else text)
+
+    def characters(self) -> list[bytes]:
+        """Those with a meaning to the terminal, by termios' numbers."""
+        return termios.tcgetattr(self._slave)[6]
 
     def expect(self, pattern: str, timeout: float = 30) -> str:
         """Wait for a pattern in the output since the last match; returns the output up to it."""
@@ -219,6 +223,11 @@ def test_ctrl_z_suspends_a_chat(start: Start) -> None:
 def test_a_chat_under_torchrun(start: Start, tmp_path: Path, kind: str) -> None:
     """Ctrl-C doesn't reach torchrun, which would end all ranks."""
     terminal = start(*TORCHRUN, "2", PROGRAMS / "chat.py", f"endless,{kind}", DEMO, *OPTIONS)
+    terminal.expect(PROMPT)
+    characters = terminal.characters()
+    assert characters[termios.VINTR] == characters[termios.VSUSP] == b"\0"
+    terminal.send(b"\xff\r")
+    terminal.expect("error: .*(can't decode byte 0xff|not valid Unicode)")
     terminal.expect(PROMPT)
     stop_an_answer(terminal, tmp_path / "a")
     stop_an_answer(terminal, tmp_path / "b")

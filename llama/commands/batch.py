@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llama import memory
 from llama.commands.batch_lines import Answer, Line, map_lines, read_lines
 from llama.commands.batch_output import Output
-from llama.commands.options import ModelOptions, runs_model
+from llama.commands.options import ModelOptions, SamplingOptions, runs_model
 from llama.distributed import collectives
 from llama.distributed.groups import is_first_process
 from llama.files import check_regular, expanded
@@ -28,37 +28,24 @@ _NOT_RECORDED = ("max_batch_size", "model_parallel_size")
 Prompts = tuple[Line, list["array[int]"]]  # of a line: 4 bytes a token
 
 
-@runs_model(max_seq_len=None, max_batch_size=16)
-def batch(
-    model: ModelOptions,
-    input: str,
-    output: str,
-    *,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    max_gen_len: int | None = None,
-) -> None:
+@runs_model(max_seq_len=None, max_batch_size=16, temperature=None, top_p=None)
+def batch(model: ModelOptions, sampling: SamplingOptions, input: str, output: str) -> None:
     """Answer the prompts and dialogs of a JSONL file; repeat an interrupted command to continue it.
 
     Under torchrun, the ranks of a copy of the weights compute together, and copies divide the
-    lines. docs/scale.md has the format. A line's own options override the command's.
+    lines. docs/scale.md has the format. A line's own options come first, then the command's; the
+    defaults are temperature 0.6 and top_p 0.9, and for OpenAI's lines those of the API.
 
     Args:
         input: JSONL file of prompts, dialogs or OpenAI's requests.
         output: JSONL file of the answers, in the order in which they finish.
-        temperature: divides the logits; 0 is greedy. Default: 0.6; of OpenAI's lines 1.
-        top_p: sample from the most likely tokens with this total probability (the nucleus).
-            Default: 0.9; of OpenAI's lines 1.
-        max_gen_len: maximum number of tokens to generate. Default: as many as fit; of OpenAI's
-            lines for /v1/completions 16.
     """
     check_regular(expanded(input))
     data = expanded(input).read_bytes()
-    defaults = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+    defaults = dataclasses.asdict(sampling)
     lines = read_lines(input, data, defaults)
     run = {name: x for name, x in dataclasses.asdict(model).items() if name not in _NOT_RECORDED}
-    run |= defaults
-    run["input_sha256"] = hashlib.sha256(data).hexdigest()
+    run |= defaults | {"input_sha256": hashlib.sha256(data).hexdigest()}
     del data  # may be large
     out = Output(expanded(output), run)
     llm = model.build()

@@ -1,6 +1,7 @@
 """``python -m llama chat``: one answer, or an interactive chat in a terminal."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import select
@@ -14,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from llama.commands.chat_session import ChatSession
-from llama.commands.options import ModelOptions, runs_model
+from llama.commands.options import ModelOptions, SamplingOptions, runs_model
 from llama.dialog import Message
 from llama.driver import Driver
 from llama.files import escaped
 from llama.request import TokenEvent
-from llama.sampling import SamplingParams
 
 _CTRL_C = b"\x03"
 _PROMPT = "> "
@@ -41,12 +41,10 @@ def show_steps(steps: Iterable[list[TokenEvent]]) -> None:
 @runs_model(max_batch_size=1, max_seq_len=None)
 def chat(
     model: ModelOptions,
+    sampling: SamplingOptions,
     prompt: str | None = None,
     *,
     system: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_gen_len: int | None = None,
 ) -> None:
     """Answer a message, or chat interactively, and show answers as they are generated.
 
@@ -56,18 +54,15 @@ def chat(
     Args:
         prompt: the message; default: chat interactively.
         system: the system message, if any.
-        temperature: divides the logits; 0 is greedy.
-        top_p: sample from the most likely tokens with this total probability (the nucleus).
-        max_gen_len: maximum number of tokens to generate; default: as many as fit.
     """
-    params = SamplingParams(max_gen_len, temperature, top_p)
+    params = sampling.params()
     llm = model.build()
     if prompt is not None:
         dialog: list[Message] = [{"role": "user", "content": prompt}]
         if system is not None:
             dialog.insert(0, {"role": "system", "content": system})
         tokens = llm.formatter.encode_dialog_prompt(dialog)
-        show_steps(llm.stream([tokens], max_gen_len, temperature, top_p, logprobs=False))
+        show_steps(llm.stream([tokens], **dataclasses.asdict(sampling), logprobs=False))
         return
     with Driver(llm) as driver:
         if not driver.is_first:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama.generation import Llama
+from llama.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,43 +43,70 @@ class ModelOptions:
         return Llama.build(**dataclasses.asdict(self))
 
 
-def runs_model(**defaults: int | None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command, whose first argument is a ModelOptions, take its fields as options instead.
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """The options of commands that generate text.
 
     Args:
-        defaults: of options, where they differ from ModelOptions'.
+        temperature: divides the logits; 0 is greedy.
+        top_p: sample from the most likely tokens with this total probability (the nucleus).
+        max_gen_len: maximum number of tokens to generate; default: as many as fit.
+    """
+
+    temperature: float | None = 0.6
+    top_p: float | None = 0.9
+    max_gen_len: int | None = None
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**dataclasses.asdict(self))
+
+
+def runs_model(**defaults: int | None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command, whose first arguments are a ModelOptions and perhaps a SamplingOptions, take
+    their fields as options instead.
+
+    Args:
+        defaults: of options, where they differ from those of the classes.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        _, *own = inspect.signature(command).parameters.values()
-        fields = dataclasses.fields(ModelOptions)
-        folder, *shared = (
-            inspect.Parameter(
+        parameters = inspect.signature(command).parameters.values()
+        kinds: list[Any] = [
+            p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)
+        ]
+        shared = {
+            field.name: inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(field.name, field.default),
                 annotation=field.type,
             )
-            for field in fields
-        )
-        folder = folder.replace(
+            for kind in reversed(kinds)
+            for field in dataclasses.fields(kind)
+        }
+        folder = shared.pop("ckpt_dir").replace(
             kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=inspect.Parameter.empty
         )
-        signature = inspect.Signature([folder, *own, *shared])
+        own = list(parameters)[len(kinds) :]
+        signature = inspect.Signature([folder, *own, *shared.values()])
 
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = bound.arguments
-            options = ModelOptions(**{field.name: given.pop(field.name) for field in fields})
-            command(options, **given)
+            options = [
+                kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+                for kind in kinds
+            ]
+            command(*options, **given)
 
         vars(run)["__signature__"] = signature
         run.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
-        text, _, arguments = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:\n")
-        model_arguments = inspect.cleandoc(ModelOptions.__doc__ or "").partition("\n\nArgs:\n")[2]
-        run.__doc__ = f"{text}\n\nArgs:\n{arguments}\n{model_arguments}".replace("\n\n\n", "\n\n")
+        described = [inspect.cleandoc(x.__doc__ or "") for x in (command, *reversed(kinds))]
+        text = described[0].partition("\n\nArgs:\n")[0]
+        arguments = [each.partition("\n\nArgs:\n")[2] for each in described]
+        run.__doc__ = "\n".join([f"{text}\n\nArgs:", *filter(None, arguments)])
         return run
 
     return decorate
