@@ -104,7 +104,7 @@ def results(model: Any, tasks: Path, **options: Any) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=list(TASKS),
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
         **options,
     )

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import signal
 import sys
 import urllib.parse
@@ -21,6 +22,7 @@ from serving import NAME, Program, Server, serving, wait_until
 
 from llama import Llama, Tokenizer
 from llama.driver import Driver
+from llama.serving.answers import Answer
 from llama.serving.app import build_app
 from llama.serving.command import _bound_socket, _served, serve
 from llama.serving.engine_loop import EngineLoop
@@ -80,7 +82,7 @@ def test_an_answer_is_that_of_the_library(client: openai.OpenAI, llm: Llama) -> 
     assert response.usage.prompt_tokens == n_prompt
     assert response.usage.completion_tokens == n_tokens
     assert response.usage.total_tokens == n_prompt + n_tokens
-    again = client.chat.completions.create(messages=QUESTION, **GREEDY)
+    again = client.chat.completions.create(messages=QUESTION, **GREEDY, n=2)
     assert again.usage is not None
     assert again.usage.prompt_tokens_details is not None
     assert again.usage.prompt_tokens_details.cached_tokens == n_prompt - 1
@@ -108,6 +110,19 @@ def test_a_stream_is_the_answer_in_parts(client: openai.OpenAI) -> None:
     assert tokens == whole.choices[0].logprobs.content
     assert {chunk.id for chunk in chunks} == {last.id}
     assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_stream_is_server_sent_events(server: Server) -> None:
+    body = {"messages": QUESTION, "stream": True, "temperature": 0, "stream_options": {}}
+    response = post(server, CHAT, body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    *events, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert all(chunk["choices"] and chunk["usage"] is None for chunk in chunks)
 
 
 def test_messages_of_every_role_and_text_parts(client: openai.OpenAI, llm: Llama) -> None:
@@ -142,6 +157,10 @@ def test_choice_i_has_the_seed_plus_i(client: openai.OpenAI, llm: Llama) -> None
             [options["messages"]], temperature=1.3, top_p=0.95, max_gen_len=20, seed=7 + i
         )
         assert alone[0]["generation"]["content"] == text
+    prompts: Any = {"model": NAME, "prompt": ["Tom", STORY], "n": 2, "seed": 7, "temperature": 1}
+    found = [choice.text for choice in client.completions.create(**prompts).choices]
+    story = client.completions.create(**{**prompts, "prompt": STORY}).choices
+    assert found[2:] == [choice.text for choice in story]
     free = [chat_text(client.chat.completions.create(**options)) for _ in range(3)]
     assert len(set(free)) == 3
 
@@ -227,6 +246,24 @@ def test_probabilities_of_0_are_written_as_in_the_api(
         assert found[0] is None
         assert all(-100 < x < 0 for x in found[3:] + found[1:2])
         assert json.dumps(parts[0].model_dump(), allow_nan=False)
+
+
+def test_a_prompt_of_the_begin_of_text_token_is_scored(client: openai.OpenAI, llm: Llama) -> None:
+    options: Any = {**GREEDY, "prompt": [llm.tokenizer.bos_id], "echo": True, "max_tokens": 0}
+    [choice] = client.completions.create(**options, logprobs=0).choices
+    assert choice.text == ""
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens == ["<|begin_of_text|>"]
+
+
+def test_of_top_tokens_with_equal_texts_the_likelier_is_shown(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Any = {**GREEDY, "prompt": STORY, "max_tokens": 1, "logprobs": 5}
+    logprobs: Any = client.completions.create(**options).choices[0].logprobs
+    monkeypatch.setattr(Answer, "_name", lambda *_: "x")
+    same: Any = client.completions.create(**options).choices[0].logprobs
+    assert same.top_logprobs == [{"x": max(logprobs.top_logprobs[0].values())}]
 
 
 def test_several_prompts_and_choices_are_in_order(client: openai.OpenAI, llm: Llama) -> None:
@@ -525,11 +562,13 @@ def test_a_key(llm: Llama) -> None:
         assert server.http.get("/health").json() == {"status": "ok"}
         assert server.http.get("/openapi.json").status_code == 200
         assert server.http.get("/else").status_code == 401
-        wrong: list[dict[str, str]] = [{}, {"authorization": "Bearer sesame"}]
-        for headers in [*wrong, {"authorization": "Basic x"}, {"authorization": "Bearer"}]:
+        wrong: list[Any] = [{}, {"authorization": "Bearer sesame"}]
+        basic, empty = ({"authorization": x} for x in ("Basic sésame".encode(), b"Bearer"))
+        for headers in [*wrong, basic, empty]:
             response = server.http.get("/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
             response = post(server, COMPLETIONS, {"prompt": STORY}, **headers)
             assert response.status_code == 401
         right = {b"authorization": "Bearer sésame".encode()}
@@ -625,6 +664,31 @@ def test_a_client_that_goes_away_frees_its_slots_at_the_next_step(
         assert post(server, COMPLETIONS, {"prompt": STORY}).status_code == 200
 
 
+def test_a_client_goes_away_during_its_prefill_or_in_the_queue(llm: Llama) -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(llm))
+        loop = server.engine_loop
+        server.llm.engine.max_prefill_tokens = 8
+        server.driver.hold()
+        with sent(server, COMPLETIONS, {"prompt": [5] * 200}):
+            wait_until(lambda: len(loop._running) == 1)
+            [request] = loop._running
+            server.driver.allow(2)
+            assert 0 < request.n_prefilled < 200
+        wait_until(lambda: not loop._inbox.empty())
+        server.driver.allow(2)  # the first of them had begun
+        assert server.n_free == server.n_slots
+        stack.enter_context(sent(server, COMPLETIONS, {"prompt": STORY, "n": 8}))
+        wait_until(lambda: len(loop._running) == 8)
+        with sent(server, COMPLETIONS, {"prompt": STORY, "n": 5}):
+            wait_until(lambda: loop._n_open == 13)
+            server.driver.allow(1)
+            assert len(loop._waiting) == 5
+        wait_until(lambda: not loop._inbox.empty())
+        server.driver.allow(2)
+        assert (len(loop._waiting), loop._n_open) == (0, 8)
+
+
 def test_a_full_queue_refuses_calls(llm: Llama) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(llm, max_queue=1))
@@ -646,7 +710,7 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(llm: Llama) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(llm))
         server.driver.hold()
-        bodies = [{"prompt": STORY, "n": n, "max_tokens": n + 2} for n in (7, 1)]
+        bodies = [{"prompt": STORY, "n": n, "max_tokens": n + 5} for n in (7, 1)]
         running = [stack.enter_context(sent(server, COMPLETIONS, body)) for body in bodies]
         wait_until(lambda: server.engine_loop._n_open == 8)
         server.driver.allow(1)
@@ -656,6 +720,8 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(llm: Llama) -> None:
             for is_streamed in (False, True)
         ]
         wait_until(lambda: server.engine_loop._n_open == 10)
+        server.driver.allow(2)
+        assert len(server.engine_loop._running) == 8
         server.engine_loop.stop()
         new = post(server, COMPLETIONS, {"prompt": STORY})
         assert (new.status_code, new.json()["error"]["type"]) == (503, "server_error")
@@ -670,6 +736,20 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(llm: Llama) -> None:
             assert json.load(response)["error"]["message"] == "the server has stopped"
         server.loop_thread.join(10)
         assert not server.loop_thread.is_alive()
+
+
+def test_a_stop_ends_a_call_of_which_a_request_waits(llm: Llama) -> None:
+    with serving(llm) as server:
+        server.driver.hold()
+        with sent(server, COMPLETIONS, {"prompt": STORY, "n": 9, "max_tokens": 200}) as connection:
+            wait_until(lambda: len(server.engine_loop._running) == 8)
+            server.driver.allow(1)
+            server.engine_loop.stop()
+            server.driver.go_on()
+            assert connection.getresponse().status == 503
+        server.loop_thread.join(10)
+        assert server.driver.n_steps < 5
+        assert server.n_free == server.n_slots
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -690,6 +770,26 @@ def test_logits_that_arent_finite_end_the_running_calls_only(llm: Llama, is_stre
         error = json.loads(text.removesuffix("\n\n").rpartition("data: ")[2])["error"]
         assert (error["type"], error["message"]) == ("server_error", "the logits aren't finite")
         assert "[DONE]" not in text
+        assert post(server, COMPLETIONS, {"prompt": STORY}).status_code == 200
+        assert server.n_free == server.n_slots
+
+
+def test_an_error_in_a_stream_is_an_event(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError(STORY)
+
+    with serving(llm) as server:
+        monkeypatch.setattr(Answer, "last_chunks", broken)
+        body = {"prompt": STORY, "max_tokens": 2, "stream": True}
+        lines = []
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # the connection is closed
+            server.http.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            for line in response.iter_lines():
+                lines.append(line)
+        error = json.loads(lines[-2].removeprefix("data: "))["error"]
+        assert (error["type"], error["message"]) == ("server_error", "the server failed (KeyError)")
         assert post(server, COMPLETIONS, {"prompt": STORY}).status_code == 200
         assert server.n_free == server.n_slots
 
@@ -758,6 +858,21 @@ def test_a_schema_that_isnt_supported_is_refused(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_that_cant_be_continued_is_an_error(
+    client: openai.OpenAI, is_streamed: bool
+) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra [structured]")
+    endless = {"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": endless}}
+    with pytest.raises(openai.APIError, match="can't be continued as JSON"):
+        list(
+            client.chat.completions.create(
+                messages=QUESTION, **GREEDY, response_format=schema, stream=is_streamed
+            )
+        )
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_required_call_comes_back_as_tool_calls(tools_server: Server, is_streamed: bool) -> None:
     pytest.importorskip("llguidance", reason="needs the extra [structured]")
     with tools_server.client() as client:
@@ -818,11 +933,9 @@ def test_calls_are_found_in_answers(
 ) -> None:
     """Whatever the model writes, here by a sampler that forces it."""
     tokenizer = tools_server.llm.tokenizer
-    tag = tokenizer.special_tokens["<|python_tag|>"]
-    ids = tokenizer.encode(answer.split("<|python_tag|>")[0], bos=False, eos=False)
-    for text in answer.split("<|python_tag|>")[1:]:
-        ids += [tag, *tokenizer.encode(text, bos=False, eos=False)]
-    ids.append(tokenizer.special_tokens["<|eom_id|>" if tag in ids else "<|eot_id|>"])
+    ids = tokenizer.encode(answer, bos=False, eos=False, allowed_special="all")
+    end = "<|eom_id|>" if "<|python_tag|>" in answer else "<|eot_id|>"
+    ids.append(tokenizer.special_tokens[end])
     wanted: Any = {**GREEDY, "messages": QUESTION, "tools": [ADD]}
     wanted["parallel_tool_calls"] = is_parallel
     n_calls = n_calls if is_parallel else min(n_calls, 1)
@@ -978,17 +1091,32 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_exceptions_are_logged_without_their_messages(
-    llm: Llama, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    llm: Llama,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(prompt: list[int], *_: Any) -> None:
         raise KeyError(llm.tokenizer.decode(prompt))
 
+    async def forgotten() -> None:
+        task = asyncio.ensure_future(fails())
+        await asyncio.sleep(0.01)
+        assert task.done()
+
+    async def fails() -> None:
+        raise KeyError("sec" + "ret")  # not as in this line, which is logged
+
     with serving(llm) as server:
+        asyncio.run(forgotten())
+        logging.getLogger("asyncio").warning("socket.send() raised exception.")
         monkeypatch.setattr(server.llm.engine, "request", broken)
         response = post(server, COMPLETIONS, {"prompt": "secret"})
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "the server failed (KeyError)"
-    logged = capfd.readouterr().err
+    logged = capfd.readouterr().err + caplog.text
     assert "in broken" in logged
     assert "KeyError" in logged
+    assert "exception was never retrieved" in logged
     assert "secret" not in logged
+    assert "socket" not in logged

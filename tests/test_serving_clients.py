@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from conftest import DEMO, TORCHRUN, run
 from serving import NAME, Program, Server, serving
 from soak import resident_bytes, slope
-from test_evaluate import OFFLINE, TASKS, write_tasks
 
-from llama import Llama
+from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.__main__ import convert_folder
+from llama.commands.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
 FLOAT32 = ("--dtype", "float32", "--max_seq_len", "256")
@@ -66,16 +67,16 @@ def test_langchain(server: Server, llm: Llama) -> None:
 def test_lm_eval_gives_the_numbers_of_the_command(server: Server, tmp_path: Path) -> None:
     """local-completions, with the arguments that docs/server.md gives."""
     pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+    from test_evaluate import TASKS, results, write_tasks
+
     tasks = write_tasks(tmp_path)
     folder = str(tmp_path / "hf")
     convert_folder(str(DEMO), folder, format="hf")
-    common = ["--tasks", ",".join(TASKS), "--include_path", str(tasks)]
     ours = tmp_path / "ours.json"
-    command: list[Any] = ["llama", "eval", DEMO, "--max_seq_len", "256", "--dtype", "float32"]
-    result = run(sys.executable, "-m", *command, *common, "--output", ours, env=OFFLINE)
-    assert result.returncode == 0, result.stderr
+    options: Any = {"max_seq_len": 256, "dtype": "float32", "device": "cpu", "output": str(ours)}
+    evaluate(str(DEMO), ",".join(TASKS), include_path=str(tasks), **options)
+    wanted = json.loads(ours.read_text())
     for concurrent in (1, 8):
-        theirs = tmp_path / f"theirs-{concurrent}"
         arguments = {
             "model": NAME,
             "base_url": f"{server.url}/completions",
@@ -86,18 +87,9 @@ def test_lm_eval_gives_the_numbers_of_the_command(server: Server, tmp_path: Path
             "num_concurrent": concurrent,
             "max_retries": 1,
         }
-        result = run(
-            *(sys.executable, "-m", "lm_eval", "--model", "local-completions", *common),
-            *("--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())),
-            *("--output_path", theirs, "--log_samples"),
-            env=OFFLINE,
-        )
-        assert result.returncode == 0, result.stderr
-        [found] = [json.loads(p.read_text()) for p in theirs.rglob("results_*.json")]
-        wanted = json.loads(ours.read_text())
+        found = results("local-completions", tasks, model_args=arguments)
         for task in TASKS:
-            [samples] = theirs.rglob(f"samples_{task}_*.jsonl")
-            rows = [json.loads(line) for line in samples.read_text().splitlines()]
+            rows = found["samples"][task]
             for row, own in zip(rows, wanted["samples"][task], strict=True):
                 assert row["doc_id"] == own["doc_id"]
                 for [got], [expected] in zip(row["resps"], own["resps"], strict=True):
@@ -111,6 +103,20 @@ def test_lm_eval_gives_the_numbers_of_the_command(server: Server, tmp_path: Path
             for metric, value in wanted["results"][task].items():
                 if isinstance(value, float):
                     assert found["results"][task][metric] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.fixture
+def small_server() -> Iterator[Server]:
+    """Random weights, whose steps are a third as long."""
+    tokenizer = Tokenizer(str(DEMO / "tokenizer.model"))
+    sizes: Any = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 16}
+    args = ModelArgs(**sizes, vocab_size=tokenizer.n_words, max_seq_len=256, max_batch_size=8)
+    model = Transformer(args)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    with serving(Llama(model, tokenizer)) as found:
+        yield found
 
 
 def test_random_calls_of_its_own_openapi_page(server: Server, tmp_path: Path) -> None:
@@ -127,7 +133,7 @@ def test_random_calls_of_its_own_openapi_page(server: Server, tmp_path: Path) ->
     server.wait_until_free()
 
 
-def test_thousands_of_calls(server: Server) -> None:
+def test_thousands_of_calls(small_server: Server) -> None:
     """Of which a third is abandoned: memory is flat, and all slots are free at the end."""
     draw, resident = random.Random(1), []
     n_calls, n_clients = 5000, 16
@@ -144,7 +150,7 @@ def test_thousands_of_calls(server: Server) -> None:
             body |= {"prompt": text, "echo": draw.random() < 0.3, "stop": ["."]}
             body |= {"logprobs": 1} if draw.random() < 0.3 else {}
         path = "chat/completions" if is_chat else "completions"
-        url = f"{server.url}/{path}"
+        url = f"{small_server.url}/{path}"
         if draw.random() < 0.3:
             body["max_tokens"] = 200
             if is_streamed:
@@ -172,8 +178,8 @@ def test_thousands_of_calls(server: Server) -> None:
             await asyncio.gather(*(several(client) for _ in range(n_clients)))
 
     asyncio.run(clients())
-    server.wait_until_free()
-    assert server.engine_loop._n_open == 0
+    small_server.wait_until_free()
+    assert small_server.engine_loop._n_open == 0
     rise, error = slope(resident[n_calls // 2 :])
     print(f"{rise:.0f} +- {error:.0f} bytes per call")
     assert rise - 3 * error < 500

@@ -146,7 +146,8 @@ def _served(
         timeout_graceful_shutdown=_GRACE,
         timeout_keep_alive=_KEEP_ALIVE,
     )
-    logging.getLogger("uvicorn.error").addFilter(_WithoutMessages())
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(_WithoutMessages())
     server = uvicorn.Server(config)
     failures: list[Exception] = []
 
@@ -198,10 +199,12 @@ def _handlers(handler: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[
 
 
 class _WithoutMessages(logging.Filter):
-    """Logs where an exception was raised, without its message, which may quote a prompt."""
+    """Logs where an exception was raised, without its message, which may quote a prompt; and
+    nothing of clients that have gone away."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[0] is not None:
             frames = traceback.format_tb(record.exc_info[2])
             record.exc_text = "".join([*frames, record.exc_info[0].__name__])
-        return True
+        record.msg = str(record.msg).partition("\n")[0]  # in further lines, asyncio has the message
+        return record.msg != "socket.send() raised exception."
