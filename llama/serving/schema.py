@@ -204,7 +204,7 @@ class ChatBody(_Body):
                 if value is not None and name not in _OF_MESSAGES:
                     raise ApiError(
                         400,
-                        f"{name} in message {i} isn't supported by this server: leave it out",
+                        f"{name} in message {i} isn't supported: leave it out",
                         "messages",
                         "unsupported",
                     )
@@ -295,8 +295,8 @@ class CompletionBody(_Body):
         if self.best_of not in (None, self.n_choices):
             raise ApiError(
                 400,
-                f"best_of is {self.best_of} and n {self.n_choices}, but every "
-                "choice is returned: leave best_of out",
+                f"best_of is {self.best_of} and n {self.n_choices}, but every choice is returned: "
+                "leave best_of out",
                 "best_of",
                 "unsupported",
             )
