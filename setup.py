@@ -13,7 +13,7 @@ LLAMA2 = ["sentencepiece>=0.2"]
 EVAL = ["lm-eval>=0.4.13"]
 NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "matplotlib>=3.8"]
 CHAT = ["prompt_toolkit>=3.0.40"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "pydantic>=2.8", "uvicorn>=0.30"]
 STRUCTURED = ["llguidance>=1.0"]
 HF = ["safetensors>=0.5", "tokenizers>=0.20", "huggingface_hub>=1.3"]
 TEST = [

@@ -6,7 +6,9 @@ import http.client
 import json
 import logging
 import signal
+import socket
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from serving import NAME, Program, Server, serving, wait_until
 
 from llama import Llama, Tokenizer
 from llama.driver import Driver
+from llama.serving import command
 from llama.serving.answers import Answer
 from llama.serving.app import build_app
 from llama.serving.command import _bound_socket, _served, serve
@@ -143,6 +146,20 @@ def test_messages_of_every_role_and_text_parts(client: openai.OpenAI, llm: Llama
     assert chat_text(response) == expected["generation"]["content"]
     assert response.usage is not None
     assert response.usage.prompt_tokens == len(llm.formatter.encode_dialog_prompt(dialog))
+
+
+def test_limits_and_defaults(client: openai.OpenAI) -> None:
+    for limit in ({"max_tokens": 3}, {"max_completion_tokens": 3}):
+        response = client.chat.completions.create(messages=QUESTION, **GREEDY, **limit)  # type: ignore[call-overload]
+        assert response.usage.completion_tokens == 3
+
+    def texts(**options: Any) -> list[str]:
+        options |= {"model": NAME, "prompt": STORY, "n": 4, "seed": 1}
+        return [choice.text for choice in client.completions.create(**options).choices]
+
+    assert texts() == texts(temperature=1, top_p=1)
+    assert texts() != texts(top_p=0.9)
+    assert texts() != texts(temperature=0.9)
 
 
 def test_choice_i_has_the_seed_plus_i(client: openai.OpenAI, llm: Llama) -> None:
@@ -675,6 +692,7 @@ def test_a_client_goes_away_during_its_prefill_or_in_the_queue(llm: Llama) -> No
             [request] = loop._running
             server.driver.allow(2)
             assert 0 < request.n_prefilled < 200
+            wait_until(lambda: server.driver.n_begun > server.driver.n_steps)
         wait_until(lambda: not loop._inbox.empty())
         server.driver.allow(2)  # the first of them had begun
         assert server.n_free == server.n_slots
@@ -683,7 +701,8 @@ def test_a_client_goes_away_during_its_prefill_or_in_the_queue(llm: Llama) -> No
         with sent(server, COMPLETIONS, {"prompt": STORY, "n": 5}):
             wait_until(lambda: loop._n_open == 13)
             server.driver.allow(1)
-            assert len(loop._waiting) == 5
+            wait_until(lambda: len(loop._waiting) == 5)
+            wait_until(lambda: server.driver.n_begun > server.driver.n_steps)
         wait_until(lambda: not loop._inbox.empty())
         server.driver.allow(2)
         assert (len(loop._waiting), loop._n_open) == (0, 8)
@@ -956,6 +975,9 @@ def test_calls_are_found_in_answers(
         texts = [delta.content for delta in deltas if delta.content]
         assert "".join(texts) == content
         assert sum(len(delta.tool_calls or []) for delta in deltas) == n_calls
+        monkeypatch.setattr(tools_server.llm.engine, "sample", forced())
+        message = client.chat.completions.create(**wanted, tool_choice="none").choices[0].message
+        assert not message.tool_calls
         if content.startswith("The"):
             assert len(texts) > 3  # streamed as soon as it can't be a call
 
@@ -1082,6 +1104,62 @@ def test_of_two_servers_that_start_on_one_port_the_second_reports_it(llm: Llama)
             stack.enter_context(_served(apps[1], second, uvicorn, loops[1]))
         assert loops[1].is_stopping
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_options_reach_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Listener(contextlib.nullcontext[Any]):
+        def __enter__(self) -> Any:
+            return self
+
+        def getsockname(self) -> tuple[str, int]:
+            return "192.0.2.1", 8000
+
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "_bound_socket", lambda *_: Listener())
+    monkeypatch.setattr(command, "_served", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(EngineLoop, "run", lambda _: None)
+    monkeypatch.setattr("llama.serving.app.build_app", lambda *_, **given: found.append(given))
+    options: Any = {"model_name": "m", "api_key": "k", "cors": "http://a,http://b", "seed": 5}
+    serve(str(DEMO), **options, device="cpu")
+    assert "use it" not in capsys.readouterr().out
+    serve(str(DEMO), device="cpu")
+    assert "Without a key, whoever reaches 192.0.2.1 can use it" in capsys.readouterr().out
+    monkeypatch.setenv("LLAMA_API_KEY", "of-environment")
+    serve(str(DEMO), device="cpu")
+    assert found == [
+        {**options, "cors": ["http://a", "http://b"]},
+        {"model_name": "model", "api_key": None, "cors": [], "seed": 1},
+        {"model_name": "model", "api_key": "of-environment", "cors": [], "seed": 1},
+    ]
+
+
+def test_a_second_interrupt_ends_the_program(llm: Llama) -> None:
+    loop = EngineLoop(llm, Driver(llm), 1)
+    with command._signals(loop):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+            assert loop.is_stopping
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_client_that_sends_half_a_call_doesnt_keep_the_server(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_GRACE", 1)
+    with contextlib.ExitStack() as stack:
+        with serving(llm) as server:
+            place = urllib.parse.urlsplit(server.url)
+            address = place.hostname, place.port or 0
+            half = stack.enter_context(socket.create_connection(address))
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            assert server.http.get("/health").status_code == 200
+            timer = threading.Timer(20, half.close)
+            timer.start()
+        assert timer.is_alive()
+        timer.cancel()
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
