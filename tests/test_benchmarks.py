@@ -88,6 +88,21 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert all(record["low"] <= record["median"] <= record["high"] for record in records[1:])
 
 
+@pytest.mark.slow
+def test_the_server_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra [serve]")
+    path = tmp_path / "results.jsonl"
+    sizes = ["--clients", "6", "--max_batch_size", "4", "--repeats", "1"]
+    result = run(sys.executable, "benchmarks/serve.py", *sizes, "--results", path, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert path.read_text() == result.stdout
+    configuration, figure = map(json.loads, result.stdout.splitlines())
+    assert configuration["figure"] == "configuration"
+    [pair] = figure["pairs"]
+    assert pair["equal_answers"] == 6
+    assert figure["median"] == pair["one_by_one_s"] / pair["at_once_s"]
+
+
 def test_misspelt_choices_are_named() -> None:
     result = run(sys.executable, "benchmarks/run.py", "--vs", "lama", cwd=ROOT)
     assert result.returncode != 0

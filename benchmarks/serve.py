@@ -1,0 +1,138 @@
+"""Measure the server: the calls of many clients at once, against the same calls one by one.
+
+python benchmarks/serve.py --folder demo/model
+"""
+
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import httpx
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from llama.accel.features import cpu_features  # noqa: E402
+
+
+def main(
+    folder: str = str(ROOT / "demo" / "model"),
+    clients: int = 64,
+    max_batch_size: int = 64,
+    max_tokens: int = 64,
+    dtype: str = "float32",
+    repeats: int = 3,
+    results: str | None = None,
+) -> None:
+    """Print the configuration and the figure, each as a JSON line.
+
+    Args:
+        folder: checkpoint folder of a model for dialogs.
+        clients: calls, each with its own question, greedy.
+        max_batch_size: slots of the server.
+        max_tokens: of each answer.
+        dtype: of the server. Only in float32 do answers not depend on their neighbours.
+        repeats: pairs of one by one and at once, in turn, after a warm-up.
+        results: file to which the lines are appended.
+    """
+    process = subprocess.Popen(  # noqa: S603 - our own program
+        [
+            *(sys.executable, "-m", "llama", "serve", folder, "--port", "0", "--dtype", dtype),
+            *("--max_batch_size", str(max_batch_size), "--max_queue", str(clients)),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        pairs = asyncio.run(_measure(_url(process), clients, max_tokens, repeats))
+    finally:
+        process.terminate()
+        process.wait()
+    configuration = {
+        "figure": "configuration",
+        "folder": Path(folder).name,
+        "clients": clients,
+        "max_batch_size": max_batch_size,
+        "max_tokens": max_tokens,
+        "dtype": dtype,
+        "repeats": repeats,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "features": sorted({"amx_bf16", "avx512_bf16", "avx512f", "avx2"} & cpu_features()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    ratios = [pair["one_by_one_s"] / pair["at_once_s"] for pair in pairs]
+    figure = {
+        "figure": f"{clients} clients at once: times faster than one by one",
+        "unit": "x",
+        "median": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "pairs": pairs,
+    }
+    lines = "".join(json.dumps(record) + "\n" for record in (configuration, figure))
+    print(lines, end="")
+    if results is not None:
+        with Path(results).open("a") as file:
+            file.write(lines)
+
+
+def _url(process: "subprocess.Popen[str]") -> str:
+    """The address that the server prints when it listens."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Serving "):
+            return line.split()[-1]
+    raise SystemExit("the server has ended")
+
+
+async def _measure(url: str, clients: int, max_tokens: int, repeats: int) -> list[dict[str, Any]]:
+    bodies = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i % 97} + {i * 7 % 89}?"}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        for i in range(clients)
+    ]
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+
+        async def ask(body: dict[str, Any]) -> dict[str, Any]:
+            response = await client.post(f"{url}/chat/completions", json=body)
+            response.raise_for_status()
+            return dict(response.json())
+
+        pairs = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            alone = [await ask(body) for body in bodies]
+            middle = time.perf_counter()
+            together = await asyncio.gather(*map(ask, bodies))
+            end = time.perf_counter()
+            tokens = [answer["usage"]["completion_tokens"] for answer in together]
+            equal = [a["choices"] == b["choices"] for a, b in zip(alone, together, strict=True)]
+            pairs.append(
+                {
+                    "one_by_one_s": middle - start,
+                    "at_once_s": end - middle,
+                    "tokens": sum(tokens),
+                    "equal_answers": sum(equal),
+                }
+            )
+    return pairs[1:]
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
