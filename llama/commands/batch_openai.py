@@ -13,7 +13,7 @@ from llama.serving.answers import new_answer
 from llama.serving.requests import encode_prompts, new_requests
 from llama.serving.schema import MAX_N, ApiError, Body, ChatBody, CompletionBody, invalid
 
-_BODIES: dict[str, type[ChatBody | CompletionBody]] = {
+_BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
 }
