@@ -105,7 +105,6 @@ setup(
         "bench": [
             *HF,
             *SERVE,
-            "httpx>=0.27",
             "matplotlib>=3.8",
             "llama-models==0.3.0",
             "transformers>=5",
