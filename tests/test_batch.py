@@ -241,6 +241,13 @@ def test_defaults_of_openais_lines_are_the_apis_unless_the_command_has_some(
     assert sorted(map(str, found[3:])) == ["(3, 0.5, 1.0)", "(5, 0.0, 1.0)", "(5, 0.0, 1.0)"]
 
 
+def test_openais_lines_forget_their_texts_and_name_themselves(llm: Llama) -> None:
+    line = openai_line("a", CHAT, messages=QUESTION, n=2)
+    [(found, prompts)] = prompts_of(llm, [line])
+    assert found._body.messages == []
+    assert [request.row for request in found.requests(llm, prompts)] == [1, 1]
+
+
 def test_openais_lines_need_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama.commands.batch_openai", None)
     run_here(write(tmp_path / "in", LINES[:1]), tmp_path / "out")

@@ -29,7 +29,7 @@ from llama.serving.answers import Answer
 from llama.serving.app import build_app
 from llama.serving.command import _bound_socket, _served, serve
 from llama.serving.engine_loop import EngineLoop
-from llama.serving.schema import ChatBody, CompletionBody
+from llama.serving.schema import ChatBody, CompletionBody, invalid
 
 QUESTION: Any = [{"role": "user", "content": "What is 23 + 45?"}]
 STORY = "Once upon a time"
@@ -146,6 +146,11 @@ def test_messages_of_every_role_and_text_parts(client: openai.OpenAI, llm: Llama
     assert chat_text(response) == expected["generation"]["content"]
     assert response.usage is not None
     assert response.usage.prompt_tokens == len(llm.formatter.encode_dialog_prompt(dialog))
+
+
+def test_the_error_of_a_body_is_about_its_first_wrong_field() -> None:
+    error = invalid([(("stop", "str"), "a"), (("stop", "list"), "b"), (("n",), "c")])
+    assert (str(error), error.param) == ("stop.str: a; stop.list: b", "stop")
 
 
 def test_limits_and_defaults(client: openai.OpenAI) -> None:

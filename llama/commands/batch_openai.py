@@ -93,9 +93,8 @@ def parse_api_line(number: int, found: dict[str, Any], defaults: Defaults) -> Ap
     limit = "max_tokens"
     if _BODIES[url] is ChatBody and "max_tokens" not in body:
         limit = "max_completion_tokens"
-    for name, value in defaults.items():
-        if value is not None:
-            body.setdefault(limit if name == "max_gen_len" else name, value)
+    for name, value in defaults.items():  # None: the API's own
+        body.setdefault(limit if name == "max_gen_len" else name, value)
     with _value_errors():
         try:
             parsed = _BODIES[url].model_validate(body)
