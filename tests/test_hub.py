@@ -191,6 +191,7 @@ def test_one_kind_of_weights_is_downloaded_and_then_comes_from_the_cache(
     assert len(server.requests) == n_requests
 
 
+@pytest.mark.slow
 def test_build_online_and_offline(server: Hub, tmp_path: Path) -> None:
     for offline in ("0", "1"):
         env = server.env(tmp_path, HF_HUB_OFFLINE=offline)
