@@ -1,4 +1,5 @@
-"""Untrusted files: size limits before parsing, and messages for those that can't be read."""
+"""Files: size limits before parsing untrusted ones, messages for those that can't be read, and
+writing as a whole."""
 
 import hashlib
 import json
@@ -27,6 +28,14 @@ def check_regular(path: str | Path) -> None:
     forever. Symlinks are followed. Raise FileNotFoundError if the path doesn't exist."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{str(path)!r} isn't a regular file, expected one")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, or replace it whole: after an error, such as a full disk, the old one stays."""
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(text.encode())
+    os.replace(partial, path)
 
 
 def what_to_do(path: str | Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.commands.batch_lines import id_of
-from llama.files import read_json
+from llama.files import read_json, replace_text
 
 try:
     import fcntl
@@ -82,9 +82,7 @@ class Output:
         self._file = _open_locked(self._path)
         if self._path.stat().st_size > 0:  # written since, by a command that has ended
             self._check_run()
-        partial = self._run_path.with_name(f"{self._run_path.name}.partial")
-        partial.write_text(json.dumps(self._run, indent=1), encoding="utf-8")
-        os.replace(partial, self._run_path)
+        replace_text(self._run_path, json.dumps(self._run, indent=1))
         size = 0
         for key, text in self._answers(self._path):
             if key not in self._missing:

@@ -4,7 +4,6 @@ terminal."""
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from llama.completions import Completion
 from llama.dialog import Message
 from llama.driver import Driver
-from llama.files import expanded, parse_json, read_bounded
+from llama.files import expanded, parse_json, read_bounded, replace_text
 from llama.generation import Llama
 from llama.sampling import SamplingParams, draw_seed, new_generator
 
@@ -233,9 +232,7 @@ class ChatSession:
         if path.exists():
             _read_dialog(name)  # replaces nothing else
         text = json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(f"{text}\n".encode())
-        os.replace(partial, path.resolve())  # the disk may be full
+        replace_text(path, f"{text}\n")
         return f"{len(self.messages)} messages written to {name}"
 
     def _load(self, name: str) -> str:

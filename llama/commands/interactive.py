@@ -124,9 +124,9 @@ class _Terminal:
         if self._edit is None:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  input() uses it
-        # Ctrl-C raises KeyboardInterrupt after so many that don't. It is infinite unless a line is
-        # read or answered, so that ``_converse`` catches each: a user may press it any time.
-        self._n_spared = math.inf
+        # How many times Ctrl-C is only recorded before it raises KeyboardInterrupt: infinite unless
+        # a line is read or answered, where ``_converse`` catches it.
+        self._n_deferred = math.inf
         self._is_interrupted = False
 
     def __enter__(self) -> "_Terminal":
@@ -138,10 +138,10 @@ class _Terminal:
 
     def _handle(self, *_: object) -> None:
         self._is_interrupted = True
-        if self._n_spared == 0:
-            self._n_spared = math.inf
+        if self._n_deferred == 0:
+            self._n_deferred = math.inf
             raise KeyboardInterrupt
-        self._n_spared -= 1
+        self._n_deferred -= 1
 
     @property
     def hint(self) -> str:
@@ -158,12 +158,12 @@ class _Terminal:
             UnicodeDecodeError: the line isn't in the terminal's encoding.
         """
         try:
-            self._n_spared = 0
+            self._n_deferred = 0
             return self._read()
         except OSError:
             raise EOFError from None
         finally:
-            self._n_spared = math.inf
+            self._n_deferred = math.inf
 
     def _read(self) -> str:
         return input(_PROMPT) if self._edit is None else self._edit()
@@ -174,10 +174,10 @@ class _Terminal:
         interrupted leaves the prefix cache unusable, so only a second Ctrl-C does that."""
         self._is_interrupted = False
         try:
-            self._n_spared = 1
+            self._n_deferred = 1
             yield lambda: self._is_interrupted
         finally:
-            self._n_spared = math.inf
+            self._n_deferred = math.inf
 
 
 class _TorchrunTerminal(_Terminal):

@@ -129,6 +129,7 @@ class _Api:
         return await self._respond(body, http)
 
     def _requests(self, body: Body) -> list[Request]:
+        body.check()
         return new_requests(self._llm, body, encode_prompts(self._llm, body))
 
     def _check_model(self, name: str | None) -> None:

@@ -11,12 +11,11 @@ from llama.serving.tools import with_tools
 
 
 def encode_prompts(llm: Llama, body: Body) -> list[list[int]]:
-    """The prompts of a call, in tokens.
+    """The prompts of a call whose body has been checked, in tokens.
 
     Raises:
-        ApiError: the call isn't valid, or needs something that isn't supported.
+        ApiError: a message isn't valid, or needs something that the model's format doesn't have.
     """
-    body.check()
     try:
         if isinstance(body, CompletionBody):
             return [
