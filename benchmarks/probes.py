@@ -1,9 +1,13 @@
 """The machine's limits, to which every figure is compared."""
 
+import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from llama.accel.features import cpu_features
 
 
 class Machine:
@@ -52,6 +56,18 @@ class Machine:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - start)
         return min(times)
+
+
+def processor_and_versions() -> dict[str, Any]:
+    """The part of a configuration that all benchmarks record."""
+    shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}
+    return {
+        "machine": platform.machine(),
+        "features": sorted(shown & cpu_features()),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def probe_bytes(device: torch.device) -> int:

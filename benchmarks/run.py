@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -31,10 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import cost, llamacpp, report  # noqa: E402
 from benchmarks.engines import ENGINES, Options, Process  # noqa: E402
-from benchmarks.probes import Machine  # noqa: E402
+from benchmarks.probes import Machine, processor_and_versions  # noqa: E402
 from benchmarks.shapes import SHAPES, checkpoint_of, largest_shape  # noqa: E402
 from llama import ModelArgs, memory, sampling  # noqa: E402
-from llama.accel.features import cpu_features  # noqa: E402
 from llama.checkpoint.folder import find_checkpoint  # noqa: E402
 from llama.checkpoint.reader import load  # noqa: E402
 from llama.device import default_dtype, resolve_device  # noqa: E402
@@ -420,7 +418,6 @@ class Benchmark:
         engine.close()
 
     def _configuration(self) -> dict[str, Any]:
-        features = cpu_features()
         paths: dict[str, Any]
         try:
             with _at_most(self.limit), self._engine("ours", 512, 2) as engine:
@@ -429,7 +426,6 @@ class Benchmark:
             traceback.print_exc()
             self.failed.append("paths")
             paths = {"failed": f"{type(error).__name__}: {error}"}
-        shown = {"amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16"}
         return {
             "shape": self.shape,
             "choice of the shape": self.choice,
@@ -438,12 +434,8 @@ class Benchmark:
             "quantize": self.quantize,
             "compile": self.compile,
             "repeats": self.repeats,
-            "machine": platform.machine(),
-            "features": sorted(shown & features),
-            "threads": torch.get_num_threads(),
+            **processor_and_versions(),
             "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
             **{name: _version(name) for name in ("transformers", "llama-models")},
             "llama.cpp": llamacpp.description(),
             **(_gpu() if self.device == "cuda" else {}),

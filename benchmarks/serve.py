@@ -6,7 +6,6 @@ python benchmarks/serve.py --folder demo/model
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import fire
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llama.accel.features import cpu_features  # noqa: E402
+from benchmarks.probes import processor_and_versions  # noqa: E402
 
 
 def main(
@@ -66,11 +64,7 @@ def main(
         "max_tokens": max_tokens,
         "dtype": dtype,
         "repeats": repeats,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "features": sorted({"amx_bf16", "avx512_bf16", "avx512f", "avx2"} & cpu_features()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **processor_and_versions(),
     }
     ratios = [pair["one_by_one_s"] / pair["at_once_s"] for pair in pairs]
     figure = {
